@@ -1,0 +1,738 @@
+"""What sixteen method scripts must share to be comparable: benchmarks, pretrained weights, metrics, the run folder.
+
+A script calls, in this order: `start_run` (seeds, device, folder), `load_benchmark` (train, valid, test), then trains
+on `Split.batches`, calls `Run.validate` after each epoch, which keeps the state that is best on valid (or `Run.keep`
+where there are no epochs), and ends with `finish`: the test set is read once, there. The model is an nn.Module with a
+method `predict` (see `evaluate`). What a reader needs to re-implement a paper is in the paper's own script, not here.
+
+Shapes: N images of a split, B of a batch, C channels, H W image. Scores: higher is more anomalous.
+"""
+
+import csv
+import dataclasses
+import glob
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torchvision.models import get_model, get_model_weights
+from torchvision.models.feature_extraction import create_feature_extractor
+from tqdm import tqdm
+
+
+# ----------------------------------------------------------------------------------------------------- errors and files
+def fail(message):
+    """Print one line, `error: what, which file, what to do`, and leave with exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary name beside `path`; what was written there takes the real name only when it is complete.
+
+    Works for files and folders. A full disk or a folder that cannot be written ends the program with one line."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        fail(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; free some space or choose another folder")
+    finally:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, rows):
+    """Rows are dicts with the same keys; the first one gives the header."""
+    with atomic(path) as tmp, open(tmp, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def progress(iterable, what, total=None):
+    """A progress bar on stderr, silent when that is not a terminal."""
+    return tqdm(iterable, desc=what, total=total, disable=None, leave=False)
+
+
+# ---------------------------------------------------------------------------------------- benchmarks: finding the files
+NAMES = {  # folder names of the published downloads; `--data FOLDER` takes any other benchmark
+    "brain": ["brain", "brain_ad"],
+    "liver": ["liver", "liver_ad"],
+    "resc": ["resc", "retina_resc_ad"],
+    "oct2017": ["oct2017", "retina_oct2017_ad"],
+    "chest": ["chest", "chest-rsna", "chest_ad"],
+    "histo": ["histo", "camelyon16", "camelyon16_256", "histopathology_ad"],
+    "phantom": ["phantom"],
+}
+SPLITS = {"train": ["train"], "valid": ["valid", "val", "validation"], "test": ["test"]}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+MASK_FOLDERS = ["anomaly_mask", "label"]
+
+
+def _child(folder, *names):
+    """The subfolder of `folder` with one of these names, without regard to case; None if there is none."""
+    found = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()} if folder and folder.is_dir() else {}
+    return next((found[n.lower()] for n in names if n.lower() in found), None)
+
+
+def _images(folder, pattern="*"):
+    """Image files of `folder`, sorted; hidden files and anything that is no image are passed over."""
+    found = folder.glob(pattern) if folder else []
+    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+
+
+def _split_folder(base, split):
+    """`base`/train, also where it is nested as Train/train; None if there is none."""
+    folder = _child(base, *SPLITS[split])
+    while folder and (inner := _child(folder, *SPLITS[split])):
+        folder = inner
+    return folder
+
+
+def _benchmark_folder(data, root):
+    """The folder that holds train and test splits, at most three levels below what was asked for."""
+    asked = Path(data)
+    if data.lower() in NAMES and not asked.is_dir():
+        asked = _child(Path(root), *NAMES[data.lower()])
+        if asked is None:
+            fail(f"benchmark '{data}' not found: {Path(root).resolve()} has none of the folders {NAMES[data.lower()]}; "
+                 "prepare it with a script of datasets/, or give its folder with --data")
+    if not asked.is_dir():
+        fail(f"no folder {asked}; --data takes one of {', '.join(NAMES)} (looked for below --root) or a folder")
+    level = [asked]
+    for _ in range(4):
+        for folder in level:
+            if _split_folder(folder, "test") and list_split(folder, "train"):
+                return folder
+        level = sorted(p for folder in level for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+    fail(f"{asked} is not a benchmark: expected images in train/good, and test/good beside test/Ungood (or MVTec AD's "
+         f"test/<defect>), found {sorted(p.name for p in asked.iterdir())[:8]}")
+
+
+def _masks_of(images, folder, split):
+    """The mask file of each image, by stem (MVTec AD: stem_mask); [None, ...] where the benchmark has no masks."""
+    if folder is None:
+        return [None] * len(images)
+    masks = {p.stem.removesuffix("_mask"): p for p in _images(folder)}
+    for image in images:
+        if image.stem not in masks:
+            fail(f"{split}: anomalous image {image} has no mask {folder / image.stem}.png; add the mask or remove both")
+    if extra := set(masks) - {p.stem for p in images}:
+        fail(f"{split}: mask {masks[min(extra)]} has no image of that name; add the image or remove the mask")
+    return [masks[p.stem] for p in images]
+
+
+def list_split(base, split):
+    """[(image, label, mask or None)] of one split: label 0 (good) first, then 1; every published layout is read.
+
+    The layouts: train/good[/img], test/{good,Ungood}[/img] with masks in Ungood/{anomaly_mask,label};
+    valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with Test/test_label/Ungood;
+    MVTec AD's test/<defect> with ground_truth/<defect>/*_mask.png."""
+    folder = _split_folder(base, split)
+    if folder is None:
+        return []
+    sibling = f"{folder.name}_label".lower()
+    mask_roots = [_child(folder, "label"), _child(folder.parent, sibling), _child(folder, sibling),
+                  _child(base, "ground_truth")]
+    entries = []
+    for cls in sorted(p for p in (_child(folder, "img") or folder).iterdir() if p.is_dir() and p.name[0] != "."):
+        name = cls.name.lower()
+        if name in [*MASK_FOLDERS, sibling] or (split == "train" and name != "good"):
+            continue
+        images = _images(_child(cls, "img") or cls)
+        masks = [None] * len(images)
+        if name != "good":
+            folders = [_child(cls, *MASK_FOLDERS), *(_child(root, name) for root in mask_roots)]
+            masks = _masks_of(images, next(filter(None, folders), None), split)
+        entries += [(image, int(name != "good"), mask) for image, mask in zip(images, masks, strict=True)]
+    return sorted(entries, key=lambda e: (e[1], str(e[0])))
+
+
+# -------------------------------------------------------------------------------------------- benchmarks: decoding once
+def _decode(path, size=None):
+    """uint8 (C, size, size), C = 1 where the image is grey, else 3, and the file's own (width, height).
+
+    size None: not resized. 16 bit: 65535 is white. ValueError where the file cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            original = image.size
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                array = np.asarray(image, np.float32)
+                if image.mode == "F" or array.min() < 0 or array.max() > 65535:
+                    raise ValueError("32-bit or signed pixels have no fixed white: save it with 8 or 16 bits")
+                image = Image.fromarray(array / 257)
+            else:
+                image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+            image = image.resize((size, size), Image.Resampling.BILINEAR) if size else image  # Pillow antialiases
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # a broken PNG raises SyntaxError
+        raise ValueError(f"{path} is not a readable image ({e}); replace or remove it") from e
+    array = np.asarray(image)
+    array = np.rint(array).astype(np.uint8) if array.dtype != np.uint8 else array
+    if array.ndim == 2:
+        return array[None], original
+    array = array.transpose(2, 0, 1)
+    return (array[:1] if (array == array[:1]).all() else array), original
+
+
+def _decode_mask(path, image_size, size):
+    """bool (size, size): anomalous where the value is above 10% of full scale; resized by nearest neighbour."""
+    if path is None:
+        return np.zeros((size, size), bool)
+    array, original = _decode(path)
+    if original != image_size:
+        raise ValueError(f"mask {path} is {'x'.join(map(str, original))}, its image {'x'.join(map(str, image_size))} "
+                         "pixels; make them equal")
+    array = array.max(axis=0)
+    if 0 < array.max() <= 25:
+        raise ValueError(f"mask {path} has no value above {array.max()} of 255; save masks as 0 and 255 (anomalous)")
+    return np.asarray(Image.fromarray(array).resize((size, size), Image.Resampling.NEAREST)) > 25.5
+
+
+class Split:
+    """One split, decoded and resized once into arrays on disk: images uint8 (N, C, H, W), masks bool (N, H, W) or None.
+
+    `labels` (N,): 0 normal, 1 anomalous, -1 unknown; `paths`: as written to scores.csv."""
+
+    def __init__(self, name, entries, size, base, cache):
+        """entries: [(image, label, mask or None)] as `list_split` gives them; cache: folder for the decoded arrays."""
+        self.name, self.size = name, size
+        self.paths = [image.relative_to(base).as_posix() for image, _, _ in entries]
+        self.labels = np.array([label for _, label, _ in entries], int)
+        self.has_masks = any(mask for _, _, mask in entries)
+        state = [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for e in entries for p in (e[0], e[2]) if p]
+        where, what = (hashlib.sha256(repr(x).encode()).hexdigest()[:12] for x in (base.resolve(), (state, size)))
+        stem = f"{base.resolve().name}-{where}-{name}-{size}-{len(entries)}"
+        self.files = [cache / f"{stem}-{what}.{kind}.npy" for kind in ("images", "masks")]
+        if not all(f.exists() for f in self.files):
+            for old in cache.glob(f"{glob.escape(stem)}-*.npy"):  # from before a file changed
+                old.unlink(missing_ok=True)
+            try:
+                self._decode_all(entries)
+            except ValueError as e:
+                fail(e)
+
+    def _decode_all(self, entries):
+        def one(entry):
+            array, original = _decode(entry[0], self.size)
+            return array, _decode_mask(entry[2], original, self.size) if self.has_masks else None
+
+        def write(channels, f, g):
+            # written, not mapped: on a full disk a mapped write kills the process without a word
+            shape = len(entries), channels, self.size, self.size
+            np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
+            shape = (len(entries) * self.has_masks, self.size, self.size)
+            np.lib.format.write_array_header_1_0(g, dict(descr="|b1", fortran_order=False, shape=shape))
+            for start in progress(range(0, len(entries), 256), f"decoding {self.name}"):
+                for array, mask in pool.map(one, entries[start : start + 256]):
+                    if len(array) > channels:
+                        return False
+                    f.write(np.broadcast_to(array, (channels, self.size, self.size)).tobytes())
+                    if mask is not None:
+                        g.write(mask.tobytes())
+            return True
+
+        with atomic(self.files[0]) as images, atomic(self.files[1]) as masks, ThreadPoolExecutor() as pool:
+            for channels in (1, 3):  # grey, until a coloured image is met
+                with open(images, "wb") as f, open(masks, "wb") as g:
+                    if write(channels, f, g):
+                        break
+
+    # Both are mapped anew at each use, so that pages once read don't count as this process' memory for ever.
+    @property
+    def images(self):
+        return np.load(self.files[0], mmap_mode="r")
+
+    @property
+    def masks(self):
+        return np.load(self.files[1], mmap_mode="r") if self.has_masks else None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, indices, device="cpu"):
+        """Images (B, 3, H, W), float32 in [0, 1], on `device`; grey ones repeated to three channels."""
+        image = torch.from_numpy(self.images[indices]).to(device)  # an index array copies, so nothing mapped escapes
+        return (image.float() / 255).expand(-1, 3, -1, -1)
+
+    def batches(self, batch_size, device="cpu", shuffle=None, drop_last=False):
+        """Yield all images as `batch` gives them.
+
+        shuffle: None for file order, or a seed (an int or a tuple such as (seed, epoch)) for that seed's order.
+        drop_last: leave out an incomplete last batch, unless it is the only one."""
+        order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
+        if drop_last and len(self) >= batch_size:
+            order = order[: len(self) // batch_size * batch_size]
+        for start in range(0, len(order), batch_size):
+            yield self.batch(order[start : start + batch_size], device)
+
+
+def load_benchmark(args):
+    """(train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit; prints what was found.
+
+    valid is None where the benchmark has none (MVTec AD). With args.predict: (None, None, that folder's images).
+    Ends with one line naming the file for every kind of unusable input."""
+    cache = Path(args.root) / ".cache"
+    if args.predict:
+        base = Path(args.predict)
+        entries = [(p, -1, None) for p in _images(base, "**/*")]
+        if not entries:
+            fail(f"--predict {base}: no folder with images ({', '.join(sorted(SUFFIXES))})")
+        print(f"{base}: {len(entries)} images to score")
+        return None, None, Split("predict", entries, args.image_size, base, cache)
+    base = _benchmark_folder(args.data, args.root)
+    splits, counts = [], []
+    for name in SPLITS:
+        entries = list_split(base, name)
+        normal, anomalous = ([e for e in entries if e[1] == label] for label in (0, 1))
+        if args.limit:  # evenly spread over the files
+            normal, anomalous = ([c[i * len(c) // args.limit] for i in range(args.limit)] if len(c) > args.limit else c
+                                 for c in (normal, anomalous))
+        if name == "valid" and not (normal and anomalous):
+            print(f"warning: {base} has no valid split with normal and anomalous images: no checkpoint can be chosen, "
+                  "the last epoch is taken")
+            splits.append(None)
+            continue
+        if not normal or (name == "test" and not anomalous):
+            fail(f"{base}: the {name} split has {len(normal)} normal and {len(anomalous)} anomalous images; "
+                 f"put images (png, jpg, bmp, tif) into {name}/good" + " and test/Ungood" * (name == "test"))
+        splits.append(Split(name, normal + anomalous, args.image_size, base, cache))
+        counts.append(f"{name} {len(normal)} normal" + f" + {len(anomalous)} anomalous" * bool(anomalous))
+    print(f"{base}: {', '.join(counts)}; {'grey' if splits[2].images.shape[1] == 1 else 'colour'}, "
+          f"{args.image_size}x{args.image_size}, {'' if splits[2].has_masks else 'no '}masks"
+          + f"; LIMITED to {args.limit} a class" * bool(args.limit), flush=True)
+    return splits
+
+
+# -------------------------------------------------------------------------------------------------- pretrained networks
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalize(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """(B, 3, H, W) in [0, 1] -> zero mean and unit deviation a channel, as the network saw its training images."""
+    mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (image - mean) / std
+
+
+def sha256(source):
+    """Hex digest of a file (a path) or of a network's state (a module)."""
+    if not isinstance(source, torch.nn.Module):
+        with open(source, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for key, value in source.state_dict().items():
+        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_state(file, what):
+    """The state dict in `file`, on the CPU; ends with one line if it cannot be read. what: whose weights are wanted."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"no file {file}; give the {what}")
+    except Exception as e:  # not a zip file, truncated, or pickled objects that weights_only refuses
+        fail(f"{file} cannot be read by PyTorch ({str(e).splitlines()[0]}); give the {what}")
+
+
+def pretrained_network(name, weights):
+    """A torchvision classification network on the CPU; its `weights_used` is {name, weights, sha256, trained}.
+
+    weights: 'imagenet' (torchvision's IMAGENET1K_V1 through its own cache, the weights of all official codes), a FILE
+    (torchvision's state dict; the classifier may be missing), 'none' (untrained, always from seed 0), or 'auto'
+    ('imagenet', else 'none' with a warning). Without network or cache it ends within 10 s with one line."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = get_model(name, weights=None)
+    if weights == "none":
+        net.weights_used = dict(name=name, weights="none", sha256=sha256(net), trained=False)
+        return net
+    if weights in ("imagenet", "auto"):
+        published = get_model_weights(name).IMAGENET1K_V1
+        file = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rsplit("/", 1)[1]
+        timeout = socket.getdefaulttimeout()
+        try:
+            socket.setdefaulttimeout(8)
+            state = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except Exception as e:  # no network, a timeout, a broken file in the cache, a hash that differs
+            if weights == "auto":
+                print(f"warning: no ImageNet weights for {name} ({e}); going on with an UNTRAINED network", flush=True)
+                return pretrained_network(name, "none")
+            fail(f"ImageNet weights of {name} are neither cached nor to be had ({e}); put them at {file}, "
+                 "or give a file with --weights FILE, or run an untrained network with --weights none")
+        finally:
+            socket.setdefaulttimeout(timeout)
+    else:
+        file = Path(weights)
+        state = read_state(file, f"torchvision weights of {name}, or --weights imagenet, auto or none")
+    own = net.state_dict()
+    missing = [k for k in own if k not in state and not k.startswith(("fc.", "classifier."))]
+    wrong = [k for k in state if k not in own or state[k].shape != own[k].shape]
+    if missing or wrong:
+        fail(f"{file} does not fit torchvision's {name}: {len(missing)} tensors missing, {len(wrong)} unknown or of "
+             f"another shape (first: {(missing + wrong)[0]}); give weights of {name}, or another --backbone")
+    net.load_state_dict(state, strict=False)
+    net.weights_used = dict(name=name, weights=weights, sha256=sha256(file), trained=True)
+    return net
+
+
+def feature_extractor(name, layers, weights):
+    """A frozen network in eval mode that returns {layer: (B, C, h, w)} and stops at the last of `layers`.
+
+    name, weights: see `pretrained_network`; layers: torchvision's node names. A checkpoint leaves out every module with
+    `frozen` set, as here: it names that module's weights instead, and refuses others."""
+    net = pretrained_network(name, weights)
+    extractor = create_feature_extractor(net.eval(), layers).eval().requires_grad_(False)
+    extractor.train = lambda mode=True: extractor  # batch norm keeps its statistics, whatever the model around it does
+    extractor.weights_used, extractor.frozen = net.weights_used, True
+    return extractor
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+def image_metrics(labels, scores):
+    """Image AUROC and average precision (sklearn) of labels (N,) in {0, 1}, scores (N,); None if there is one class."""
+    if len(np.unique(labels)) < 2:
+        return dict(image_auroc=None, image_ap=None)
+    return dict(image_auroc=float(roc_auc_score(labels, scores)),
+                image_ap=float(average_precision_score(labels, scores)))
+
+
+class PixelMetrics:
+    """Pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps, one batch at a time, in constant memory.
+
+    Scores are counted in bins of their float32 bits, whose order is the order of the values. The upper 16 bits name a
+    page, made when a score first falls there, and 9 of the lower 16 bits a bin in it (a step of 0.002%); all 16 where
+    scores crowd (probabilities near 1, a large offset). Equal scores share a bin, so ties count as ties. Against
+    sorting all pixels the error is below 1e-6 (tests/test_common.py)."""
+
+    def __init__(self):
+        self.first, self.shift = np.full(65536, -1), np.zeros(65536, int)  # a page's first bin, and the bits it ignores
+        self.total, self.positive, self.overlap = np.zeros(0, int), np.zeros(0, int), np.zeros(0)  # by bin
+        self.low, self.high, self.regions = math.inf, -math.inf, 0
+
+    def _bin(self, scores):
+        """(n,) float32 -> (n,) bins."""
+        key = (scores + np.float32(0)).view(np.int32)  # -0 and 0 are one score
+        key ^= (key >> 31) & 0x7FFFFFFF  # two's complement order for negative floats too
+        page = (key >> 16) + 32768
+        first = self.first[page]
+        if first.min() < 0:
+            count = np.bincount(page[first < 0], minlength=65536)
+            new = np.flatnonzero(count)
+            bits = np.clip(np.ceil(np.log2(count[new] / key.size * 2**21)), 9, 16).astype(int)
+            self.shift[new] = 16 - bits
+            self.first[new] = self.total.size + np.cumsum(1 << bits) - (1 << bits)
+            room = np.zeros((1 << bits).sum(), int)
+            self.total, self.positive, self.overlap = (np.append(a, room.astype(a.dtype))
+                                                       for a in (self.total, self.positive, self.overlap))
+            first = self.first[page]
+        return first + ((key & 0xFFFF) >> self.shift[page])
+
+    def update(self, anomaly_maps, masks):
+        """anomaly_maps: (B, H, W) floats; masks: (B, H, W) bools. ValueError on other shapes or scores not finite."""
+        maps, masks = np.asarray(anomaly_maps, np.float32), np.asarray(masks, bool)
+        if maps.shape != masks.shape or maps.ndim != 3:
+            raise ValueError(f"anomaly maps {maps.shape} and masks {masks.shape} must both be (B, H, W)")
+        low, high = float(maps.min()), float(maps.max())
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise ValueError("anomaly maps hold values that are not finite")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        for anomaly_map, mask in zip(maps, masks, strict=True):  # one image at a time stays in the processor's cache
+            bins = self._bin(anomaly_map.ravel()).reshape(mask.shape)
+            np.add.at(self.total, bins.ravel(), 1)
+            if mask.any():
+                region, count = ndimage.label(mask, np.ones((3, 3)))  # 8-connected
+                inside, region = bins[mask], region[mask] - 1
+                np.add.at(self.positive, inside, 1)
+                np.add.at(self.overlap, inside, 1 / np.bincount(region)[region])  # thesis, Eq. 3.2: |A n C_k| / |C_k|
+                self.regions += count
+
+    def compute(self):
+        """{pixel_auroc, pixel_ap, aupro, dice}, each in [0, 1]; None where no pixel or every pixel is anomalous.
+
+        aupro: the mean overlap per region against the false positive rate, one curve over all images, area to 30%
+        divided by 0.3 (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5 of the maps scaled to [0, 1] by the least
+        and greatest value of the whole set (thesis, Eq. 3.3, Table 3.11)."""
+        half = self._bin(np.array([self.low / 2 + self.high / 2], np.float32))[0]
+        pages = np.flatnonzero(self.first >= 0)[::-1]  # from the highest score down
+        bins = np.concatenate([np.arange(2 ** (16 - self.shift[p]))[::-1] + self.first[p] for p in pages])
+        above = np.flatnonzero(bins == half)[0]  # the thesis: anomalous is a score greater than the threshold
+        positive, negative = self.positive[bins], (self.total - self.positive)[bins]
+        tp, fp = np.cumsum(positive), np.cumsum(negative)
+        if tp[-1] == 0 or fp[-1] == 0:
+            return dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
+        tpr, fpr = np.append(0, tp / tp[-1]), np.append(0, fp / fp[-1])
+        pro = np.append(0, np.cumsum(self.overlap[bins]) / self.regions)
+        inside = fpr <= 0.3
+        x, y = np.append(fpr[inside], 0.3), np.append(pro[inside], np.interp(0.3, fpr, pro))
+        return dict(
+            pixel_auroc=float(np.trapezoid(tpr, fpr)),
+            pixel_ap=float(np.sum(positive / tp[-1] * tp / np.maximum(tp + fp, 1))),
+            aupro=float(np.trapezoid(y, x) / 0.3),
+            dice=float(2 * positive[:above].sum() / ((positive + negative)[:above].sum() + tp[-1])),
+        )
+
+
+@torch.no_grad()
+def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
+    """Score a split: an object with metrics {image_auroc, ..., dice}, scores (N,), ms_per_image (from the image on the
+    device to score and map) and map_range, the (least, greatest) value of all maps, None without maps.
+
+    predict: images (B, 3, H, W) in [0, 1] -> anomaly maps (B, H, W) or None, anomaly scores (B,); higher is more
+    anomalous. The maps at `map_indices` (sorted) are written to `map_file` as they come, float32."""
+    scores, pixel, map_range, seconds, wanted, done = [], PixelMetrics(), None, 0.0, set(map_indices), 0
+    for image in progress(split.batches(batch_size, device), f"scoring {split.name}", -(-len(split) // batch_size)):
+        started = time.perf_counter()
+        anomaly_map, score = predict(image)
+        score = score.float().cpu().numpy()  # waits for the device
+        seconds += time.perf_counter() - started
+        if not np.isfinite(score).all():
+            bad = split.paths[done + int(np.flatnonzero(~np.isfinite(score))[0])]
+            fail(f"the score of {bad} is not finite: training diverged; lower --lr")
+        scores.append(score)
+        if anomaly_map is not None:
+            anomaly_map = anomaly_map.float().cpu().numpy()
+            low, high = map_range or (math.inf, -math.inf)
+            map_range = min(low, float(anomaly_map.min())), max(high, float(anomaly_map.max()))
+            if split.has_masks:
+                pixel.update(anomaly_map, split.masks[done : done + len(score)])
+            for i in wanted.intersection(range(done, done + len(score))):
+                map_file.seek(4 * sorted(wanted).index(i) * split.size**2)
+                map_file.write(anomaly_map[i - done].tobytes())
+        done += len(score)
+    scores = np.concatenate(scores)
+    nothing = dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
+    metrics = image_metrics(split.labels, scores) | (pixel.compute() if map_range and split.has_masks else nothing)
+    return SimpleNamespace(metrics=metrics, scores=scores, ms_per_image=1000 * seconds / done, map_range=map_range)
+
+
+# ------------------------------------------------------------------------------------------------------- the run folder
+# What may differ from the training run when a checkpoint is given; every other argument is taken from the checkpoint.
+FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "checkpoint", "predict"}
+
+
+def start_run(script, args):
+    """Seeds Python, NumPy and PyTorch, picks the device, makes `<out>/<data>/<method>/seed<k>`; returns the `Run`.
+
+    With args.checkpoint the arguments that define the model are taken from it, in place."""
+    if args.predict and not args.checkpoint:
+        fail("--predict needs a trained model: give --checkpoint FILE, the model.pt of a run")
+    method, restored = Path(script).stem, None
+    if args.checkpoint:
+        restored = _read_checkpoint(args.checkpoint, method)
+        defaults = {f.name: f.default for f in dataclasses.fields(args)}
+        for name, value in restored["args"].items():
+            moved = name.endswith("weights") and getattr(args, name, None) != defaults.get(name)  # now lies elsewhere
+            if name in defaults and name not in FREE and not moved:
+                setattr(args, name, value)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(best if args.device == "auto" else args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device {args.device} cannot be used ({str(e).splitlines()[0]}); try --device auto")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for on a GPU
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    asked = args.predict or args.data
+    data = Path(asked).resolve().name if Path(asked).is_dir() else asked
+    folder = Path(args.out) / data / method / f"seed{args.seed}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not args.predict:
+            (folder / "results.json").unlink(missing_ok=True)  # from here on the folder is not a finished run
+    except OSError as e:
+        fail(f"cannot write {folder}: {e.strerror}; choose another --out")
+    print(f"{method} on {data}, seed {args.seed}, {device}: {folder}", flush=True)
+    return Run(script, args, device, folder, restored)
+
+
+class Run:
+    """A run's folder, device and bookkeeping, made by `start_run`; results.json and its neighbours come from `finish`.
+
+    notes: what else a script wants in results.json (a dict that JSON can hold); kept with the checkpoint."""
+
+    def __init__(self, script, args, device, folder, restored):
+        self.script, self.args, self.device, self.folder = Path(script), args, device, folder
+        self.method, self.restored = self.script.stem, restored  # restored: what --checkpoint holds, or None
+        self.history, self.best, self.epoch, self.notes = [], -math.inf, None, {}
+        self.started = time.perf_counter()
+
+    def validate(self, model, epoch, valid, **losses):
+        """Log the epoch; at every args.eval_every-th and the last one score valid and keep the state that is best yet.
+
+        The criterion: image AUROC, averaged with pixel AUROC where there are masks (thesis, 3.4.1: chosen on valid,
+        looked at every 10 epochs); the first of equals. Without a valid split the last epoch is kept.
+        losses: name -> value of this epoch; one that is not finite ends the run."""
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            fail(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
+        row = dict(epoch=epoch, seconds=round(time.perf_counter() - self.started, 1), **losses)
+        self.history.append(row)
+        if epoch % self.args.eval_every and epoch != self.args.epochs:
+            return
+        value = math.inf
+        if valid:
+            metrics = evaluate(model.predict, valid, self.args.batch_size, self.device).metrics
+            value = np.mean([v for v in (metrics["image_auroc"], metrics["pixel_auroc"]) if v is not None])
+            row |= {f"valid_{k}": v for k, v in metrics.items() if v is not None}
+        if value > self.best or not valid:
+            self.best = value
+            self.keep(model, epoch)
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float) and k != "seconds")
+        print(f"epoch {epoch}/{self.args.epochs}  {shown}" + "  (best)" * (self.epoch == epoch), flush=True)
+        keys = list(dict.fromkeys(k for r in self.history for k in r))
+        write_csv(self.folder / "log.csv", [{k: r.get(k) for k in keys} for r in self.history])
+
+    def keep(self, model, epoch=None):
+        """Write the model's state, without frozen networks, as checkpoint.pt: the state that `finish` evaluates."""
+        self.epoch = epoch
+        state = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(_frozen(model))}
+        with atomic(self.folder / "checkpoint.pt") as tmp:
+            torch.save(dict(method=self.method, args=dataclasses.asdict(self.args), epoch=epoch, notes=self.notes,
+                            train_seconds=time.perf_counter() - self.started, weights=_weights(model), state=state),
+                       tmp)
+
+    def load(self, model):
+        """Put the kept (with --checkpoint: the given) state into `model`; returns its epoch and train seconds."""
+        source = self.args.checkpoint or self.folder / "checkpoint.pt"
+        kept = self.restored or _read_checkpoint(source, self.method)
+        theirs, ours = (", ".join(f"{w['name']} {w['sha256'][:12]}" for w in weights)
+                        for weights in (kept["weights"], _weights(model)))
+        if theirs != ours:
+            fail(f"{source} was trained on the frozen weights {theirs}, these are {ours}; give the same ones")
+        try:
+            missing, unknown = model.load_state_dict(kept["state"], strict=False)
+            if unknown or (missing := [k for k in missing if not k.startswith(_frozen(model))]):
+                raise RuntimeError(f"{(unknown + missing)[0]} is {'unknown' if unknown else 'missing'}")
+        except RuntimeError as e:
+            fail(f"{source} does not fit this model: {str(e).splitlines()[-1].strip()}; use the arguments of its run")
+        self.notes = kept["notes"]
+        return kept["epoch"], kept["train_seconds"]
+
+
+def _frozen(model):
+    return tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "frozen", False))
+
+
+def _weights(model):
+    return [module.weights_used for module in model.modules() if hasattr(module, "weights_used")]
+
+
+def _read_checkpoint(file, method):
+    kept = read_state(file, f"model.pt of a {method} run")
+    if not isinstance(kept, dict) or kept.get("method") != method:
+        found = kept.get("method") if isinstance(kept, dict) else None
+        fail(f"{file} is a checkpoint of {found or 'something else'}; give the model.pt of a {method} run")
+    return kept
+
+
+def finish(run, model, splits):
+    """Evaluate the kept state on the test split, once, and write the run folder; the last file is results.json.
+
+    splits: (train, valid, test) of `load_benchmark`. scores.csv: path, label, score. maps/: panels of image, ground
+    truth and heat map, min-max over the test set (thesis, 3.4.1). With --predict: scores.csv and maps/ only."""
+    args, test = run.args, splits[2]
+    epoch, train_seconds = run.load(model)
+    model.to(run.device)
+    count = len(test) if args.maps < 0 else min(args.maps, len(test))
+    shown = [i * len(test) // count for i in range(count)]  # the same images for all methods
+    with tempfile.TemporaryFile(dir=run.folder) as raw:
+        result = evaluate(model.predict, test, args.batch_size, run.device, shown, raw)
+        if result.map_range and count:
+            raw.flush()
+            maps = np.memmap(raw, np.float32, "r", shape=(count, test.size, test.size))
+            _write_panels(run.folder / "maps", test, shown, maps, *result.map_range)
+    rows = zip(test.paths, test.labels, result.scores, strict=True)
+    write_csv(run.folder / "scores.csv",
+              [dict(path=p, label="" if y < 0 else int(y), score=repr(float(s))) for p, y, s in rows])
+    if args.predict:
+        print(f"{len(test)} scores, {count if result.map_range else 0} heat maps: {run.folder}")
+        return
+    packages = ("torch", "torchvision", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow")
+    parameters = list(model.parameters())
+    results = dict(
+        method=run.method, data=run.folder.parts[-3], seed=args.seed, metrics=result.metrics,
+        images={s.name: {k: int((s.labels == i).sum()) for i, k in enumerate(("normal", "anomalous"))}
+                for s in splits if s},
+        epoch=epoch, train_seconds=round(train_seconds, 2), test_ms_per_image=round(result.ms_per_image, 2),
+        peak_memory_gib=peak_memory(run.device),
+        parameters=dict(total=sum(p.numel() for p in parameters),
+                        trained=sum(p.numel() for p in parameters if p.requires_grad)),
+        weights=_weights(model), notes=run.notes, args=dataclasses.asdict(args),
+        versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
+        device=torch.cuda.get_device_name() if run.device.type == "cuda" else str(run.device),
+        threads=torch.get_num_threads(), commit=_commit(run.script.parent),
+        finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+    if run.restored is None:
+        os.replace(run.folder / "checkpoint.pt", run.folder / "model.pt")
+    with atomic(run.folder / run.script.name) as tmp:
+        shutil.copyfile(run.script, tmp)
+    with atomic(run.folder / "results.json") as tmp:
+        tmp.write_text(json.dumps(results, indent=1))
+    for name in [w["name"] for w in results["weights"] if not w["trained"]]:
+        print(f"NOTE: {name} ran with UNTRAINED weights; the figures show that the code runs, no more")
+    for name, value in result.metrics.items():
+        print(f"  {name:<11}  " + ("-" if value is None else f"{value:.4f}"))
+    print(f"  epoch {epoch or '-'}, train {train_seconds:.1f} s, test {result.ms_per_image:.1f} ms/image, "
+          f"peak {results['peak_memory_gib']['ram']:.2f} GiB: {run.folder}")
+
+
+def _write_panels(folder, split, indices, maps, low, high):
+    with atomic(folder) as tmp:
+        tmp.mkdir()
+        for i, anomaly_map in zip(indices, maps, strict=True):
+            image = np.broadcast_to(split.images[i], (3, split.size, split.size)).transpose(1, 2, 0)
+            heat = (anomaly_map - low) / (high - low or 1)
+            jet = np.clip(1.5 - np.abs(4 * heat[..., None] - [3, 2, 1]), 0, 1) * 255  # blue is low, red is high
+            panels = [image, (0.5 * image + 0.5 * jet).astype(np.uint8)]
+            if split.has_masks:
+                panels.insert(1, np.repeat(split.masks[i][..., None] * np.uint8(255), 3, axis=2))
+            name = split.paths[i].rsplit(".", 1)[0].replace("/", "_")
+            Image.fromarray(np.concatenate(panels, axis=1)).save(tmp / f"{name}.png")
+
+
+def peak_memory(device):
+    """GiB: the process' largest resident size so far and, on a GPU, the most that PyTorch allocated there."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    peak = dict(ram=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3))
+    return peak | (dict(gpu=round(torch.cuda.max_memory_allocated() / 2**30, 3)) if device.type == "cuda" else {})
+
+
+def _commit(folder):
+    """The commit of the checkout that holds the script, '+changes' if it was edited; None outside a checkout."""
+    def git(*command):
+        return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + "+changes" * bool(git("status", "--porcelain", "-uno")) if commit else None
+    except OSError:
+        return None

@@ -1,0 +1,187 @@
+"""PaDiM (Defard, Setkov, Loesch, Audigier, ICPR 2021, arXiv:2011.08785).
+
+At each position of the image the features of a pretrained CNN, three layers deep, are modelled by one Gaussian,
+fitted on normal images in a single pass without training. A position is as anomalous as its Mahalanobis distance from
+its Gaussian.
+
+Settings: thesis, Table 3.4: 100 features with resnet18, 550 with wide_resnet50_2 (the default here: the thesis gives
+one row for both backbones and does not say which).
+Differences from the paper: 256 pixels, not 256 cropped to 224; images are not cropped, since lesions may lie at the
+border.
+Differences from xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master, the port that everybody uses: none in the
+result. The features of all images are never held: mean and covariance are accumulated batch by batch (Chan et al.),
+so memory does not grow with their number. Since a deep layer's feature is shared by 4 or 16 positions of the first
+layer's grid, its part of covariance and Cholesky factor is computed once on its own grid, exactly, at a quarter of
+the memory.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+# The layers of strides 4, 8 and 16, and how many of all their channels are drawn at random (thesis, Table 3.4).
+LAYERS = {
+    "resnet18": (["layer1", "layer2", "layer3"], 100),
+    "resnet50": (["layer1", "layer2", "layer3"], 550),
+    "wide_resnet50_2": (["layer1", "layer2", "layer3"], 550),
+    "mobilenet_v2": (["features.3", "features.6", "features.13"], 100),  # our choice: no published setting
+}
+EPSILON = 0.01  # added to the covariance's diagonal (paper, Sec. 3.2)
+
+
+@dataclass
+class Args:
+    data: str = "phantom"
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    root: str = "data"
+    """folder of the prepared benchmarks; decoded images are cached below it"""
+    out: str = "runs"
+    """results go to <out>/<data>/<method>/seed<k>"""
+    seed: int = 0
+    """seeds Python, NumPy and PyTorch"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    image_size: int = 256
+    """images are resized to this many pixels squared (thesis, 4.3.3)"""
+    batch_size: int = 32
+    """images a batch; changes nothing but speed and memory"""
+    limit: int | None = None
+    """at most this many images of each split and class, for quick looks"""
+    maps: int = 50
+    """how many test images get a picture; 0 none, -1 all"""
+    checkpoint: str | None = None
+    """a model.pt: skip training and evaluate it"""
+    predict: str | None = None
+    """with --checkpoint: score the images of this folder, no labels needed"""
+    backbone: str = "wide_resnet50_2"
+    """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
+    weights: str = "imagenet"
+    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    features: int | None = None
+    """d, channels drawn at random from all layers; None is the thesis' number for the backbone"""
+
+
+class PaDiM(nn.Module):
+    """Layers go from the coarsest grid (l = 0) to the finest: d_l channels of layer l are drawn, on P_l = h_l * w_l
+    positions. The vector x at a position of grid l holds the drawn channels of layers 0..l, D_l = d_0 + ... + d_l."""
+
+    def __init__(self, backbone, weights, features, image_size):
+        super().__init__()
+        if backbone not in LAYERS:
+            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+        layers, published = LAYERS[backbone]
+        self.backbone = common.feature_extractor(backbone, layers, weights)
+        self.layers = layers[::-1]
+        shapes = [f.shape[1:] for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (C, h, w)
+        channels = [c for c, _, _ in shapes]
+        features = features or published
+        if not 0 < features <= sum(channels):
+            common.fail(f"--features {features}: {backbone} has {sum(channels)} channels in {', '.join(layers)}")
+        drawn = torch.randperm(sum(channels))[:features].sort().values  # the same for all positions
+        for l, (start, (c, h, w)) in enumerate(zip([0, *torch.tensor(channels).cumsum(0)], shapes, strict=False)):
+            mine = drawn[(drawn >= start) & (drawn < start + c)] - start
+            depth = int((drawn < start + c).sum())
+            self.register_buffer(f"channels{l}", mine)  # (d_l,)
+            self.register_buffer(f"mean{l}", torch.zeros(h * w, depth))  # (P_l, D_l)
+            self.register_buffer(f"whiten{l}", torch.zeros(h * w, len(mine), depth))  # (P_l, d_l, D_l), see fit
+        self.grids = [(h, w) for _, h, w in shapes]
+
+    def features(self, image):
+        found = self.backbone(common.normalize(image))
+        return [found[k] for k in self.layers]
+
+    def embed(self, image):
+        """(B, 3, H, W) -> a (P_l, B, D_l) for each l: drawn channels, coarser layers repeated onto grid l (nearest)."""
+        joint = None
+        for l, feature in enumerate(self.features(image)):
+            feature = feature[:, self.get_buffer(f"channels{l}")]  # (B, d_l, h, w)
+            joint = feature if l == 0 else torch.cat([F.interpolate(joint, feature.shape[-2:]), feature], dim=1)
+            yield joint.flatten(2).permute(2, 0, 1)  # (B, D_l, h, w) -> (P_l, B, D_l)
+
+    @torch.inference_mode()
+    def fit(self, batches):
+        """Mean and covariance of each position from batches of normal images, then the whitening of `predict`."""
+        n = 0
+        means = [self.get_buffer(f"mean{l}").zero_() for l in range(len(self.layers))]
+        scatter = [self.get_buffer(f"whiten{l}").zero_() for l in range(len(self.layers))]  # rows of layer l only
+        for image in batches:
+            b = len(image)
+            for l, x in enumerate(self.embed(image)):
+                delta = x.mean(1) - means[l]  # (P_l, D_l)
+                extra = (n * b / (n + b)) ** 0.5 * delta  # Chan et al. 1979: the two means' scatter, as one more row
+                z = torch.cat([x - x.mean(1, keepdim=True), extra[:, None]], dim=1)  # (P_l, B + 1, D_l)
+                scatter[l].baddbmm_(z[:, :, -scatter[l].shape[1] :].mT, z)
+                means[l] += delta * (b / (n + b))
+            n += b
+        # S = L L^T, and |L^-1 (x - m)|^2 is the squared Mahalanobis distance. L^-1 is lower triangular, so its rows of
+        # layer l need layers 0..l only and are shared like them. With C the covariance of layer l with coarser ones,
+        # V the rows of L^-1 above and S_l the covariance within layer l: A = C V^T are the new rows of L, R R^T =
+        # S_l - A A^T its new diagonal block, and R^-1 [-A V, I] the new rows of L^-1.
+        for l in range(len(self.layers)):
+            d, depth = scatter[l].shape[1:]
+            for rows in torch.arange(len(scatter[l]), device=scatter[l].device).split(256):
+                cov = scatter[l][rows].double() / max(n - 1, 1)  # (256, d_l, D_l)
+                a_v = torch.zeros_like(cov[:, :, :-d])
+                own = cov[:, :, -d:] + EPSILON * torch.eye(d, device=cov.device)
+                if l:
+                    v = self._coarser(scatter, l, rows)  # (256, D_l - d_l, D_l - d_l)
+                    a = cov[:, :, :-d] @ v.mT
+                    own, a_v = own - a @ a.mT, a @ v
+                eye = torch.eye(d, device=cov.device, dtype=cov.dtype).expand_as(own)
+                r = torch.linalg.cholesky(own)
+                scatter[l][rows] = torch.linalg.solve_triangular(r, torch.cat([-a_v, eye], dim=2), upper=False).float()
+
+    def _coarser(self, whiten, l, rows):
+        """L^-1 of layers 0..l-1 at positions `rows` of grid l, (len(rows), D, D), put together from their own grids."""
+        height, width = self.grids[l]
+        parts = []
+        for k in range(l):
+            h, w = self.grids[k]
+            part = whiten[k][(rows // width * h // height) * w + rows % width * w // width].double()  # (n, d_k, D_k)
+            parts.append(F.pad(part, (0, whiten[l - 1].shape[2] - part.shape[2])))
+        return torch.cat(parts, dim=1)
+
+    @torch.inference_mode()
+    def predict(self, image):
+        """Anomaly map (B, H, W): the Mahalanobis distance, smoothed; anomaly score (B,): its maximum."""
+        self.eval()
+        squared = 0
+        for l, x in enumerate(self.embed(image)):
+            z = (x - self.get_buffer(f"mean{l}")[:, None]) @ self.get_buffer(f"whiten{l}").mT  # (P_l, B, d_l)
+            share = z.square().sum(2).T.unflatten(1, self.grids[l])[:, None]  # (B, 1, h, w)
+            squared = share + (F.interpolate(squared, self.grids[l]) if l else 0)  # nearest: coarser layers are shared
+        anomaly_map = F.interpolate(squared.sqrt(), image.shape[-2:], mode="bilinear")  # paper, Eq. 2: the root
+        anomaly_map = smooth(anomaly_map)[:, 0]
+        return anomaly_map, anomaly_map.amax(dim=(1, 2))
+
+
+def smooth(anomaly_map, sigma=4):
+    """Gaussian filter of (B, 1, H, W) cut at 4 sigma, edge pixels mirrored, equal to scipy.ndimage.gaussian_filter."""
+    radius = 4 * sigma
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=anomaly_map.device) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    for dim in (2, 3):  # separable
+        size = anomaly_map.shape[dim]
+        head, tail = (anomaly_map.narrow(dim, s, radius).flip(dim) for s in (0, size - radius))
+        padded = torch.cat([head, anomaly_map, tail], dim)
+        anomaly_map = F.conv2d(padded, kernel.view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)))
+    return anomaly_map
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    run = common.start_run(__file__, args)
+    train, valid, test = common.load_benchmark(args)
+    model = PaDiM(args.backbone, args.weights, args.features, args.image_size).to(run.device)
+    if not args.checkpoint:
+        model.fit(common.progress(train.batches(args.batch_size, run.device), "fitting", len(train) / args.batch_size))
+        run.keep(model)
+    common.finish(run, model, (train, valid, test))
