@@ -9,6 +9,7 @@ Shapes: N images of a split, B of a batch, C channels, H W image. Scores: higher
 """
 
 import csv
+import ctypes
 import dataclasses
 import glob
 import hashlib
@@ -425,33 +426,19 @@ def image_metrics(labels, scores):
 class PixelMetrics:
     """Pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps, one batch at a time, in constant memory.
 
-    Scores are counted in bins of their float32 bits, whose order is the order of the values. The upper 16 bits name a
-    page, made when a score first falls there, and 9 of the lower 16 bits a bin in it (a step of 0.002%); all 16 where
-    scores crowd (probabilities near 1, a large offset). Equal scores share a bin, so ties count as ties. Against
-    sorting all pixels the error is below 1e-6 (tests/test_common.py)."""
+    Up to two million pixels are sorted. More are counted in bins of their float32 bits, whose order is the order of the
+    values: the upper 16 bits name a page, made when a score first falls there, and 9 of the lower 16 bits a bin in it
+    (a step of 0.002%), or more, up to all 16, where scores crowd (probabilities near 1, a large offset). Equal scores
+    share a bin, so ties count as ties. The error is below 1e-6 (tests/test_common.py)."""
+
+    SORTED = 2**21
 
     def __init__(self):
-        self.first, self.shift = np.full(65536, -1), np.zeros(65536, int)  # a page's first bin, and the bits it ignores
-        self.total, self.positive, self.overlap = np.zeros(0, int), np.zeros(0, int), np.zeros(0)  # by bin
-        self.low, self.high, self.regions = math.inf, -math.inf, 0
-
-    def _bin(self, scores):
-        """(n,) float32 -> (n,) bins."""
-        key = (scores + np.float32(0)).view(np.int32)  # -0 and 0 are one score
-        key ^= (key >> 31) & 0x7FFFFFFF  # two's complement order for negative floats too
-        page = (key >> 16) + 32768
-        first = self.first[page]
-        if first.min() < 0:
-            count = np.bincount(page[first < 0], minlength=65536)
-            new = np.flatnonzero(count)
-            bits = np.clip(np.ceil(np.log2(count[new] / key.size * 2**21)), 9, 16).astype(int)
-            self.shift[new] = 16 - bits
-            self.first[new] = self.total.size + np.cumsum(1 << bits) - (1 << bits)
-            room = np.zeros((1 << bits).sum(), int)
-            self.total, self.positive, self.overlap = (np.append(a, room.astype(a.dtype))
-                                                       for a in (self.total, self.positive, self.overlap))
-            first = self.first[page]
-        return first + ((key & 0xFFFF) >> self.shift[page])
+        # By page: its first bin, and how many of the lower bits it ignores.
+        self.first, self.shift = np.full(65536, -1, np.int32), np.zeros(65536, np.int32)
+        # By bin: pixels, anomalous ones among them, and the sum over these of 1 / their region's size.
+        self.total, self.positive, self.overlap = np.zeros(0, np.int32), np.zeros(0, int), np.zeros(0)
+        self.pending, self.pixels, self.regions, self.low, self.high = [], 0, 0, math.inf, -math.inf
 
     def update(self, anomaly_maps, masks):
         """anomaly_maps: (B, H, W) floats; masks: (B, H, W) bools. ValueError on other shapes or scores not finite."""
@@ -462,39 +449,87 @@ class PixelMetrics:
         if not math.isfinite(low) or not math.isfinite(high):
             raise ValueError("anomaly maps hold values that are not finite")
         self.low, self.high = min(self.low, low), max(self.high, high)
-        for anomaly_map, mask in zip(maps, masks, strict=True):  # one image at a time stays in the processor's cache
-            bins = self._bin(anomaly_map.ravel()).reshape(mask.shape)
-            np.add.at(self.total, bins.ravel(), 1)
+        for anomaly_map, mask in zip(maps, masks, strict=True):
+            share = None
             if mask.any():
                 region, count = ndimage.label(mask, np.ones((3, 3)))  # 8-connected
-                inside, region = bins[mask], region[mask] - 1
-                np.add.at(self.positive, inside, 1)
-                np.add.at(self.overlap, inside, 1 / np.bincount(region)[region])  # thesis, Eq. 3.2: |A n C_k| / |C_k|
+                region = region[mask] - 1
+                share = np.flatnonzero(mask), 1 / np.bincount(region)[region]  # thesis, Eq. 3.2: |A n C_k| / |C_k|
                 self.regions += count
+            self.pending.append((anomaly_map.ravel() + np.float32(0), share))  # a copy; -0 and 0 are one score
+        if sum(len(scores) for scores, _ in self.pending) > self.SORTED:
+            self._count_pending()
+
+    @staticmethod
+    def _key(scores):
+        """float32 -> the page (0 to 65535) and the lower 16 bits, which order the scores."""
+        bits = scores.view(np.int32)
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # two's complement for negative floats
+        return (bits >> 16).astype(int) + 32768, bits & 0xFFFF
+
+    def _count_pending(self):
+        keys = [self._key(scores) for scores, _ in self.pending]
+        unseen = [page for page, _ in keys if self.first.take(page).min() < 0]
+        pages = np.bincount(np.concatenate([np.zeros(0, int), *unseen]), minlength=65536)
+        new = np.flatnonzero((pages > 0) & (self.first < 0))
+        bits = np.clip(np.ceil(np.log2(pages[new] / pages.sum() * 2**20)), 9, 16).astype(np.int32)
+        self.shift[new] = 16 - bits
+        self.first[new] = len(self.total) + np.cumsum(1 << bits) - (1 << bits)
+        room = (1 << bits).sum()
+        self.total, self.positive, self.overlap = (np.append(a, np.zeros(room, a.dtype))
+                                                   for a in (self.total, self.positive, self.overlap))
+        self.pixels += sum(len(scores) for scores, _ in self.pending)
+        if self.pixels > np.iinfo(np.int32).max:
+            self.total = self.total.astype(int)  # 32 bits count twice as fast while they suffice
+        for (page, low), (_, share) in zip(keys, self.pending, strict=True):
+            bins = self.first.take(page) + (low >> self.shift.take(page))
+            np.add.at(self.total, bins, self.total.dtype.type(1))
+            if share:
+                np.add.at(self.positive, bins[share[0]], 1)
+                np.add.at(self.overlap, bins[share[0]], share[1])
+        self.pending = []
+
+    def _ordered(self):
+        """(total, positive, overlap) by distinct score or bin, from the highest down, and the least score's key."""
+        if len(self.total):
+            self._count_pending()
+            pages = np.flatnonzero(self.first >= 0)[::-1]
+            offsets = [np.arange(1 << (16 - self.shift[p]))[::-1] for p in pages]
+            bins = np.concatenate([self.first[p] + offset for p, offset in zip(pages, offsets, strict=True)])
+            keys = [(p << 16) + (offset << self.shift[p]) for p, offset in zip(pages, offsets, strict=True)]
+            return self.total[bins], self.positive[bins], self.overlap[bins], np.concatenate(keys)
+        values, bins = np.unique(np.concatenate([scores for scores, _ in self.pending]), return_inverse=True)
+        shares = np.zeros(len(bins))
+        start = 0
+        for scores, share in self.pending:
+            if share:
+                shares[start + share[0]] = share[1]
+            start += len(scores)
+        page, low = self._key(values)
+        found = np.bincount(bins), np.bincount(bins, shares > 0), np.bincount(bins, shares), (page << 16) + low
+        return tuple(a[::-1] for a in found)
 
     def compute(self):
         """{pixel_auroc, pixel_ap, aupro, dice}, each in [0, 1]; None where no pixel or every pixel is anomalous.
 
         aupro: the mean overlap per region against the false positive rate, one curve over all images, area to 30%
         divided by 0.3 (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5 of the maps scaled to [0, 1] by the least
-        and greatest value of the whole set (thesis, Eq. 3.3, Table 3.11)."""
-        half = self._bin(np.array([self.low / 2 + self.high / 2], np.float32))[0]
-        pages = np.flatnonzero(self.first >= 0)[::-1]  # from the highest score down
-        bins = np.concatenate([np.arange(2 ** (16 - self.shift[p]))[::-1] + self.first[p] for p in pages])
-        above = np.flatnonzero(bins == half)[0]  # the thesis: anomalous is a score greater than the threshold
-        positive, negative = self.positive[bins], (self.total - self.positive)[bins]
-        tp, fp = np.cumsum(positive), np.cumsum(negative)
+        and greatest value of the whole set; greater is anomalous (thesis, Eq. 3.3, Table 3.11)."""
+        total, positive, overlap, keys = self._ordered()
+        page, low = self._key(np.array([self.low / 2 + self.high / 2], np.float32))
+        above = keys > (page << 16) + low
+        tp, fp = np.cumsum(positive), np.cumsum(total - positive)
         if tp[-1] == 0 or fp[-1] == 0:
             return dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
         tpr, fpr = np.append(0, tp / tp[-1]), np.append(0, fp / fp[-1])
-        pro = np.append(0, np.cumsum(self.overlap[bins]) / self.regions)
+        pro = np.append(0, np.cumsum(overlap) / self.regions)
         inside = fpr <= 0.3
         x, y = np.append(fpr[inside], 0.3), np.append(pro[inside], np.interp(0.3, fpr, pro))
         return dict(
             pixel_auroc=float(np.trapezoid(tpr, fpr)),
             pixel_ap=float(np.sum(positive / tp[-1] * tp / np.maximum(tp + fp, 1))),
             aupro=float(np.trapezoid(y, x) / 0.3),
-            dice=float(2 * positive[:above].sum() / ((positive + negative)[:above].sum() + tp[-1])),
+            dice=float(2 * positive[above].sum() / (total[above].sum() + tp[-1])),
         )
 
 
@@ -561,6 +596,9 @@ def start_run(script, args):
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for on a GPU
     torch.use_deterministic_algorithms(True, warn_only=True)
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc returns large freed blocks to the system; on a CPU their
+        for option in (-3, -1):  # new pages cost more than the arithmetic: keep up to 1 GiB (M_MMAP_, M_TRIM_THRESHOLD)
+            libc.mallopt(option, 2**30)
     asked = args.predict or args.data
     data = Path(asked).resolve().name if Path(asked).is_dir() else asked
     folder = Path(args.out) / data / method / f"seed{args.seed}"
@@ -686,6 +724,8 @@ def finish(run, model, splits):
         parameters=dict(total=sum(p.numel() for p in parameters),
                         trained=sum(p.numel() for p in parameters if p.requires_grad)),
         weights=_weights(model), notes=run.notes, args=dataclasses.asdict(args),
+        changed={f.name: getattr(args, f.name) for f in dataclasses.fields(args)
+                 if f.name not in FREE | {"seed"} and getattr(args, f.name) != f.default},  # not as published
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         device=torch.cuda.get_device_name() if run.device.type == "cuda" else str(run.device),
         threads=torch.get_num_threads(), commit=_commit(run.script.parent),

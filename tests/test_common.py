@@ -1,0 +1,437 @@
+"""common.py: metrics against slow references, every accepted layout and image kind, every promised error line."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import nn
+from torchvision.models import mobilenet_v2
+
+import common
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+def blobs(seed, n=24, size=96):
+    """Masks (n, size, size), half of them empty, the others with overlapping rectangles; a signal that follows them."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((n, size, size), bool)
+    for mask in masks[n // 2 :]:
+        for _ in range(rng.integers(1, 4)):
+            y, x = rng.integers(0, size - 20, 2)
+            mask[y : y + rng.integers(2, 18), x : x + rng.integers(2, 18)] = True
+    return masks, rng.normal(size=masks.shape) + masks
+
+
+def sorted_reference(maps, masks):
+    """Every pixel sorted, every distinct score a threshold; regions by an explicit loop."""
+    overlap, regions = np.zeros(maps.shape), 0
+    for i, mask in enumerate(masks):
+        labelled, count = ndimage.label(mask, np.ones((3, 3)))
+        for k in range(1, count + 1):
+            overlap[i][labelled == k] = 1 / (labelled == k).sum()
+        regions += count
+    scores, truth = maps.ravel(), masks.ravel()
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(scores[order])), scores.size - 1)  # of each group of equal scores
+    fpr = np.append(0, np.cumsum(~truth[order])[last] / (~truth).sum())
+    pro = np.append(0, np.cumsum(overlap.ravel()[order])[last] / regions)
+    cut = fpr <= 0.3
+    x, y = np.append(fpr[cut], 0.3), np.append(pro[cut], np.interp(0.3, fpr, pro))
+    predicted = scores > scores.min() / 2 + scores.max() / 2
+    return dict(
+        pixel_auroc=roc_auc_score(truth, scores),
+        pixel_ap=average_precision_score(truth, scores),
+        aupro=np.trapezoid(y, x) / 0.3,
+        dice=2 * (predicted & truth).sum() / (predicted.sum() + truth.sum()),
+    )
+
+
+def streamed(maps, masks, batch=8):
+    metrics = common.PixelMetrics()
+    for start in range(0, len(maps), batch):
+        metrics.update(maps[start : start + batch], masks[start : start + batch])
+    return metrics.compute()
+
+
+SHAPES = {
+    "normal": lambda z: z,
+    "heavy tail, log-normal(5)": lambda z: np.exp(5 * z),
+    "negative heavy tail": lambda z: -np.exp(-3 * z),
+    "probabilities near 1": lambda z: 1 / (1 + np.exp(-6 - 2 * z)),
+    "large offset": lambda z: 1000 + z / 100,
+    "ties": lambda z: np.round(2 * z),
+    "ties with a flat background": lambda z: np.maximum(z, 0),
+    "huge": lambda z: 1e30 * z,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("images", [24, 300])  # few enough to be sorted, and counted in bins
+def test_pixel_metrics_equal_sorting_all_pixels(shape, images):
+    masks, signal = blobs(0, images)
+    maps = SHAPES[shape](signal).astype(np.float32)
+    found, expected = streamed(maps, masks), sorted_reference(maps, masks)
+    for name in ("pixel_auroc", "pixel_ap", "aupro"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+    assert found["dice"] == pytest.approx(expected["dice"], abs=1e-4)
+
+
+def test_aupro_worked_out_by_hand():
+    masks = np.zeros((1, 4, 4), bool)
+    masks[0, 0, 0] = masks[0, 3, 2:] = True  # two regions, of 1 and 2 pixels; 13 normal pixels
+    maps = np.zeros((1, 4, 4), np.float32)
+    maps[0, 0, 0], maps[0, 1, 1], maps[0, 3, 2] = 3, 2, 1
+    # thresholds 3, 2, 1, 0: (fpr, pro) = (0, 1/2), (1/13, 1/2), (1/13, 3/4), (1, 1); then a line to fpr 0.3
+    at_limit = 3 / 4 + (0.3 - 1 / 13) / (1 - 1 / 13) / 4
+    area = 1 / 13 / 2 + (0.3 - 1 / 13) * (3 / 4 + at_limit) / 2
+    assert streamed(maps, masks)["aupro"] == pytest.approx(area / 0.3, abs=1e-12)
+
+
+def test_diagonal_neighbours_are_one_region():
+    masks = np.zeros((1, 4, 4), bool)
+    masks[0, 0, 0] = masks[0, 1, 1] = True
+    metrics = common.PixelMetrics()
+    metrics.update(np.zeros((1, 4, 4)), masks)
+    assert metrics.regions == 1
+
+
+def test_perfect_maps_score_one_and_constant_maps_one_half():
+    masks, _ = blobs(0)
+    perfect, constant = streamed(masks.astype(np.float32), masks), streamed(np.full(masks.shape, 7.0), masks)
+    assert perfect == pytest.approx(dict(pixel_auroc=1, pixel_ap=1, aupro=1, dice=1), abs=1e-12)
+    assert constant["pixel_auroc"] == pytest.approx(0.5)
+    assert constant["aupro"] == pytest.approx(0.15)  # the diagonal's area up to 0.3, divided by 0.3
+
+
+def test_increasing_functions_and_batch_size_change_nothing():
+    masks, signal = blobs(0)
+    maps = signal.astype(np.float32)
+    one = streamed(maps, masks, batch=8)
+    for other in (streamed(4 * maps, masks), streamed(maps, masks, batch=5), streamed(maps[::-1], masks[::-1])):
+        assert other == pytest.approx(one, abs=1e-9)
+
+
+def test_memory_of_pixel_metrics_does_not_grow_with_the_number_of_images():
+    masks, signal = blobs(0, 240)
+    metrics, held = common.PixelMetrics(), []
+    for repeat in range(4):
+        metrics.update(np.exp(signal + repeat / 1e4), masks)
+        held.append(metrics.total.nbytes + sum(s.nbytes for s, _ in metrics.pending))
+    assert held[-1] < 1.02 * held[0]
+
+
+def test_pixel_metrics_without_anomalous_pixels_are_none():
+    assert set(streamed(np.zeros((2, 4, 4)), np.zeros((2, 4, 4), bool)).values()) == {None}
+
+
+@pytest.mark.parametrize("maps, masks", [
+    (np.zeros((2, 4, 4)), np.zeros((2, 5, 4))), (np.zeros((4, 4)), np.zeros((4, 4))),
+    (np.full((1, 4, 4), np.nan), np.zeros((1, 4, 4)))])
+def test_pixel_metrics_refuse_wrong_shapes_and_values_that_are_not_finite(maps, masks):
+    with pytest.raises(ValueError):
+        common.PixelMetrics().update(maps, masks)
+
+
+def test_image_metrics_equal_values_worked_out_by_hand():
+    found = common.image_metrics([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
+    assert found == pytest.approx(dict(image_auroc=3 / 4, image_ap=(1 + 2 / 3) / 2))
+    assert common.image_metrics([1, 1], [0.1, 0.2]) == dict(image_auroc=None, image_ap=None)
+
+
+# -------------------------------------------------------------------------------------------------------------- loaders
+def save(path, value=100, mode="L", size=(20, 16)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+
+
+def build(base, train, valid, test, masks=None, count=2):
+    """Folders for good images (and, with {cls}, anomalous ones too); masks: (valid, test) folders or None."""
+    for i in range(count + 1):
+        save(base / train / f"n{i}.png", 10 * i)
+    for j, split in enumerate((valid, test)):
+        for cls in ("good", "Ungood"):
+            for i in range(count):
+                save(base / split.format(cls=cls) / f"{cls}{i}.png", 50 + i)
+        if masks:
+            for i in range(count):
+                save(base / masks[j] / f"Ungood{i}.png", 255)
+
+
+LAYOUTS = {
+    "plain": ("Brain", "train/good", "valid/{cls}", "test/{cls}", None),
+    "img and anomaly_mask": ("Brain_AD", "train/good/img", "valid/{cls}/img", "test/{cls}/img",
+                             ("valid/Ungood/anomaly_mask", "test/Ungood/anomaly_mask")),
+    "img and label": ("brain", "train/good", "valid/{cls}/img", "test/{cls}/img",
+                      ("valid/Ungood/label", "test/Ungood/label")),
+    "liver below Train/hist_DIY": ("Liver/Train/hist_DIY", "train/good/img", "valid/img/{cls}", "test/img/{cls}",
+                                   ("valid/label/Ungood", "test/label/Ungood")),
+    "resc nested": ("RESC", "Train/train/good", "Val/val/{cls}", "Test/test/{cls}",
+                    ("Val/val_label/Ungood", "Test/test_label/Ungood")),
+    "oct2017": ("Retina_OCT2017_AD", "train/good", "val/{cls}", "test/{cls}", None),
+    "chest below itself": ("chest-rsna/Chest-RSNA", "train/good", "val/{cls}", "test/{cls}", None),
+    "histo": ("camelyon16_256", "train/good", "valid/{cls}", "test/{cls}", None),
+}
+DATA = {"liver": "liver", "resc": "resc", "oct2017": "oct2017", "chest": "chest", "histo": "histo"}
+
+
+def arguments(root, data, **changed):
+    return SimpleNamespace(**dict(data=data, root=str(root), image_size=32, limit=None, predict=None) | changed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_published_layout_is_read_by_benchmark_name(layout, tmp_path):
+    folder, train, valid, test, masks = LAYOUTS[layout]
+    build(tmp_path / folder, train, valid, test, masks)
+    save(tmp_path / folder / train / ".DS_Store.png")
+    (tmp_path / folder / train / "Thumbs.db").write_text("no image")
+    name = DATA.get(layout.split()[0], "brain")
+    splits = common.load_benchmark(arguments(tmp_path, name))
+    assert [s.labels.tolist() for s in splits] == [[0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    assert [s.has_masks for s in splits] == [False, bool(masks), bool(masks)]
+    if masks:
+        assert splits[2].masks.mean(axis=(1, 2)).tolist() == [0, 0, 1, 1]
+
+
+def test_masks_of_good_images_are_passed_over(tmp_path):
+    build(tmp_path / "b", "train/good", "valid/{cls}/img", "test/{cls}/img",
+          ("valid/Ungood/anomaly_mask", "test/Ungood/anomaly_mask"))
+    save(tmp_path / "b/test/good/anomaly_mask/good0.png", 255)
+    assert common.load_benchmark(arguments(tmp_path, str(tmp_path / "b")))[2].masks[:2].max() == 0
+
+
+def test_mvtec_layout_has_no_valid_split_and_masks_by_suffix(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"m/train/good/{i:03}.png")
+        save(tmp_path / f"m/test/good/{i:03}.png")
+        for defect in ("crack", "cut"):
+            save(tmp_path / f"m/test/{defect}/{i:03}.png")
+            save(tmp_path / f"m/ground_truth/{defect}/{i:03}_mask.png", 255)
+    train, valid, test = common.load_benchmark(arguments(tmp_path, str(tmp_path / "m")))
+    assert valid is None and len(train) == 3 and test.labels.sum() == 6 and test.masks.any(axis=(1, 2)).sum() == 6
+
+
+@pytest.mark.parametrize("suffix, mode, value, expected", [
+    ("png", "L", 51, 51), ("png", "RGB", (51, 51, 51), 51), ("png", "RGBA", (51, 51, 51, 9), 51), ("bmp", "L", 51, 51),
+    ("png", "LA", (51, 9), 51), ("png", "I;16", 51 * 257, 51), ("tiff", "I;16", 51 * 257, 51), ("jpg", "L", 51, 51),
+    ("png", "1", 1, 255), ("tif", "RGB", (51, 51, 51), 51)])
+def test_image_kinds_decode_to_the_same_grey(suffix, mode, value, expected, tmp_path):
+    save(tmp_path / f"a.{suffix}", value, mode)
+    array, size = common._decode(tmp_path / f"a.{suffix}", 8)
+    assert array.shape == (1, 8, 8) and size == (20, 16) and set(array.ravel().tolist()) == {expected}
+
+
+def test_palette_and_colour_images_keep_three_channels(tmp_path):
+    image = Image.new("RGB", (20, 16), (200, 100, 50))
+    image.save(tmp_path / "rgb.png")
+    image.quantize(4).save(tmp_path / "palette.png")
+    for name in ("rgb.png", "palette.png"):
+        assert common._decode(tmp_path / name, 8)[0][:, 0, 0].tolist() == [200, 100, 50]
+
+
+def test_images_are_reduced_with_antialiasing_and_masks_by_nearest_neighbour(tmp_path):
+    stripes = np.tile(np.array([0, 255], np.uint8), (16, 8))
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    assert abs(int(common._decode(tmp_path / "a.png", 8)[0][0, 4, 4]) - 128) < 20
+    mask = common._decode_mask(tmp_path / "a.png", (16, 16), 8)
+    assert mask.dtype == bool and (mask.all() or not mask.any())
+
+
+def test_mask_threshold_is_a_tenth_of_full_scale(tmp_path):
+    Image.fromarray(np.array([[0, 25, 26, 255]], np.uint8)).save(tmp_path / "m.png")
+    assert common._decode_mask(tmp_path / "m.png", (4, 1), 4)[0].tolist() == [False, False, True, True]
+
+
+def test_grey_benchmarks_are_held_with_one_channel_and_batches_have_three(tmp_path):
+    build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
+    train = common.load_benchmark(arguments(tmp_path, str(tmp_path / "b")))[0]
+    assert train.images.shape == (3, 1, 32, 32)
+    batch = next(train.batches(2))
+    assert batch.shape == (2, 3, 32, 32) and batch.dtype == torch.float32
+    assert batch[1].unique().tolist() == pytest.approx([10 / 255])
+
+
+def test_one_late_coloured_image_turns_the_whole_split_to_three_channels(tmp_path):
+    build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
+    save(tmp_path / "b/train/good/z.png", (200, 100, 50), "RGB")
+    images = common.load_benchmark(arguments(tmp_path, str(tmp_path / "b")))[0].images
+    assert images.shape == (4, 3, 32, 32)
+    assert images[-1, :, 0, 0].tolist() == [200, 100, 50] and images[1, :, 0, 0].tolist() == [10, 10, 10]
+
+
+def test_the_decoded_cache_is_used_again_and_notices_a_changed_file(tmp_path):
+    build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
+    ask = arguments(tmp_path, str(tmp_path / "b"))
+    first = common.load_benchmark(ask)[0]
+    written = os.stat(first.files[0]).st_mtime_ns
+    assert os.stat(common.load_benchmark(ask)[0].files[0]).st_mtime_ns == written
+    save(tmp_path / "b/train/good/n0.png", 222)
+    changed = common.load_benchmark(ask)[0]
+    assert changed.images[0].max() == 222 and not first.files[0].exists()
+    assert not list((tmp_path / ".cache").glob(".tmp*"))
+
+
+def test_limit_takes_at_most_n_images_of_each_split_and_class(tmp_path):
+    build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}", count=5)
+    splits = common.load_benchmark(arguments(tmp_path, str(tmp_path / "b"), limit=2))
+    assert [s.labels.tolist() for s in splits] == [[0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+
+
+def test_shuffled_batches_are_a_permutation_that_the_seed_decides(tmp_path):
+    build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}", count=9)
+    train = common.load_benchmark(arguments(tmp_path, str(tmp_path / "b")))[0]
+
+    def order(seed):
+        return torch.cat([b[:, 0, 0, 0] for b in train.batches(4, shuffle=seed)]).tolist()
+
+    assert order((0, 1)) == order((0, 1)) != order((0, 2)) and sorted(order((0, 1))) == sorted(order(None))
+    assert [len(b) for b in train.batches(4, drop_last=True)] == [4, 4]
+    assert [len(b) for b in train.batches(64, drop_last=True)] == [10]
+
+
+# ---------------------------------------------------------------------------------------------------------- error lines
+def damage_image(base):
+    file = base / "test/Ungood/img/Ungood1.png"
+    file.write_bytes(file.read_bytes()[:40])
+    return file
+
+
+def damage_kind(base):
+    file = base / "train/good/n1.png"
+    file.write_text("no image at all")
+    return file
+
+
+def remove_mask(base):
+    file = base / "test/Ungood/anomaly_mask/Ungood1.png"
+    file.unlink()
+    return file
+
+
+def remove_image(base):
+    (base / "test/Ungood/img/Ungood1.png").unlink()
+    return base / "test/Ungood/anomaly_mask/Ungood1.png"
+
+
+def change_mask_size(base):
+    file = base / "test/Ungood/anomaly_mask/Ungood1.png"
+    save(file, 255, size=(9, 9))
+    return file
+
+
+def weaken_mask(base):
+    file = base / "valid/Ungood/anomaly_mask/Ungood0.png"
+    save(file, 1)
+    return file
+
+
+def empty_test(base):
+    for file in (base / "test/good/img").iterdir():
+        file.unlink()
+    return "test split has 0 normal"
+
+
+def remove_train(base):
+    for file in (base / "train/good").iterdir():
+        file.unlink()
+    return "is not a benchmark"
+
+
+@pytest.mark.parametrize("harm", [damage_image, damage_kind, remove_mask, remove_image, change_mask_size, weaken_mask,
+                                  empty_test, remove_train])
+def test_bad_benchmarks_end_with_one_line_that_names_the_file(harm, tmp_path, capsys):
+    build(tmp_path / "b", "train/good", "valid/{cls}/img", "test/{cls}/img",
+          ("valid/Ungood/anomaly_mask", "test/Ungood/anomaly_mask"))
+    named = harm(tmp_path / "b")
+    with pytest.raises(SystemExit) as stopped:
+        common.load_benchmark(arguments(tmp_path, str(tmp_path / "b")))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and str(named) in error
+    assert not list((tmp_path / ".cache").glob(".tmp*"))
+
+
+@pytest.mark.parametrize("data, said", [("brain", "benchmark 'brain' not found"), ("nowhere", "no folder nowhere")])
+def test_missing_benchmarks_end_with_one_line(data, said, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        common.load_benchmark(arguments(tmp_path, data))
+    assert said in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_with_one_line_and_leaves_nothing(tmp_path, capsys):
+    with pytest.raises(SystemExit), common.atomic(tmp_path / "a.txt") as tmp:
+        tmp.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert "No space left" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+def test_untrained_networks_are_the_same_for_every_seed_and_say_so():
+    torch.manual_seed(1)
+    one = common.pretrained_network("mobilenet_v2", "none").weights_used
+    torch.manual_seed(2)
+    assert one == common.pretrained_network("mobilenet_v2", "none").weights_used and one["trained"] is False
+
+
+def test_a_weights_file_without_classifier_is_loaded_and_recorded(tmp_path):
+    state = {k: v for k, v in mobilenet_v2().state_dict().items() if not k.startswith("classifier")}
+    torch.save(state, tmp_path / "w.pth")
+    net = common.pretrained_network("mobilenet_v2", str(tmp_path / "w.pth"))
+    assert torch.equal(net.state_dict()["features.3.conv.0.0.weight"], state["features.3.conv.0.0.weight"])
+    assert net.weights_used["trained"] and net.weights_used["sha256"] == common.sha256(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("content, said", [
+    (None, "no file"), (b"not a file of tensors", "cannot be read"), ({"a": torch.zeros(1)}, "does not fit")])
+def test_wrong_weights_files_end_with_one_line(content, said, tmp_path, capsys):
+    file = tmp_path / "w.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content:
+        torch.save(content, file)
+    with pytest.raises(SystemExit) as stopped:
+        common.pretrained_network("mobilenet_v2", str(file))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and str(file) in error and error.count("\n") == 1
+
+
+def test_without_network_imagenet_names_three_ways_out_and_auto_goes_on_untrained(tmp_path, monkeypatch, capsys):
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(SystemExit):
+        common.pretrained_network("mobilenet_v2", "imagenet")
+    error = capsys.readouterr().err
+    assert all(way in error for way in (str(tmp_path), "--weights FILE", "--weights none"))
+    assert common.pretrained_network("mobilenet_v2", "auto").weights_used["trained"] is False
+    assert "UNTRAINED" in capsys.readouterr().out
+
+
+def test_feature_extractors_stay_frozen_in_eval_mode_inside_a_training_model():
+    model = nn.Sequential(common.feature_extractor("mobilenet_v2", ["features.3"], "none"), nn.Identity())
+    before = common.sha256(model[0])
+    model.train()
+    with torch.no_grad():
+        found = model[0](torch.rand(2, 3, 64, 64))
+    assert found["features.3"].shape == (2, 24, 16, 16)
+    assert not any(m.training for m in model[0].modules()) and common.sha256(model[0]) == before
+    assert not any(p.requires_grad for p in model.parameters())
+    assert "features.4.conv.0.0.weight" not in model[0].state_dict()  # stops at the last layer needed
+
+
+def test_normalize_gives_zero_mean_and_unit_deviation_at_imagenet_statistics():
+    image = torch.tensor(common.IMAGENET_MEAN).view(1, 3, 1, 1) + torch.tensor(common.IMAGENET_STD).view(1, 3, 1, 1)
+    assert common.normalize(image).flatten().tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_every_file_of_the_repository_is_within_the_layout_of_the_design():
+    allowed = {"methods", "datasets", "tests", "common.py", "report.py", "run_all.sh", "requirements.txt", "README.md",
+               "LICENSE", "data", "runs"}
+    root = Path(__file__).resolve().parents[1]
+    assert {p.name for p in root.iterdir() if p.name[0] != "." and p.name != "__pycache__"} <= allowed
