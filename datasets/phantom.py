@@ -1,0 +1,161 @@
+"""phantom: a benchmark that needs no download, made from the brain MR volume that every nibabel installation contains.
+
+What it is: one volunteer's brain (an axial volume of 128x96x24 voxels that nibabel distributes as test data), cut,
+deformed and re-coloured anew for each image, with painted lesions. A demonstration for first runs and tests, no
+benchmark: nothing measured on it says anything about patients.
+
+The rule, for each image with its own seeded generator:
+1. a slice at a random depth and tilt, mirrored or not, scaled, turned and elastically deformed;
+2. anomalous ones get one to three lesions: bright or dark, textured, soft-edged, of irregular outline; the mask is
+   where a lesion changes the image by more than a third of its greatest change;
+3. a random tone curve, a smooth bias field and Rician noise.
+
+Writes <root>/phantom/{train/good,{valid,test}/{good,Ungood}}/img/*.png (8-bit grey), masks in Ungood/anomaly_mask, and
+manifest.csv. The same arguments give the same bytes. Counts by default: train 200; valid 20 + 20; test 60 + 60.
+
+Source: nibabel/tests/data/example4d.nii.gz, two repetitions of one scan, which are averaged. nibabel's MIT licence
+covers the package with its examples; where the scan comes from, nibabel does not say.
+"""
+
+import dataclasses
+import json
+import sys
+import zlib
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import tyro
+from PIL import Image
+from scipy import ndimage
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+VOXEL = (2.0, 2.0, 2.2)  # mm
+FIELD_OF_VIEW = 200  # mm across an image
+
+
+@dataclass
+class Args:
+    root: str = "data"
+    """the benchmark is written to <root>/phantom"""
+    seed: int = 0
+    """seeds every image"""
+    size: int = 128
+    """pixels across an image"""
+    train: int = 200
+    """normal training images"""
+    valid: int = 20
+    """validation images of each class"""
+    test: int = 60
+    """test images of each class"""
+
+
+def read_volume():
+    """The brain as (x, y, z) floats, 1 being its 99.5th percentile; x runs to the left, y to the front, z up."""
+    source = files("nibabel") / "tests" / "data" / "example4d.nii.gz"
+    try:
+        with as_file(source) as path:
+            volume = np.asarray(nibabel.load(path).dataobj, np.float32).mean(axis=3)  # two repetitions
+    except FileNotFoundError:
+        common.fail(f"this nibabel has no {source}: the distribution left its test data out; install it with pip")
+    except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as e:
+        common.fail(f"cannot read {source} ({e}); install nibabel again, with pip")
+    return volume / np.percentile(volume, 99.5)
+
+
+def smooth_noise(rng, size, width):
+    """(size, size) Gaussian noise of unit deviation, smooth over `width` pixels."""
+    noise = ndimage.gaussian_filter(rng.normal(size=(size, size)), width, mode="wrap")
+    return noise / noise.std()
+
+
+def slice_of(volume, middle, rng, size):
+    """A deformed slice (size, size), and what it was cut with."""
+    scale, turn = rng.uniform(0.88, 1.12, 2), rng.normal(0, np.radians(4))
+    cut = dict(depth=rng.uniform(6, 20), tilt_x=rng.normal(0, np.radians(3)), tilt_y=rng.normal(0, np.radians(4)),
+               mirrored=bool(rng.integers(2)))
+    mm = FIELD_OF_VIEW / size
+    v, u = np.mgrid[:size, :size] * mm - FIELD_OF_VIEW / 2  # downwards and to the right, mm from the middle
+    bend = [rng.uniform(1, 3) * smooth_noise(rng, size, size / 10) for _ in range(2)]  # mm
+    u, v = (u + bend[0]) * scale[0], (v + bend[1]) * scale[1]
+    u, v = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
+    u = -u if cut["mirrored"] else u
+    z = cut["depth"] + (u * np.tan(cut["tilt_x"]) + v * np.tan(cut["tilt_y"])) / VOXEL[2]
+    where = [middle[0] + u / VOXEL[0], middle[1] - v / VOXEL[1], z]
+    return np.clip(ndimage.map_coordinates(volume, where, order=2, prefilter=False, mode="grid-constant"), 0, None), cut
+
+
+def lesions(image, rng):
+    """What lesions add to an image (size, size), and their mask; they lie inside the brain."""
+    size = len(image)
+    brain = ndimage.binary_fill_holes(ndimage.gaussian_filter(image, size / 64) > 0.25)
+    inside = np.argwhere(ndimage.binary_erosion(brain, iterations=max(1, size // 32)))
+    y, x = np.mgrid[:size, :size]
+    change, mask = np.zeros_like(image), np.zeros(image.shape, bool)
+    for _ in range(rng.choice([1, 2, 3], p=[0.6, 0.25, 0.15])):
+        radius = np.exp(rng.uniform(np.log(5), np.log(16))) * size / FIELD_OF_VIEW  # 5 to 16 mm
+        centre = inside[rng.integers(len(inside))]
+        stretch, angle = rng.uniform(0.7, 1.4), rng.uniform(0, np.pi)
+        dy, dx = y - centre[0], x - centre[1]
+        along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+        distance = np.hypot(along * stretch, across / stretch) / radius
+        distance += 0.22 * smooth_noise(rng, size, radius / 2)  # an irregular outline
+        shape = brain / (1 + np.exp(np.clip((distance - 1) / rng.uniform(0.05, 0.15), -50, 50)))  # a soft edge
+        texture = 1 + 0.25 * smooth_noise(rng, size, max(1, radius / 5))
+        added = rng.choice([-1, 1]) * rng.uniform(0.15, 0.45) * shape * texture
+        mask |= np.abs(added) > np.abs(added).max() / 3
+        change += added
+    return change, mask
+
+
+def finish_image(image, rng):
+    """Tone curve, bias field and Rician noise -> uint8 (size, size)."""
+    size = len(image)
+    image = np.clip(image, 0, None) ** rng.uniform(0.75, 1.35) * rng.uniform(0.5, 0.75)
+    image = image * np.exp(0.1 * smooth_noise(rng, size, size / 4))
+    noise = rng.uniform(0.01, 0.03) * rng.normal(size=(2, size, size))
+    return np.clip(255 * np.hypot(image + noise[0], noise[1]), 0, 255).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.size < 32 or min(args.train, args.valid, args.test) < 1 or args.seed < 0:
+        common.fail("--size must be at least 32, --train, --valid and --test at least 1, and --seed not negative")
+    folder = Path(args.root) / "phantom"
+    asked = json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k != "root"})
+    if folder.exists():
+        made = folder / "arguments.json"
+        if made.exists() and made.read_text() == asked:
+            print(f"{folder} is there already, made with these arguments; nothing to do")
+            raise SystemExit
+        common.fail(f"{folder} exists and was made with other arguments; remove it, or choose another --root")
+    volume = read_volume()
+    middle = [(s.start + s.stop - 1) / 2 for s in ndimage.find_objects((volume > 0.25).astype(int))[0]]  # of the brain
+    volume = ndimage.spline_filter(volume, order=2)
+    rows = []
+    with common.atomic(folder) as tmp:
+        for s, (split, counts) in enumerate(dict(train=(args.train, 0), valid=(args.valid, args.valid),
+                                                 test=(args.test, args.test)).items()):
+            for label, (name, count) in enumerate(zip(("good", "Ungood"), counts, strict=True)):
+                kinds = ["img", "anomaly_mask"][: 1 + label] if count else []
+                for kind in kinds:
+                    (tmp / split / name / kind).mkdir(parents=True)
+                for i in range(count):
+                    rng = np.random.default_rng([args.seed, s, label, i])
+                    image, cut = slice_of(volume, middle, rng, args.size)
+                    path = Path(split) / name / "img" / f"{i:04}.png"
+                    if label:
+                        change, mask = lesions(image, rng)
+                        image = image + change
+                        Image.fromarray(mask * np.uint8(255)).save(tmp / split / name / "anomaly_mask" / path.name)
+                    Image.fromarray(finish_image(image, rng)).save(tmp / path)
+                    rows.append(dict(image=path.as_posix(), split=split, label=label, source="example4d.nii.gz",
+                                     **{k: round(v, 4) for k, v in cut.items()}))
+        common.write_csv(tmp / "manifest.csv", rows)
+        (tmp / "arguments.json").write_text(asked)
+    print(f"{folder}: train {args.train} normal, valid {args.valid} + {args.valid}, test {args.test} + {args.test} "
+          f"(normal + anomalous), {args.size}x{args.size} pixels; one brain, deformed, lesions painted: no benchmark")
