@@ -1,0 +1,216 @@
+"""Every script of methods/ as a user runs it, on a small phantom, with untrained weights and short budgets."""
+
+import csv
+import dataclasses
+import json
+import runpy
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load_script, run_script
+from PIL import Image
+
+import common
+
+METHODS = sorted(p.stem for p in (ROOT / "methods").glob("*.py"))
+SHORT = {  # the budgets of these tests
+    "clip_recon": ["--model", "tiny", "--clip-weights", "none", "--backbone", "mobilenet_v2", "--weights", "none",
+                   "--epochs", 2, "--eval-every", 1, "--image-size", 64],
+    "padim": ["--backbone", "mobilenet_v2", "--weights", "none", "--image-size", 64],
+    "patchcore": ["--backbone", "mobilenet_v2", "--weights", "none", "--image-size", 64],
+}
+RANDOM = set(METHODS)  # methods whose scores depend on the seed
+IMAGE_ONLY = set()  # methods that give no anomaly map
+SHARED = {"data": str, "root": str, "out": str, "seed": int, "device": str, "image_size": int, "batch_size": int,
+          "limit": int, "maps": int, "checkpoint": str, "predict": str}
+
+
+def size_of(method):
+    flags = SHORT[method]
+    return flags[flags.index("--image-size") + 1] if "--image-size" in flags else 256
+
+
+def run_here(method, *arguments):
+    """Run a script in this process (no second import of PyTorch), with the same effect as from the shell."""
+    argv, state = sys.argv, torch.get_rng_state()
+    sys.argv = [f"{method}.py", *map(str, arguments)]
+    try:
+        return runpy.run_path(str(ROOT / f"methods/{method}.py"), run_name="__main__")
+    finally:
+        sys.argv = argv
+        torch.set_rng_state(state)
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(request, phantom, tmp_path_factory):
+    """(method, run folder, common arguments, stdout) of a finished run, started from the shell."""
+    out = tmp_path_factory.mktemp("runs")
+    arguments = ["--data", "phantom", "--root", phantom, "--device", "cpu", *SHORT[request.param]]
+    done = run_script(f"methods/{request.param}.py", *arguments, "--out", out, "--maps", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" or "Warning" in done.stderr, done.stderr  # no progress bar outside a terminal
+    return request.param, out / "phantom" / request.param / "seed0", arguments, done.stdout
+
+
+def read_scores(folder):
+    with open(folder / "scores.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_a_run_leaves_complete_results(finished):
+    method, folder, _, stdout = finished
+    results = json.loads((folder / "results.json").read_text())
+    assert set(results) == {"method", "data", "seed", "metrics", "images", "epoch", "train_seconds",
+                            "test_ms_per_image", "peak_memory_gib", "parameters", "weights", "notes", "args",
+                            "changed", "versions", "device", "threads", "commit", "finished"}
+    assert (results["method"], results["data"], results["seed"]) == (method, "phantom", 0)
+    metrics = results["metrics"]
+    assert list(metrics) == ["image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "dice"]
+    for name, value in metrics.items():
+        if method in IMAGE_ONLY and not name.startswith("image"):
+            assert value is None
+        else:
+            assert 0 <= value <= 1, name
+    assert results["images"] == dict(train=dict(normal=12, anomalous=0), valid=dict(normal=4, anomalous=4),
+                                     test=dict(normal=6, anomalous=6))
+    assert "train 12 normal" in stdout and f"{metrics['image_auroc']:.4f}" in stdout
+    assert {p.name for p in folder.iterdir()} <= {"results.json", "scores.csv", "model.pt", "maps", f"{method}.py",
+                                                  "log.csv"}
+    assert (folder / f"{method}.py").read_text() == (ROOT / f"methods/{method}.py").read_text()
+
+
+def test_untrained_weights_are_marked(finished):
+    _, folder, _, stdout = finished
+    weights = json.loads((folder / "results.json").read_text())["weights"]
+    assert not any(w["trained"] for w in weights)
+    assert ("UNTRAINED" in stdout) == bool(weights)
+
+
+def test_scores_give_the_reported_auroc_again(finished):
+    _, folder, *_ = finished
+    rows = read_scores(folder)
+    labels, scores = [int(r["label"]) for r in rows], [float(r["score"]) for r in rows]
+    reported = json.loads((folder / "results.json").read_text())["metrics"]["image_auroc"]
+    assert len(rows) == 12 and common.image_metrics(labels, scores)["image_auroc"] == pytest.approx(reported, abs=1e-9)
+    assert len(set(scores)) > 6  # images are told apart
+    assert {r["path"].split("/")[1] for r in rows} == {"good", "Ungood"}
+
+
+def test_maps_show_image_ground_truth_and_heat(finished):
+    method, folder, *_ = finished
+    if method in IMAGE_ONLY:
+        assert not (folder / "maps").exists()
+        return
+    panels = [Image.open(p) for p in (folder / "maps").iterdir()]
+    size = size_of(method)
+    assert len(panels) == 3 and {p.size for p in panels} == {(3 * size, size)}
+    assert all(np.asarray(p).std() > 0 for p in panels)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(finished, tmp_path):
+    method, folder, arguments, _ = finished
+    for seed in (0, 1):
+        run_here(method, *arguments, "--out", tmp_path, "--maps", 0, "--seed", seed)
+    again, other = (tmp_path / "phantom" / method / f"seed{seed}/scores.csv" for seed in (0, 1))
+    assert again.read_bytes() == (folder / "scores.csv").read_bytes()
+    assert (other.read_bytes() != again.read_bytes()) == (method in RANDOM)
+
+
+def test_a_checkpoint_gives_the_metrics_of_its_run_without_its_arguments(finished, phantom, tmp_path):
+    method, folder, *_ = finished
+    run_here(method, "--checkpoint", folder / "model.pt", "--root", phantom, "--out", tmp_path, "--device", "cpu",
+             "--maps", 0)
+    first, second = (json.loads((f / "results.json").read_text())
+                     for f in (folder, tmp_path / "phantom" / method / "seed0"))
+    assert first["metrics"] == second["metrics"] and first["epoch"] == second["epoch"]
+
+
+def test_predict_scores_any_folder_of_images(finished, phantom, tmp_path):
+    method, folder, *_ = finished
+    shutil.copytree(phantom / "phantom/test/Ungood/img", tmp_path / "new/some/where")
+    run_here(method, "--checkpoint", folder / "model.pt", "--predict", tmp_path / "new", "--root", tmp_path, "--out",
+             tmp_path / "runs", "--device", "cpu")
+    found = tmp_path / "runs/new" / method / "seed0"
+    scores = {r["path"].split("/")[-1]: float(r["score"]) for r in read_scores(found)}
+    known = {r["path"].split("/")[-1]: float(r["score"]) for r in read_scores(folder) if r["label"] == "1"}
+    assert scores == pytest.approx(known, rel=1e-4) and not (found / "results.json").exists()
+    assert method in IMAGE_ONLY or len(list((found / "maps").iterdir())) == 6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_scripts_share_names_and_wording_of_their_arguments(method):
+    script = load_script(f"methods/{method}.py")
+    fields = {f.name: f for f in dataclasses.fields(script.Args)}
+    expected = dict(SHARED)
+    if "epochs" in fields:
+        expected |= {"lr": float, "eval_every": int}
+        assert fields["eval_every"].default == 10
+    for name in expected:
+        assert name in fields, name
+    source = (ROOT / f"methods/{method}.py").read_text()
+    exemplar = (ROOT / "methods/padim.py").read_text()
+    for name in ("data", "root", "out", "seed", "device", "limit", "maps", "checkpoint", "predict", "weights"):
+        if name in fields:
+            start = exemplar.index(f"    {name}: ")
+            assert exemplar[start : exemplar.index('"""\n', exemplar.index('"""', start) + 3)] in source, name
+    if "backbone" in fields:
+        assert "mobilenet_v2" in source
+    assert "arXiv" in script.__doc__ and "Differences" in script.__doc__ or method == "clip_recon"
+
+
+@pytest.mark.parametrize("damage", ["another method", "not a checkpoint", "missing", "truncated"])
+def test_wrong_checkpoints_end_with_one_line(damage, phantom, tmp_path, capsys):
+    file = tmp_path / "model.pt"
+    if damage == "another method":
+        torch.save(dict(method="patchcore", args={}), file)
+    elif damage == "not a checkpoint":
+        file.write_text("text")
+    elif damage == "truncated":
+        torch.save(dict(method="padim", state=dict(a=torch.zeros(1000))), file)
+        file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(SystemExit) as stopped:
+        run_here("padim", "--checkpoint", file, "--root", phantom, "--out", tmp_path)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and str(file) in error
+
+
+def test_a_checkpoint_refuses_other_frozen_weights(phantom, tmp_path, capsys):
+    arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT["padim"]]
+    run_here("padim", *arguments)
+    net = common.pretrained_network("mobilenet_v2", "none")
+    net.features[0][0].weight.data += 1
+    torch.save(net.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(SystemExit):
+        run_here("padim", "--checkpoint", tmp_path / "phantom/padim/seed0/model.pt", *arguments[:6], "--weights",
+                 tmp_path / "other.pth")
+    assert "trained on the frozen weights" in capsys.readouterr().err
+
+
+def test_copying_one_script_and_common_is_enough(phantom, tmp_path):
+    for name in ("methods/padim.py", "common.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    done = run_script(tmp_path / "methods/padim.py", "--root", phantom, "--out", tmp_path / "runs", *SHORT["padim"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_report_shows_mean_and_deviation_and_marks_what_is_not_as_published(phantom, tmp_path):
+    results = dict(method="padim", data="phantom", seed=0, train_seconds=1.0, test_ms_per_image=2.0,
+                   args=dict(limit=None), weights=[dict(name="x", trained=False)],
+                   changed=dict(backbone="mobilenet_v2"),
+                   metrics=dict(image_auroc=0.5, image_ap=0.5, pixel_auroc=None, pixel_ap=None, aupro=None, dice=None))
+    for seed, auroc in enumerate((0.5, 0.6)):
+        folder = tmp_path / f"phantom/padim/seed{seed}"
+        folder.mkdir(parents=True)
+        results["metrics"]["image_auroc"] = auroc
+        (folder / "results.json").write_text(json.dumps(results | dict(seed=seed)))
+    done = run_script("report.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "padim (u) (c)" in done.stdout and "55.00 ± 7.07" in done.stdout
+    assert "--backbone mobilenet_v2" in done.stdout and "no benchmark" in done.stdout
+    assert "55.00 ± 7.07" in (tmp_path / "report.md").read_text()
+    assert run_script("report.py", tmp_path / "nothing").returncode == 2
