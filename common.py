@@ -101,8 +101,8 @@ def _child(folder, *names):
     return next((found[n.lower()] for n in names if n.lower() in found), None)
 
 
-def _images(folder, pattern="*"):
-    """Image files of `folder`, sorted; hidden files and anything that is no image are passed over."""
+def images_in(folder, pattern="*"):
+    """Image files of `folder` (pattern "**/*": and below it), sorted; hidden files and what is no image are left out."""
     found = folder.glob(pattern) if folder else []
     return sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
 
@@ -139,7 +139,7 @@ def _masks_of(images, folder, split):
     """The mask file of each image, by stem (MVTec AD: stem_mask); [None, ...] where the benchmark has no masks."""
     if folder is None:
         return [None] * len(images)
-    masks = {p.stem.removesuffix("_mask"): p for p in _images(folder)}
+    masks = {p.stem.removesuffix("_mask"): p for p in images_in(folder)}
     for image in images:
         if image.stem not in masks:
             fail(f"{split}: anomalous image {image} has no mask {folder / image.stem}.png; add the mask or remove both")
@@ -165,7 +165,7 @@ def list_split(base, split):
         name = cls.name.lower()
         if name in [*MASK_FOLDERS, sibling] or (split == "train" and name != "good"):
             continue
-        images = _images(_child(cls, "img") or cls)
+        images = images_in(_child(cls, "img") or cls)
         masks = [None] * len(images)
         if name != "good":
             folders = [_child(cls, *MASK_FOLDERS), *(_child(root, name) for root in mask_roots)]
@@ -301,7 +301,7 @@ def load_benchmark(args):
     cache = Path(args.root) / ".cache"
     if args.predict:
         base = Path(args.predict)
-        entries = [(p, -1, None) for p in _images(base, "**/*")]
+        entries = [(p, -1, None) for p in images_in(base, "**/*")]
         if not entries:
             fail(f"--predict {base}: no folder with images ({', '.join(sorted(SUFFIXES))})")
         print(f"{base}: {len(entries)} images to score")

@@ -1,0 +1,37 @@
+"""PaDiM beside anomalib 2.7.0. Undone: anomalib adds another 1e-5 to the covariance's diagonal, and its smoothing
+reflects the border without repeating the edge pixel."""
+
+from unittest import mock
+
+import torch
+from anomalib.models.image.padim.torch_model import PadimModel
+from conftest import load_script
+
+import common
+
+script = load_script("methods/padim.py")
+
+
+def compare(args, train, test):
+    layers = script.LAYERS["mobilenet_v2"][0]
+    peer = PadimModel(backbone=common.pretrained_network("mobilenet_v2", args.weights).eval(), layers=layers,
+                      pre_trained=False, n_features=100)
+    # the peer's channel numbers run over features.3, 6, 13 (24 + 32 + 96 channels), ours over 13, 6, 3
+    start = torch.tensor([128] * 24 + [96 - 24] * 32 + [-56] * 96)
+    drawn = peer.idx + start[peer.idx]
+    with mock.patch("torch.randperm", lambda n: drawn):
+        ours = script.PaDiM("mobilenet_v2", args.weights, 100, args.image_size)
+    peer.train()
+    with torch.no_grad():
+        for image in train.batches(8):
+            peer(common.normalize(image))
+        peer.fit()
+    peer.eval()
+    image = test.batch(range(len(test)))
+    with mock.patch.multiple(script, EPSILON=0.01 + 1e-5, smooth=peer.anomaly_map_generator.blur):
+        ours.fit(train.batches(8))
+        anomaly_map, score = ours.predict(image)
+    with torch.no_grad():
+        found = peer(common.normalize(image))
+    yield "anomaly map", anomaly_map, found.anomaly_map[:, 0]
+    yield "image score", score, found.pred_score.flatten()
