@@ -102,7 +102,7 @@ def _child(folder, *names):
 
 
 def images_in(folder, pattern="*"):
-    """Image files of `folder` (pattern "**/*": and below it), sorted; hidden files and what is no image are left out."""
+    """Image files of `folder` (pattern "**/*": and below it), sorted; hidden files and non-images are left out."""
     found = folder.glob(pattern) if folder else []
     return sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
 
