@@ -427,17 +427,18 @@ class PixelMetrics:
     """Pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps, one batch at a time, in constant memory.
 
     Up to two million pixels are sorted. More are counted in bins of their float32 bits, whose order is the order of the
-    values: the upper 16 bits name a page, made when a score first falls there, and 9 of the lower 16 bits a bin in it
-    (a step of 0.002%), or more, up to all 16, where scores crowd (probabilities near 1, a large offset). Equal scores
-    share a bin, so ties count as ties. The error is below 1e-6 (tests/test_common.py)."""
+    values: the upper 16 bits name a page, made when a score first falls there, and 8 or more of the lower 16 bits a bin
+    in it, up to all 16 where scores crowd (probabilities near 1, a large offset). Equal scores share a bin, so ties
+    count as ties. The error is below 1e-6 (tests/test_common.py)."""
 
     SORTED = 2**21
 
     def __init__(self):
-        # By page: its first bin, and how many of the lower bits it ignores.
-        self.first, self.shift = np.full(65536, -1, np.int32), np.zeros(65536, np.int32)
+        # By page: its first bin, and how many of the lower bits it ignores. In PyTorch, which counts faster than NumPy.
+        self.first, self.shift = torch.full((65536,), -1, dtype=torch.int32), torch.zeros(65536, dtype=torch.int32)
         # By bin: pixels, anomalous ones among them, and the sum over these of 1 / their region's size.
-        self.total, self.positive, self.overlap = np.zeros(0, np.int32), np.zeros(0, int), np.zeros(0)
+        self.total, self.positive = torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)
+        self.overlap = torch.zeros(0, dtype=torch.float64)
         self.pending, self.pixels, self.regions, self.low, self.high = [], 0, 0, math.inf, -math.inf
 
     def update(self, anomaly_maps, masks):
@@ -451,53 +452,64 @@ class PixelMetrics:
         self.low, self.high = min(self.low, low), max(self.high, high)
         for anomaly_map, mask in zip(maps, masks, strict=True):
             share = None
-            if mask.any():
-                region, count = ndimage.label(mask, np.ones((3, 3)))  # 8-connected
-                region = region[mask] - 1
+            if (rows := np.flatnonzero(mask.any(axis=1))).size:
+                band = mask[rows[0] : rows[-1] + 1]
+                region, count = ndimage.label(band, np.ones((3, 3)))  # 8-connected
+                region = region[band] - 1
                 share = np.flatnonzero(mask), 1 / np.bincount(region)[region]  # thesis, Eq. 3.2: |A n C_k| / |C_k|
                 self.regions += count
             self.pending.append((anomaly_map.ravel() + np.float32(0), share))  # a copy; -0 and 0 are one score
-        if sum(len(scores) for scores, _ in self.pending) > self.SORTED:
+            self.pixels += anomaly_map.size
+        if self.pixels > self.SORTED:
             self._count_pending()
 
-    @staticmethod
-    def _key(scores):
-        """float32 -> the page (0 to 65535) and the lower 16 bits, which order the scores."""
-        bits = scores.view(np.int32)
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # two's complement for negative floats
-        return (bits >> 16).astype(int) + 32768, bits & 0xFFFF
+    def _key(self, scores):
+        """float32 (n,) -> the page (0 to 65535) and the lower 16 bits, which order the scores; int32 both."""
+        bits = torch.from_numpy(scores).view(torch.int32)
+        if self.low < 0:
+            bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # two's complement for negative floats
+        return (bits >> 16) + 32768, bits & 0xFFFF
+
+    def _make_pages(self, count):
+        """Bins for the pages (65536,) that are not there yet, finer where more of the pixels are."""
+        new = torch.nonzero((count > 0) & (self.first < 0)).flatten()
+        bits = (count[new] / self.pixels * 2**18).log2().ceil().clamp(8, 16).int()
+        size = 1 << bits
+        self.shift[new] = 16 - bits
+        self.first[new] = len(self.total) + (size.cumsum(0) - size).int()
+        self.total, self.positive, self.overlap = (torch.cat([a, a.new_zeros(int(size.sum()))])
+                                                   for a in (self.total, self.positive, self.overlap))
 
     def _count_pending(self):
-        keys = [self._key(scores) for scores, _ in self.pending]
-        unseen = [page for page, _ in keys if self.first.take(page).min() < 0]
-        pages = np.bincount(np.concatenate([np.zeros(0, int), *unseen]), minlength=65536)
-        new = np.flatnonzero((pages > 0) & (self.first < 0))
-        bits = np.clip(np.ceil(np.log2(pages[new] / pages.sum() * 2**20)), 9, 16).astype(np.int32)
-        self.shift[new] = 16 - bits
-        self.first[new] = len(self.total) + np.cumsum(1 << bits) - (1 << bits)
-        room = (1 << bits).sum()
-        self.total, self.positive, self.overlap = (np.append(a, np.zeros(room, a.dtype))
-                                                   for a in (self.total, self.positive, self.overlap))
-        self.pixels += sum(len(scores) for scores, _ in self.pending)
-        if self.pixels > np.iinfo(np.int32).max:
-            self.total = self.total.astype(int)  # 32 bits count twice as fast while they suffice
-        for (page, low), (_, share) in zip(keys, self.pending, strict=True):
-            bins = self.first.take(page) + (low >> self.shift.take(page))
-            np.add.at(self.total, bins, self.total.dtype.type(1))
+        if not len(self.total):
+            self._make_pages(sum(torch.bincount(self._key(s)[0], minlength=65536) for s, _ in self.pending))
+        if self.pixels > torch.iinfo(torch.int32).max:
+            self.total = self.total.long()  # 32 bits count twice as fast while they suffice
+        for scores, share in self.pending:
+            page, low = self._key(scores)
+            bins = self.first.index_select(0, page)
+            if bins.min() < 0:
+                self._make_pages(torch.bincount(page, minlength=65536))
+                bins = self.first.index_select(0, page)
+            bins += low >> self.shift.index_select(0, page)
+            self.total.index_add_(0, bins, torch.ones(len(bins), dtype=self.total.dtype))
             if share:
-                np.add.at(self.positive, bins[share[0]], 1)
-                np.add.at(self.overlap, bins[share[0]], share[1])
+                where, weight = (torch.from_numpy(a) for a in share)
+                self.positive.index_add_(0, bins[where], torch.ones(len(where), dtype=torch.int64))
+                self.overlap.index_add_(0, bins[where], weight)
         self.pending = []
 
     def _ordered(self):
         """(total, positive, overlap) by distinct score or bin, from the highest down, and the least score's key."""
         if len(self.total):
             self._count_pending()
-            pages = np.flatnonzero(self.first >= 0)[::-1]
-            offsets = [np.arange(1 << (16 - self.shift[p]))[::-1] for p in pages]
-            bins = np.concatenate([self.first[p] + offset for p, offset in zip(pages, offsets, strict=True)])
-            keys = [(p << 16) + (offset << self.shift[p]) for p, offset in zip(pages, offsets, strict=True)]
-            return self.total[bins], self.positive[bins], self.overlap[bins], np.concatenate(keys)
+            pages = torch.nonzero(self.first >= 0).flatten().flip(0)  # from the highest down
+            size = 1 << (16 - self.shift[pages])
+            step = torch.arange(int(size.sum())) - (size.cumsum(0) - size).repeat_interleave(size)
+            offset = (size - 1).repeat_interleave(size) - step
+            bins = self.first[pages].repeat_interleave(size) + offset
+            keys = (pages << 16).repeat_interleave(size) + (offset << self.shift[pages].repeat_interleave(size))
+            return tuple(a.numpy() for a in (self.total[bins], self.positive[bins], self.overlap[bins], keys))
         values, bins = np.unique(np.concatenate([scores for scores, _ in self.pending]), return_inverse=True)
         shares = np.zeros(len(bins))
         start = 0
@@ -505,9 +517,9 @@ class PixelMetrics:
             if share:
                 shares[start + share[0]] = share[1]
             start += len(scores)
-        page, low = self._key(values)
+        page, low = (a.long() for a in self._key(values))
         found = np.bincount(bins), np.bincount(bins, shares > 0), np.bincount(bins, shares), (page << 16) + low
-        return tuple(a[::-1] for a in found)
+        return tuple(np.asarray(a)[::-1] for a in found)
 
     def compute(self):
         """{pixel_auroc, pixel_ap, aupro, dice}, each in [0, 1]; None where no pixel or every pixel is anomalous.
@@ -516,7 +528,7 @@ class PixelMetrics:
         divided by 0.3 (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5 of the maps scaled to [0, 1] by the least
         and greatest value of the whole set; greater is anomalous (thesis, Eq. 3.3, Table 3.11)."""
         total, positive, overlap, keys = self._ordered()
-        page, low = self._key(np.array([self.low / 2 + self.high / 2], np.float32))
+        page, low = (int(a) for a in self._key(np.array([self.low / 2 + self.high / 2], np.float32)))
         above = keys > (page << 16) + low
         tp, fp = np.cumsum(positive), np.cumsum(total - positive)
         if tp[-1] == 0 or fp[-1] == 0:
