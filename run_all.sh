@@ -18,10 +18,21 @@ fi
 [ "${1:-}" = setup ] && exit 0
 
 demo() { # the budgets of the demonstration: untrained or ImageNet weights, whichever can be had, and few epochs
+    local net="--backbone mobilenet_v2 --weights auto" small="--image-size 128 --batch-size 8"
     case $1 in
-        padim | patchcore) echo --backbone mobilenet_v2 --weights auto ;;
-        clip_recon) echo --model tiny --clip-weights none --backbone mobilenet_v2 --weights auto \
-            --da-levels 0 --epochs 4 --lr 1e-2 --patches-per-step 64 ;;
+        padim | patchcore) echo "$net" ;;
+        cfa) echo "$net --image-size 128 --epochs 2" ;;
+        cflow) echo "$net $small --blocks 4 --epochs 2" ;;
+        csflow) echo "$net $small --hidden 64 --epochs 4 --lr 2e-3" ;;
+        cutpaste) echo "$net $small --epochs 30 --freeze-epochs 10 --lr 0.01" ;;
+        mkd | rd4ad | stfpm) echo "$net $small --epochs 4" ;;
+        simplenet) echo "$net --image-size 128 --epochs 10" ;;
+        utrad) echo "$net --image-size 64 --width 64 --layers 1 --epochs 6 --lr 1e-3" ;;
+        clip_recon) echo "$net --model tiny --clip-weights none --image-size 128 --da-levels 0 --epochs 8 --lr 1e-2" ;;
+        deepsvdd) echo --ae-epochs 20 --epochs 20 ;;
+        draem) echo --textures images --image-size 64 --width 16 --epochs 6 --lr 1e-3 ;;
+        fanogan) echo --image-size 32 --gan-epochs 10 --epochs 10 ;;
+        ganomaly) echo --image-size 32 --epochs 20 ;;
     esac
 }
 

@@ -16,21 +16,30 @@ from PIL import Image
 import common
 
 METHODS = sorted(p.stem for p in (ROOT / "methods").glob("*.py"))
+NET = ["--backbone", "mobilenet_v2", "--weights", "none"]
+BRIEF = ["--epochs", 2, "--eval-every", 1]
 SHORT = {  # the budgets of these tests
-    "clip_recon": ["--model", "tiny", "--clip-weights", "none", "--backbone", "mobilenet_v2", "--weights", "none",
-                   "--epochs", 2, "--eval-every", 1, "--image-size", 64],
-    "padim": ["--backbone", "mobilenet_v2", "--weights", "none", "--image-size", 64],
-    "patchcore": ["--backbone", "mobilenet_v2", "--weights", "none", "--image-size", 64],
+    "cfa": [*NET, *BRIEF, "--image-size", 64],
+    "cflow": [*NET, *BRIEF, "--image-size", 64, "--blocks", 2, "--batch-size", 4],
+    "clip_recon": [*NET, *BRIEF, "--image-size", 64, "--model", "tiny", "--clip-weights", "none"],
+    "csflow": [*NET, *BRIEF, "--image-size", 128, "--hidden", 16],
+    "cutpaste": [*NET, *BRIEF, "--image-size", 64, "--batch-size", 4],
+    "deepsvdd": [*BRIEF, "--ae-epochs", 2, "--image-size", 64],
+    "draem": ["--textures", "images", "--width", 4, "--image-size", 64, "--batch-size", 2, "--epochs", 8, "--lr", 1e-3],
+    "fanogan": [*BRIEF, "--gan-epochs", 2, "--image-size", 32, "--batch-size", 4],
+    "ganomaly": [*BRIEF, "--features", 8, "--image-size", 32, "--batch-size", 4],
+    "mkd": [*NET, *BRIEF, "--image-size", 64],
+    "padim": [*NET, "--image-size", 64],
+    "patchcore": [*NET, "--image-size", 64],
+    "rd4ad": [*NET, *BRIEF, "--image-size", 64],
+    "simplenet": [*NET, *BRIEF, "--image-size", 64],
+    "stfpm": [*NET, *BRIEF, "--image-size", 64, "--batch-size", 4],
+    "utrad": [*NET, *BRIEF, "--image-size", 64, "--width", 64, "--layers", 1],
 }
 RANDOM = set(METHODS)  # methods whose scores depend on the seed
-IMAGE_ONLY = set()  # methods that give no anomaly map
+IMAGE_ONLY = {"cutpaste", "deepsvdd", "fanogan", "ganomaly"}  # methods that give no anomaly map
 SHARED = {"data": str, "root": str, "out": str, "seed": int, "device": str, "image_size": int, "batch_size": int,
           "limit": int, "maps": int, "checkpoint": str, "predict": str}
-
-
-def size_of(method):
-    flags = SHORT[method]
-    return flags[flags.index("--image-size") + 1] if "--image-size" in flags else 256
 
 
 def run_here(method, *arguments):
@@ -106,7 +115,7 @@ def test_maps_show_image_ground_truth_and_heat(finished):
         assert not (folder / "maps").exists()
         return
     panels = [Image.open(p) for p in (folder / "maps").iterdir()]
-    size = size_of(method)
+    size = SHORT[method][SHORT[method].index("--image-size") + 1]
     assert len(panels) == 3 and {p.size for p in panels} == {(3 * size, size)}
     assert all(np.asarray(p).std() > 0 for p in panels)
 

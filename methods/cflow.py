@@ -1,0 +1,254 @@
+"""CFLOW-AD (Gudovskiy, Ishizaka, Kozuka, WACV 2022, arXiv:2107.12571).
+
+A normalizing flow for each of three layers of a pretrained CNN learns how likely a feature vector is at its position
+in the image, which it is told by a positional code. Features of lesions are unlikely; likelihoods of all layers are
+enlarged to the image and added.
+
+Settings: thesis, Table 3.3: wide_resnet50_2, Adam with learning rate 1e-4, codes of 128 numbers, clamp 1.9. Where it is
+silent, the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks each with a random rotation, batches of
+32 images, steps of 256 feature vectors, 200 epochs with warm-up and cosine, images turned by up to 5 degrees.
+Trained with wide_resnet50_2: 81,647,616 weights.
+Differences from the paper: 256 pixels on all data (there up to 512, by class).
+Differences from the official code: the likeliest vector of each layer, to which all others are compared, is that of
+the training images, kept with the weights (there: of the whole test set, which no single image can know); the epoch is
+chosen on valid, not on test; each layer has its own Adam (there one, whose momentum moves all layers at the step of
+any); the CNN pads with zeros, as it was trained (there by reflection); the rotations are orthogonal matrices from a
+QR decomposition (SciPy's draw of 2,048 dimensions takes minutes).
+Differences from anomalib's and BMAD's, which made the thesis' row: those compare to the likeliest vector of each batch,
+so that scores of different batches are not comparable; permute channels instead of rotating them; take 64 vectors a
+step (anomalib's default), a constant learning rate (--schedule constant) and images as they are
+(--augment-degrees 0).
+
+Cost, measured on one CPU thread: mobilenet_v2 at 128 pixels 50 ms an image in training and 18 ms in testing, 0.9 GiB;
+wide_resnet50_2 at 256 pixels 1.3 s an image in testing. Its rotations take 9 s to draw and 176 MB of the checkpoint.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+# The layers of strides 8, 16 and 32.
+LAYERS = {
+    "resnet18": ["layer2", "layer3", "layer4"],
+    "resnet50": ["layer2", "layer3", "layer4"],
+    "wide_resnet50_2": ["layer2", "layer3", "layer4"],
+    "mobilenet_v2": ["features.6", "features.13", "features.17"],  # our choice: no published setting
+}
+CLAMP = 1.9  # alpha, the largest log-scale of a coupling (thesis, Table 3.3)
+
+
+@dataclass
+class Args:
+    data: str = "phantom"
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    root: str = "data"
+    """folder of the prepared benchmarks; decoded images are cached below it"""
+    out: str = "runs"
+    """results go to <out>/<data>/<method>/seed<k>"""
+    seed: int = 0
+    """seeds Python, NumPy and PyTorch"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    image_size: int = 256
+    """images are resized to this many pixels squared (thesis, 4.3.3)"""
+    batch_size: int = 32
+    """images a batch (official code); an incomplete last one is left out in training"""
+    limit: int | None = None
+    """at most this many images of each split and class, for quick looks"""
+    maps: int = 50
+    """how many test images get a picture; 0 none, -1 all"""
+    checkpoint: str | None = None
+    """a model.pt: skip training and evaluate it"""
+    predict: str | None = None
+    """with --checkpoint: score the images of this folder, no labels needed"""
+    epochs: int = 200
+    """passes over the normal training images (official code: 25 times 8)"""
+    lr: float = 1e-4
+    """Adam's learning rate (thesis, Table 3.3; official code: 2e-4)"""
+    eval_every: int = 10
+    """epochs between looks at valid, which choose the checkpoint"""
+    backbone: str = "wide_resnet50_2"
+    """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
+    weights: str = "imagenet"
+    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    blocks: int = 8
+    """coupling blocks of each flow (official code)"""
+    condition: int = 128
+    """numbers that encode a position, a multiple of 4 (thesis, Table 3.3)"""
+    fiber_batch: int = 256
+    """feature vectors of one layer a training step (official code)"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """learning rate: warm-up and cosine (official code) or constant (anomalib, BMAD)"""
+    augment_degrees: float = 5
+    """the most that a training image is turned (official code); 0 switches it off"""
+
+
+def rotate(image, degrees):
+    """Turn each image (B, 3, H, W) by its own random angle, nearest pixel, black outside, as torchvision does it."""
+    if degrees == 0:
+        return image
+    angle = torch.empty(len(image)).uniform_(-degrees, degrees).deg2rad()
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3).to(image.device)
+    return F.grid_sample(image, F.affine_grid(theta, image.shape, align_corners=False), "nearest", align_corners=False)
+
+
+def positional_code(dim, h, w):
+    """(h*w, dim): sine and cosine of the column, then of the row, at dim / 4 wavelengths from 2 pi to 2 pi 10,000."""
+    frequency = 10000 ** (-torch.arange(0, dim // 2, 2) / (dim // 2))  # (dim / 4,)
+    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    angles = [position.flatten()[:, None] * frequency for position in (column, row)]  # (h*w, dim / 4) each
+    return torch.cat([torch.stack([a.sin(), a.cos()], dim=2).flatten(1) for a in angles], dim=1)
+
+
+class CouplingBlock(nn.Module):
+    """Affine coupling, global affine and rotation, as FrEIA's AllInOneBlock of 2021, which the official code takes."""
+
+    def __init__(self, channels, condition):
+        super().__init__()
+        self.split = channels - channels // 2, channels // 2
+        width = self.split[0] + condition
+        self.subnet = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(),
+                                    nn.Linear(2 * width, 2 * self.split[1]))
+        self.scale = nn.Parameter(torch.full((channels,), 2 * math.log(math.exp(5) - 1)))  # softplus makes it 1
+        self.offset = nn.Parameter(torch.zeros(channels))
+        q, r = torch.linalg.qr(torch.randn(channels, channels))
+        self.register_buffer("rotation", q * r.diagonal().sign())  # uniform over all orthogonal matrices
+
+    def coefficients(self, x1, code):
+        """log-scale and shift of x2 from x1 (..., C/2) and the code; one code can serve all images of a batch."""
+        first, relu, last = self.subnet
+        # W [x1, code] = W_x x1 + W_c code, the second once for all images
+        of_x, of_code = first.weight.split([self.split[0], code.shape[-1]], dim=1)
+        hidden = relu(F.linear(x1, of_x) + F.linear(code, of_code, first.bias))
+        log_scale, shift = (0.1 * last(hidden)).split(self.split[1], dim=-1)
+        return CLAMP * torch.tanh(log_scale), shift
+
+    def gain(self):
+        return 0.1 * F.softplus(self.scale, beta=0.5)
+
+    def forward(self, x, code):
+        """x (..., C) and code, broadcast to it -> y (..., C) and log |det dy/dx| (...)."""
+        x1, x2 = x.split(self.split, dim=-1)
+        log_scale, shift = self.coefficients(x1, code)
+        gain = self.gain()
+        y = torch.cat([x1, x2 * log_scale.exp() + shift], dim=-1) * gain + self.offset
+        return F.linear(y, self.rotation), log_scale.sum(-1) + gain.log().sum()
+
+
+class Flow(nn.ModuleList):
+    def __init__(self, channels, condition, blocks):
+        super().__init__(CouplingBlock(channels, condition) for _ in range(blocks))
+
+    def forward(self, x, code):
+        log_det = 0
+        for block in self:
+            x, d = block(x, code)
+            log_det = log_det + d
+        return x, log_det
+
+    def log_likelihood(self, x, code):
+        """log p(x | code) / C of feature vectors (..., C): (...)."""
+        z, log_det = self(x, code)
+        channels = x.shape[-1]
+        return (log_det - z.square().sum(-1) / 2) / channels - math.log(2 * math.pi) / 2
+
+
+class CFlow(nn.Module):
+    """P_l = h_l * w_l positions of layer l, C_l channels."""
+
+    def __init__(self, backbone, weights, image_size, blocks, condition):
+        super().__init__()
+        if backbone not in LAYERS:
+            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+        if condition < 4 or condition % 4 or blocks < 1:
+            common.fail(f"--condition {condition} --blocks {blocks}: a multiple of 4, and at least one block")
+        self.backbone = common.feature_extractor(backbone, LAYERS[backbone], weights)
+        self.layers = LAYERS[backbone]
+        shapes = [f.shape[1:] for f in self.backbone(torch.zeros(1, 3, image_size, image_size)).values()]
+        self.grids = [(h, w) for _, h, w in shapes]
+        for l, grid in enumerate(self.grids):
+            self.register_buffer(f"code{l}", positional_code(condition, *grid), persistent=False)  # (P_l, condition)
+        self.flows = nn.ModuleList(Flow(c, condition, blocks) for c, _, _ in shapes)
+        self.register_buffer("likeliest", torch.zeros(len(shapes)))  # largest log-likelihood of the training images
+
+    @torch.no_grad()
+    def features(self, image):
+        """The frozen part: (B, 3, H, W) -> feature vectors of each layer, [(B, P_l, C_l)]."""
+        found = self.backbone(common.normalize(image))
+        return [found[k].flatten(2).mT.contiguous() for k in self.layers]
+
+    def log_likelihoods(self, features):
+        """[(B, P_l)], of each layer."""
+        return [flow.log_likelihood(x, self.get_buffer(f"code{l}"))
+                for l, (flow, x) in enumerate(zip(self.flows, features, strict=True))]
+
+    @torch.inference_mode()
+    def find_likeliest(self, batches):
+        """Set what `predict` compares to, from all training images; to be called when the flows have changed."""
+        self.likeliest.fill_(-torch.inf)
+        for image in batches:
+            found = torch.stack([found.max() for found in self.log_likelihoods(self.features(image))])
+            self.likeliest.copy_(torch.maximum(self.likeliest, found))
+
+    @torch.inference_mode()
+    def predict(self, image):
+        """Anomaly map (B, H, W): sum over layers of 1 - likelihood, relative to the largest in training; anomaly score
+        (B,): its maximum."""
+        self.eval()
+        anomaly_map = torch.zeros_like(image[:, :1])  # (B, 1, H, W)
+        for l, found in enumerate(self.log_likelihoods(self.features(image))):
+            unlikely = -torch.expm1((found - self.likeliest[l]).clamp(max=0))  # (B, P_l), in [0, 1]
+            anomaly_map += F.interpolate(unlikely.unflatten(1, self.grids[l])[:, None], image.shape[-2:],
+                                         mode="bilinear", align_corners=True)
+        return anomaly_map[:, 0], anomaly_map.amax(dim=(1, 2, 3))
+
+
+def learning_rate(lr, step, steps):
+    """At batch `step` of `steps`: a cosine in 25 stairs from lr to lr / 1,000, the first two a ramp from lr / 10."""
+    def cosine(stair):
+        return lr / 1000 + (lr - lr / 1000) * (1 + math.cos(math.pi * stair / 25)) / 2
+
+    stair = 25 * step // steps
+    return cosine(stair) if stair >= 2 else lr / 10 + (cosine(2) - lr / 10) * 25 * step / (2 * steps)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    run = common.start_run(__file__, args)
+    train, valid, test = common.load_benchmark(args)
+    model = CFlow(args.backbone, args.weights, args.image_size, args.blocks, args.condition).to(run.device)
+    if not args.checkpoint:
+        optimizers = [torch.optim.Adam(flow.parameters(), args.lr, fused=True) for flow in model.flows]
+        step, steps = 0, args.epochs * max(1, len(train) // args.batch_size)
+        for epoch in range(1, args.epochs + 1):
+            losses = []
+            for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch), drop_last=True):
+                features = model.features(rotate(image, args.augment_degrees))
+                for l, (flow, optimizer, x) in enumerate(zip(model.flows, optimizers, features, strict=True)):
+                    if args.schedule == "cosine":
+                        optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
+                    x, code = x.flatten(0, 1), model.get_buffer(f"code{l}")  # (B*P, C)
+                    order = torch.randperm(len(x)).to(run.device)
+                    whole = len(x) // args.fiber_batch * args.fiber_batch  # the rest is left out
+                    for rows in order[: whole or len(x)].split(args.fiber_batch):
+                        loss = -F.logsigmoid(flow.log_likelihood(x[rows], code[rows % len(code)])).mean()
+                        optimizer.zero_grad()
+                        loss.backward()
+                        optimizer.step()
+                        losses.append(loss.detach())
+                step += 1
+            if epoch % args.eval_every == 0 or epoch == args.epochs:
+                model.find_likeliest(train.batches(args.batch_size, run.device))
+            run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
+    common.finish(run, model, (train, valid, test))

@@ -1,0 +1,231 @@
+"""CS-Flow (Rudolph, Wehrbein, Rosenhahn, Wandt, WACV 2022, arXiv:2110.02855).
+
+A normalizing flow maps the deep features of a normal image, taken at three sizes of that image, to standard normal
+noise. Its coupling blocks work on all three scales at once and exchange information between them. Features that are
+unlike the normal ones end far from the origin.
+
+Settings: thesis, Table 3.3 (clamp 3, gradients clamped to 1, Adam 2e-4 with decay 1e-5). Where it is silent: official
+code (marco-rudolph/cs-flow), but batches of 64, 300 epochs and 256 pixels as in BMAD's code, which made the thesis' row
+(official: 16, 240, 768).
+Differences from the official code: torchvision's EfficientNet-B5 instead of efficientnet_pytorch's, another training of
+the same network with symmetric padding; the epoch is chosen on valid (the last is kept there).
+Differences from the thesis: none that is known; its tables give image scores only. The map is the official code's: at
+256 pixels it has 8x8 cells. Where a benchmark has masks it has its part in the choice of the epoch, as in all methods.
+anomalib 2.7 differs: its loss multiplies the log-determinant by the batch size, betas are (0.5, 0.9), one permutation
+serves all scales, the map is the product of three scales.
+
+Parameters: 275,227,288 in the flow, of 304 channels (mobilenet_v2: 289,711,640, of 320). The features of the training
+images are computed once and lie in a temporary file of the run folder, 0.1 MB an image at 256 pixels.
+It starts slowly: gamma is 0 and Adam's eps large. After 200 steps at 2e-4 or 1e-3 scores were still those of the
+untrained flow (phantom, mobilenet_v2: image AUROC 0.60 before and after).
+Cost, measured on one busy CPU thread: 200 images of 128 pixels, mobilenet_v2, --hidden 256, batches of 8: 27 s an
+epoch, 49 ms an image to score, 2.2 GiB. With 1,024, a step of 8 images of 256 pixels: 8 s; flow and Adam: 4.4 GB.
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+# The layer of stride 32.
+LAYERS = {
+    "efficientnet_b5": "features.6",  # the last of its nine blocks of 304 channels (official code: block 35)
+    "mobilenet_v2": "features.17",  # our choice: no published setting
+}
+KERNELS = [3, 3, 3, 5]  # of the four coupling blocks (official code, config.py)
+CLAMP = 3  # thesis, Table 3.3
+
+
+@dataclass
+class Args:
+    data: str = "phantom"
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    root: str = "data"
+    """folder of the prepared benchmarks; decoded images are cached below it"""
+    out: str = "runs"
+    """results go to <out>/<data>/<method>/seed<k>"""
+    seed: int = 0
+    """seeds Python, NumPy and PyTorch"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    image_size: int = 256
+    """images are resized to this many pixels squared, a multiple of 128 (BMAD's code)"""
+    batch_size: int = 64
+    """images a batch (BMAD's code)"""
+    limit: int | None = None
+    """at most this many images of each split and class, for quick looks"""
+    maps: int = 50
+    """how many test images get a picture; 0 none, -1 all"""
+    checkpoint: str | None = None
+    """a model.pt: skip training and evaluate it"""
+    predict: str | None = None
+    """with --checkpoint: score the images of this folder, no labels needed"""
+    epochs: int = 300
+    """passes over the normal training images (BMAD's code)"""
+    lr: float = 2e-4
+    """Adam's learning rate (thesis, Table 3.3)"""
+    eval_every: int = 10
+    """epochs between looks at valid, which choose the checkpoint"""
+    backbone: str = "efficientnet_b5"
+    """torchvision network: efficientnet_b5, mobilenet_v2"""
+    weights: str = "imagenet"
+    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    hidden: int = 1024
+    """channels inside the coupling networks (official code, config.py); 256 trains on a CPU"""
+
+
+# A list holds the three scales s = 0, 1, 2, (B, C, h, w), (B, C, h/2, w/2), (B, C, h/4, w/4), with h = H / 32.
+class CrossConvolutions(nn.Module):
+    """What one half of the channels says of the other: scale and shift, (B, 2 C, ., .) for each s (paper, Fig. 4)."""
+
+    def __init__(self, channels, hidden, kernel):
+        super().__init__()
+
+        def convolutions(number, c_in, c_out, stride=1):
+            return nn.ModuleList(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2) for _ in range(number))
+
+        self.enter = convolutions(3, channels, hidden)
+        self.stay = convolutions(3, hidden, 2 * channels)
+        self.up = convolutions(2, hidden, 2 * channels)  # from scale 1 to 0, from 2 to 1
+        self.down = convolutions(2, hidden, 2 * channels, stride=2)  # from scale 0 to 1, from 1 to 2
+        self.gamma = nn.Parameter(torch.zeros(3))  # zero: an untrained flow only permutes
+
+    def forward(self, x):
+        y = [F.leaky_relu(conv(x[s]), 0.1) for s, conv in enumerate(self.enter)]
+        out = [conv(y[s]) for s, conv in enumerate(self.stay)]
+        for s in (0, 1):
+            out[s] = out[s] + self.up[s](F.interpolate(y[s + 1], scale_factor=2, mode="bilinear"))
+            out[s + 1] = out[s + 1] + self.down[s](y[s])
+        return [self.gamma[s] * out[s] for s in range(3)]
+
+
+class Coupling(nn.Module):
+    def __init__(self, channels, hidden, kernel):
+        super().__init__()
+        self.net1 = CrossConvolutions(channels // 2, hidden, kernel)
+        self.net2 = CrossConvolutions(channels // 2, hidden, kernel)
+
+    def forward(self, x):
+        first, second = zip(*(v.chunk(2, dim=1) for v in x), strict=True)
+        first, log_det2 = affine(first, self.net2(second))
+        second, log_det1 = affine(second, self.net1(first))
+        x = [torch.cat(halves, dim=1).clamp(-1e6, 1e6) for halves in zip(first, second, strict=True)]
+        return x, log_det1 + log_det2
+
+
+def affine(x, r):
+    """exp(s) x + t for each scale, where (s, t) are the halves of r; and log|det| (B,), the sum of s."""
+    y, log_det = [], 0
+    for v, halves in zip(x, r, strict=True):
+        s, t = halves.chunk(2, dim=1)
+        s = CLAMP * 0.636 * torch.atan(s / CLAMP)  # soft clamp to +-CLAMP, as 0.636 = 2 / pi
+        y.append(s.exp() * v + t)
+        log_det = log_det + s.sum(dim=(1, 2, 3))
+    return y, log_det
+
+
+class CrossScaleFlow(nn.Module):
+    def __init__(self, channels, hidden):
+        super().__init__()
+        self.couplings = nn.ModuleList(Coupling(channels, hidden, kernel) for kernel in KERNELS)
+        for k in range(len(KERNELS)):  # fixed by the block's number, not by the seed of the run (official code)
+            draw = np.random.RandomState(k)
+            order = np.stack([draw.permutation(channels) for _ in range(3)])
+            self.register_buffer(f"order{k}", torch.from_numpy(order))  # (3, C)
+
+    def forward(self, x):
+        """Features of three scales -> z of three scales, of the same shapes, and log|det dz/dx| (B,)."""
+        log_det = 0
+        for k, coupling in enumerate(self.couplings):
+            order = self.get_buffer(f"order{k}")
+            x, share = coupling([x[s][:, order[s]] for s in range(3)])
+            log_det = log_det + share
+        return x, log_det
+
+
+class CSFlow(nn.Module):
+    def __init__(self, backbone, weights, hidden, image_size):
+        super().__init__()
+        if backbone not in LAYERS:
+            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+        if image_size < 128 or image_size % 128:
+            common.fail(f"--image-size {image_size}: three scales of stride 32 need a multiple of 128")
+        if hidden < 1:
+            common.fail(f"--hidden {hidden}: the coupling networks need at least one channel")
+        self.layer = LAYERS[backbone]
+        self.backbone = common.feature_extractor(backbone, [self.layer], weights)
+        self.shapes = [f.shape[1:] for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (C, h, w)
+        self.flow = CrossScaleFlow(self.shapes[0][0], hidden)
+
+    @torch.no_grad()
+    def features(self, image):
+        image = common.normalize(image)
+        # every 2nd and every 4th pixel, not their mean: nearest neighbours, as in the official code
+        return [self.backbone(image[:, :, ::step, ::step])[self.layer] for step in (1, 2, 4)]
+
+    def loss(self, features):
+        """Negative log-likelihood for each dimension, without its constant: a scalar."""
+        z, log_det = self.flow(features)
+        z = torch.cat([v.flatten(1) for v in z], dim=1)  # (B, dim)
+        return (z.square().sum(1) / 2 - log_det).mean() / z.shape[1]
+
+    @torch.inference_mode()
+    def predict(self, image):
+        """Anomaly map (B, H, W): mean of z^2 over channels at the largest scale; score (B,): of z^2 / 2 over all z."""
+        self.eval()
+        z, _ = self.flow(self.features(image))  # no log|det|: how far z is from the origin tells more (official code)
+        anomaly_map = F.interpolate(z[0].square().mean(1, keepdim=True), image.shape[-2:], mode="bilinear")[:, 0]
+        return anomaly_map, torch.cat([v.flatten(1) for v in z], dim=1).square().mean(1) / 2
+
+
+def store_features(model, batches, file):
+    """Write the features of all training images, which never change: for each image one row (dim,) float32."""
+    try:
+        for image in batches:
+            file.write(torch.cat([f.flatten(1) for f in model.features(image)], dim=1).cpu().numpy().tobytes())
+        file.flush()
+    except OSError as e:
+        common.fail(f"cannot write the training features to --out ({e.strerror}); free some space or choose another")
+
+
+def stored_features(model, file, batch_size, device, shuffle):
+    """Yield the stored features, batches of three scales, in an order that `shuffle` seeds."""
+    sizes = [shape.numel() for shape in model.shapes]
+    count = file.tell() // (4 * sum(sizes))
+    for indices in torch.from_numpy(np.random.default_rng(shuffle).permutation(count)).split(batch_size):
+        rows = np.memmap(file, np.float32, "r", shape=(count, sum(sizes)))  # mapped anew: pages are soon given back
+        parts = torch.from_numpy(rows[indices.numpy()]).to(device).split(sizes, dim=1)
+        yield [part.unflatten(1, shape) for part, shape in zip(parts, model.shapes, strict=True)]
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    run = common.start_run(__file__, args)
+    train, valid, test = common.load_benchmark(args)
+    model = CSFlow(args.backbone, args.weights, args.hidden, args.image_size).to(run.device)
+    if not args.checkpoint:
+        with tempfile.TemporaryFile(dir=run.folder) as file:
+            batches = train.batches(args.batch_size, run.device)
+            store_features(model, common.progress(batches, "features", -(-len(train) // args.batch_size)), file)
+            # eps 1e-4 matters: the loss is divided by dim, so many gradients are smaller (official code, train.py)
+            optimizer = torch.optim.Adam(model.flow.parameters(), args.lr, eps=1e-4, weight_decay=1e-5, fused=True)
+            for epoch in range(1, args.epochs + 1):
+                losses = []
+                for features in stored_features(model, file, args.batch_size, run.device, (args.seed, epoch)):
+                    loss = model.loss(features)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(model.flow.parameters(), 1)  # thesis: gradients are clamped to 1
+                    optimizer.step()
+                    losses.append(loss.detach())
+                run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
+    common.finish(run, model, (train, valid, test))

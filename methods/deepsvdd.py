@@ -1,0 +1,249 @@
+"""DeepSVDD (Ruff et al., ICML 2018, PMLR 80:4393-4402; no arXiv version).
+
+A network without biases learns to map normal images close to a fixed point c; an image is as anomalous as the squared
+distance of its embedding to c. The weights start from an autoencoder's and c is the mean embedding they give, set once:
+a trained c, or a bias in any layer, would let the network answer c to every image.
+
+Settings: thesis, Table 3.2 (LeNet, Adam 1e-4, weight decay 0.5e-7, batch 200). Where it is silent, the thesis' code
+(DorisBao/BMAD): 300 + 300 epochs, ImageNet scaling, the autoencoder's rate, decay and batch. Architecture, schedule and
+the rule for c are those of the official lukasruff/Deep-SVDD-PyTorch.
+Differences from the official code:
+- The loader's 256 pixels become 32 here, antialiased, instead of in one step. Another size than 32 would be another
+  network: half of all weights belong to the last map's positions.
+- ImageNet scaling, as behind the thesis' numbers; `--scaling gcn` is the official one. The autoencoder's sigmoid cannot
+  reach values outside [0, 1], so that its loss stays high with ImageNet scaling; its features serve all the same.
+- A coordinate of c that is exactly zero becomes 0.1 too; there it stays zero.
+- The epoch is chosen on valid (thesis, 3.4.1); there the last one is taken.
+- A last batch of one image, which has no batch statistics, is left out; the official code stops there.
+- The set is resized and scaled once and stays on the device; there it is read anew in each epoch.
+0.521 M parameters, 0.805 M with the decoder of the first stage. Images get a score but no anomaly map.
+
+Cost, measured on one CPU thread: 5 ms an image and epoch in either stage (so 6 hours for 300 + 300 epochs of 7,500
+images), 1 to 3 ms to score an image, 0.9 GiB.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+SIZE = 32  # pixels squared that the network takes
+CENTER_MARGIN = 0.1  # least |c_i|: zero weights alone would match a coordinate that is zero (official code)
+WARM_UP = 10  # epochs before the soft boundary's radius is set (official code)
+
+
+@dataclass
+class Args:
+    data: str = "phantom"
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    root: str = "data"
+    """folder of the prepared benchmarks; decoded images are cached below it"""
+    out: str = "runs"
+    """results go to <out>/<data>/<method>/seed<k>"""
+    seed: int = 0
+    """seeds Python, NumPy and PyTorch"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    image_size: int = 256
+    """images are resized to this many pixels squared (thesis, 4.3.3), and these to the network's 32"""
+    batch_size: int = 200
+    """images a batch (thesis, Table 3.2)"""
+    limit: int | None = None
+    """at most this many images of each split and class, for quick looks"""
+    maps: int = 50
+    """how many test images get a picture; 0 none, -1 all"""
+    checkpoint: str | None = None
+    """a model.pt: skip training and evaluate it"""
+    predict: str | None = None
+    """with --checkpoint: score the images of this folder, no labels needed"""
+    epochs: int = 300
+    """passes over the normal training images (thesis' code)"""
+    lr: float = 1e-4
+    """Adam's learning rate (thesis, Table 3.2)"""
+    eval_every: int = 10
+    """epochs between looks at valid, which choose the checkpoint"""
+    weight_decay: float = 0.5e-7
+    """Adam's L2 penalty (thesis, Table 3.2); official code 0.5e-6"""
+    milestone: int = 50
+    """epochs after which the learning rate falls to a tenth (official code)"""
+    ae_epochs: int = 300
+    """epochs of the autoencoder (thesis' code); 0 starts from random weights"""
+    ae_lr: float = 1e-5
+    """its learning rate (thesis' code); official code 1e-4"""
+    ae_batch_size: int = 64
+    """its images a batch (thesis' code); official code 200"""
+    ae_weight_decay: float = 0.5e-6
+    """its L2 penalty (thesis' code, official code)"""
+    ae_milestone: int = 250
+    """epochs after which its learning rate falls to a tenth (thesis' code, official code)"""
+    scaling: Literal["imagenet", "gcn"] = "imagenet"
+    """ImageNet's mean and deviation (thesis' code), or global contrast normalisation, then [0, 1] (official code)"""
+    objective: Literal["one-class", "soft-boundary"] = "one-class"
+    """mean distance to c (paper, Eq. 4; thesis' code), or a sphere that some images may leave (paper, Eq. 3)"""
+    nu: float = 0.1
+    """share of training images that may lie outside of the soft boundary (official code)"""
+
+
+def contrast_normalize(image):
+    """Global contrast normalisation: each image minus its mean, divided by its mean absolute value."""
+    image = image - image.mean(dim=(1, 2, 3), keepdim=True)
+    return image / image.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-8)  # a uniform image stays zero
+
+
+def normed(conv):
+    """Convolution, batch norm without scale and shift, leaky ReLU: nothing in it is a bias."""
+    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels, eps=1e-4, affine=False), nn.LeakyReLU(0.01))
+
+
+class Encoder(nn.Sequential):
+    """phi, a LeNet: (B, 3, 32, 32) -> (B, 128)."""
+
+    def __init__(self):
+        super().__init__(
+            normed(nn.Conv2d(3, 32, 5, padding=2, bias=False)), nn.MaxPool2d(2),
+            normed(nn.Conv2d(32, 64, 5, padding=2, bias=False)), nn.MaxPool2d(2),
+            normed(nn.Conv2d(64, 128, 5, padding=2, bias=False)), nn.MaxPool2d(2),  # (B, 128, 4, 4)
+            nn.Flatten(), nn.Linear(128 * 4 * 4, 128, bias=False))
+
+
+class Autoencoder(nn.Module):
+    """`encoder`, whose weights are drawn anew, and a decoder that mirrors it; only the encoder is kept afterwards."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = nn.Sequential(
+            nn.BatchNorm1d(128, eps=1e-4, affine=False), nn.Unflatten(1, (8, 4, 4)), nn.LeakyReLU(0.01),
+            normed(nn.ConvTranspose2d(8, 128, 5, padding=2, bias=False)), nn.Upsample(scale_factor=2),
+            normed(nn.ConvTranspose2d(128, 64, 5, padding=2, bias=False)), nn.Upsample(scale_factor=2),
+            normed(nn.ConvTranspose2d(64, 32, 5, padding=2, bias=False)), nn.Upsample(scale_factor=2),
+            nn.ConvTranspose2d(32, 3, 5, padding=2, bias=False), nn.Sigmoid())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.xavier_uniform_(module.weight, nn.init.calculate_gain("leaky_relu"))
+
+    def loss(self, image):
+        """Squared error, summed over the values of an image (B, 3, 32, 32), averaged over images."""
+        return (self.decoder(self.encoder(image)) - image).square().sum(dim=(1, 2, 3)).mean()
+
+
+class DeepSVDD(nn.Module):
+    def __init__(self, scaling, objective, nu):
+        super().__init__()
+        if not 0 < nu <= 1:
+            common.fail(f"--nu {nu}: a share of the images, above 0 and at most 1")
+        self.scaling, self.objective, self.nu = scaling, objective, nu
+        self.encoder = Encoder()
+        self.register_buffer("center", torch.zeros(128))  # c: no parameter, and never set again
+        self.register_buffer("radius", torch.zeros(()))  # R of the soft boundary
+        self.register_buffer("low", torch.zeros(()))  # range of the contrast-normalised training images
+        self.register_buffer("high", torch.ones(()))
+
+    def prepare(self, image):
+        """(B, 3, H, W) in [0, 1] -> (B, 3, 32, 32) as the encoder takes it."""
+        image = F.interpolate(image, (SIZE, SIZE), mode="bilinear", antialias=True)
+        if self.scaling == "imagenet":
+            return common.normalize(image)
+        return (contrast_normalize(image) - self.low) / (self.high - self.low)
+
+    @torch.no_grad()
+    def load(self, batches):
+        """Training images as `prepare` gives them, (N, 3, 32, 32); sets the range that `--scaling gcn` needs."""
+        images = torch.cat([self.prepare(image) for image in batches])
+        if self.scaling == "gcn":
+            self.low.copy_(images.min())
+            self.high.copy_(images.max())
+            images = (images - self.low) / (self.high - self.low)
+        return images
+
+    @torch.no_grad()
+    def init_center(self, images):
+        """c: the mean embedding, in eval mode; returns how many of its coordinates were too close to zero."""
+        self.eval()
+        c = sum(self.encoder(x).sum(dim=0) for x in images.split(1000)) / len(images)  # (128,)
+        small = c.abs() < CENTER_MARGIN
+        self.center.copy_(torch.where(small, torch.where(c < 0, -CENTER_MARGIN, CENTER_MARGIN), c))
+        return int(small.sum())
+
+    def distance(self, image):
+        """||phi(x) - c||^2 of prepared images, (B,)."""
+        return (self.encoder(image) - self.center).square().sum(dim=1)
+
+    def loss(self, distance):
+        """From distances (B,): paper, Eq. 4, or, with a soft boundary, Eq. 3; weight decay is the optimiser's."""
+        if self.objective == "one-class":
+            return distance.mean()
+        return self.radius**2 + F.relu(distance - self.radius**2).mean() / self.nu
+
+    def quantile(self, distance):
+        """R, which is solved for instead of learned: the (1 - nu)-quantile of a batch's distances (B,), not squared."""
+        return torch.quantile(distance.detach().sqrt(), 1 - self.nu)
+
+    @torch.inference_mode()
+    def predict(self, image):
+        """No anomaly map; anomaly score (B,): the squared distance to c, less R^2 if there is a boundary."""
+        self.eval()
+        return None, self.distance(self.prepare(image)) - self.radius**2
+
+
+def batches(images, batch_size):
+    """All images in random order; a batch of one has no statistics and is left out."""
+    for index in torch.randperm(len(images)).to(images.device).split(batch_size):
+        if len(index) > 1:
+            yield images[index]
+
+
+def adam(network, lr, weight_decay, milestone):
+    """The optimiser and the schedule that both stages share."""
+    optimizer = torch.optim.Adam(network.parameters(), lr, weight_decay=weight_decay)
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [milestone])
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    run = common.start_run(__file__, args)
+    train, valid, test = common.load_benchmark(args)
+    model = DeepSVDD(args.scaling, args.objective, args.nu).to(run.device)
+    if not args.checkpoint:
+        if len(train) < 2 or min(args.batch_size, args.ae_batch_size) < 2:
+            common.fail("batch norm needs two images a batch: give more training images, or greater batch sizes")
+        images = model.load(train.batches(256, run.device))
+        if args.ae_epochs:
+            autoencoder = Autoencoder(model.encoder).to(run.device)
+            optimizer, schedule = adam(autoencoder, args.ae_lr, args.ae_weight_decay, args.ae_milestone)
+            for _ in common.progress(range(args.ae_epochs), "pre-training"):
+                losses = []
+                for image in batches(images, args.ae_batch_size):
+                    loss = autoencoder.loss(image)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(loss.detach())
+                schedule.step()
+            run.notes["ae_loss"] = float(torch.stack(losses).mean())  # of the last epoch
+            print(f"autoencoder: loss {run.notes['ae_loss']:.4f} after {args.ae_epochs} epochs", flush=True)
+        run.notes["center_raised"] = model.init_center(images)
+        optimizer, schedule = adam(model.encoder, args.lr, args.weight_decay, args.milestone)
+        for epoch in range(1, args.epochs + 1):
+            model.train()
+            losses = []
+            for image in batches(images, args.batch_size):
+                distance = model.distance(image)
+                loss = model.loss(distance)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if args.objective == "soft-boundary" and epoch > WARM_UP:
+                    model.radius.copy_(model.quantile(distance))
+                losses.append(loss.detach())
+            schedule.step()
+            run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
+    common.finish(run, model, (train, valid, test))

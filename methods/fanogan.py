@@ -1,0 +1,224 @@
+"""f-AnoGAN (Schlegl, Seeboeck, Waldstein, Langs, Schmidt-Erfurth, Medical Image Analysis 54, 2019; not on arXiv).
+
+A Wasserstein GAN learns to generate normal images from random codes. Then, with the GAN frozen, an encoder learns the
+codes of normal images (izi_f: image to z to image, and the critic's features f). What the GAN cannot generate is
+anomalous: the score is the residual of the image and of its features.
+
+Settings: thesis, Table 3.5 (Adam, 2e-4, batches of 32, codes of length 100); networks, the rest of the training and 200
+epochs for each stage: BMAD, the thesis' code, which took them from A03ki/f-AnoGAN.
+Differences from the paper: these networks are not its residual ones (for 64 pixels, tSchlegl/f-AnoGAN) but those of
+PyTorch-GAN's DCGAN. Their critic has batch normalisation, so that the gradient penalty of an image depends on the
+images beside, and dropout; `--critic-norm layer` is the paper's normalisation, without dropout.
+Differences from A03ki/f-AnoGAN and BMAD:
+- x^ of the gradient penalty takes one weight an image (Gulrajani et al., 2017), not one for each of its channels.
+- Higher scores are more anomalous (BMAD's test prints the AUROC of the opposite), and test images are never flipped.
+- The encoder's epoch is chosen on valid; they keep the last one.
+- The same with less arithmetic: the generator's step uses the images that the critic just saw, not the same ones
+  generated again (running statistics see them once, not twice); frozen networks get no gradients; enlarging and
+  convolving is one step, see `UpConv`.
+
+Parameters at 256 pixels: generator 53.2 M (53.0 M in its linear layer), critic 0.13 M, encoder 3.4 M.
+Cost, measured, of 64 pixels on one CPU thread: COST
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+BETAS = 0.5, 0.999  # of Adam (BMAD)
+N_CRITIC = 5  # critic's steps for one of the generator (BMAD, and the paper)
+PENALTY = 10  # weight of the gradient penalty (BMAD, and the paper)
+EPS = 0.8  # of batch normalisation: PyTorch-GAN took Keras' momentum for it, and all copies of it since
+
+
+@dataclass
+class Args:
+    data: str = "phantom"
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    root: str = "data"
+    """folder of the prepared benchmarks; decoded images are cached below it"""
+    out: str = "runs"
+    """results go to <out>/<data>/<method>/seed<k>"""
+    seed: int = 0
+    """seeds Python, NumPy and PyTorch"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    image_size: int = 256
+    """images are resized to this many pixels squared (thesis, 4.3.3): a multiple of 16, at least 32"""
+    batch_size: int = 32
+    """images a batch (thesis, Table 3.5)"""
+    limit: int | None = None
+    """at most this many images of each split and class, for quick looks"""
+    maps: int = 50
+    """how many test images get a picture; 0 none, -1 all"""
+    checkpoint: str | None = None
+    """a model.pt: skip training and evaluate it"""
+    predict: str | None = None
+    """with --checkpoint: score the images of this folder, no labels needed"""
+    gan_epochs: int = 200
+    """stage 1, the GAN: passes over the normal training images (BMAD)"""
+    epochs: int = 200
+    """stage 2, the encoder: passes over the normal training images (BMAD)"""
+    lr: float = 2e-4
+    """Adam's learning rate, in both stages (thesis, Table 3.5)"""
+    eval_every: int = 10
+    """epochs between looks at valid, which choose the checkpoint"""
+    latent: int = 100
+    """length of the code z (thesis, Table 3.5)"""
+    kappa: float = 1.0
+    """weight of the features' residual, in the encoder's loss and in the score (paper)"""
+    critic_norm: Literal["batch", "layer"] = "batch"
+    """of the critic: batch normalisation and dropout (BMAD), or layer normalisation (paper)"""
+
+
+def augment(image):
+    """Each image (B, 3, H, W) flipped left to right or not, by chance (BMAD, and the official code)."""
+    flip = torch.rand(len(image), 1, 1, 1) < 0.5
+    return torch.where(flip.to(image.device), image.flip(3), image)
+
+
+class UpConv(nn.Conv2d):
+    """Enlarging twice by nearest neighbour and then convolving 3x3 is, exactly, one transposed convolution of stride 2
+    with 2.25 times fewer products: each input pixel stands for 2x2 equal ones, so its kernel is the sum of 2x2."""
+
+    def __init__(self, channels, out_channels):
+        super().__init__(channels, out_channels, 3)
+
+    def forward(self, x):  # (B, C, h, w) -> (B, out_channels, 2h, 2w)
+        kernel = self.weight.transpose(0, 1).flip(2, 3)
+        kernel = sum(F.pad(kernel, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))  # 3x3 -> 4x4
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+
+
+class Generator(nn.Module):
+    def __init__(self, image_size, latent):
+        super().__init__()
+        self.side = image_size // 4
+        self.linear = nn.Linear(latent, 128 * self.side**2)
+        self.blocks = nn.Sequential(
+            nn.BatchNorm2d(128),
+            UpConv(128, 128), nn.BatchNorm2d(128, EPS), nn.LeakyReLU(0.2),
+            UpConv(128, 64), nn.BatchNorm2d(64, EPS), nn.LeakyReLU(0.2),
+            nn.Conv2d(64, 3, 3, padding=1), nn.Tanh(),
+        )
+
+    def forward(self, z):
+        """(B, latent) -> images (B, 3, H, W) in [-1, 1]."""
+        return self.blocks(self.linear(z).unflatten(1, (128, self.side, self.side)))
+
+
+def trunk(norm="batch"):
+    """(B, 3, H, W) -> (B, 128 * H/16 * W/16): what critic and encoder have in common."""
+    layers, channels = [], 3
+    for width in (16, 32, 64, 128):
+        layers += [nn.Conv2d(channels, width, 3, 2, 1), nn.LeakyReLU(0.2)]
+        if norm == "batch":
+            layers.append(nn.Dropout2d(0.25))
+        if channels > 3:
+            layers.append(nn.BatchNorm2d(width, EPS) if norm == "batch" else nn.GroupNorm(1, width))
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+class Critic(nn.Module):
+    def __init__(self, image_size, norm):
+        super().__init__()
+        self.features = trunk(norm)  # f of the paper
+        self.linear = nn.Linear(128 * (image_size // 16) ** 2, 1)
+
+    def forward(self, x):
+        return self.linear(self.features(x))  # (B, 1), without a sigmoid
+
+
+class FAnoGAN(nn.Module):
+    def __init__(self, image_size, latent, kappa, critic_norm):
+        super().__init__()
+        if image_size < 32 or image_size % 16:
+            common.fail(f"--image-size {image_size}: critic and encoder halve it four times; give 32, 48, 64, ...")
+        self.kappa = kappa
+        self.generator = Generator(image_size, latent)
+        self.critic = Critic(image_size, critic_norm)
+        # tanh bounds the codes, which were normal for the GAN: none of them is far from what it knows (paper)
+        self.encoder = nn.Sequential(trunk(), nn.Linear(128 * (image_size // 16) ** 2, latent), nn.Tanh())
+
+    def residual(self, x):
+        """izi_f of x (B, 3, H, W) in [-1, 1]: the (B,) that the encoder minimises and that is the anomaly score."""
+        recon = self.generator(self.encoder(x))
+        with torch.no_grad():
+            target = self.critic.features(x)
+        image = (recon - x).square().mean(dim=(1, 2, 3))
+        return image + self.kappa * (self.critic.features(recon) - target).square().mean(dim=1)
+
+    @torch.inference_mode()
+    def predict(self, image):
+        """No anomaly map; anomaly score (B,)."""
+        self.eval()
+        return None, self.residual(2 * image - 1)
+
+
+def gradient_penalty(critic, real, fake):
+    """Mean of (|gradient of D at x^| - 1)^2, x^ at random between a real and a generated image."""
+    a = torch.rand(len(real), 1, 1, 1).to(real.device)
+    between = (a * real + (1 - a) * fake).requires_grad_()
+    gradient, = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def critic_loss(critic, real, fake):
+    """WGAN-GP: the critic's values of real images (B, 3, H, W) shall be high, of generated ones low, its slope 1."""
+    return -critic(real).mean() + critic(fake).mean() + PENALTY * gradient_penalty(critic, real, fake)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    run = common.start_run(__file__, args)
+    train, valid, test = common.load_benchmark(args)
+    model = FAnoGAN(args.image_size, args.latent, args.kappa, args.critic_norm).to(run.device)
+    generator, critic, encoder = model.generator, model.critic, model.encoder
+    if not args.checkpoint:
+        optimizer_g, optimizer_d, optimizer_e = (torch.optim.Adam(m.parameters(), args.lr, BETAS)
+                                                 for m in (generator, critic, encoder))
+        for epoch in range(1, args.gan_epochs + 1):
+            losses_d, losses_g = [], []
+            for step, image in enumerate(train.batches(args.batch_size, run.device, shuffle=(args.seed, 1, epoch))):
+                real = 2 * augment(image) - 1
+                z = torch.randn(len(real), args.latent).to(run.device)
+                generator_too = step % N_CRITIC == 0
+                with torch.set_grad_enabled(generator_too):
+                    fake = generator(z)
+                loss_d = critic_loss(critic, real, fake.detach())
+                optimizer_d.zero_grad()
+                loss_d.backward()
+                optimizer_d.step()
+                losses_d.append(loss_d.detach())
+                if generator_too:
+                    loss_g = -critic(fake).mean()
+                    optimizer_g.zero_grad()
+                    loss_g.backward(inputs=list(generator.parameters()))
+                    optimizer_g.step()
+                    losses_g.append(loss_g.detach())
+            run.notes |= dict(critic=float(torch.stack(losses_d).mean()), generator=float(torch.stack(losses_g).mean()))
+            if epoch % args.eval_every == 0 or epoch == args.gan_epochs:
+                print(f"GAN, epoch {epoch}/{args.gan_epochs}  critic {run.notes['critic']:.4f}  "
+                      f"generator {run.notes['generator']:.4f}", flush=True)
+        for epoch in range(1, args.epochs + 1):
+            model.eval()  # the GAN's running statistics, no dropout in the critic
+            encoder.train()
+            losses = []
+            for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, 2, epoch)):
+                loss = model.residual(2 * augment(image) - 1).mean()
+                optimizer_e.zero_grad()
+                loss.backward(inputs=list(encoder.parameters()))
+                optimizer_e.step()
+                losses.append(loss.detach())
+            run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
+    common.finish(run, model, (train, valid, test))

@@ -1,0 +1,209 @@
+"""GANomaly (Akcay, Atapour-Abarghouei, Breckon, ACCV 2018, arXiv:1805.06725).
+
+An encoder and a decoder reconstruct the image, and a second encoder codes the reconstruction once more. Trained on
+normal images only, beside a discriminator whose features the reconstruction has to match, the two codes agree there;
+how far they lie apart is the score of an image.
+
+Settings: thesis, Table 3.5 (Adam, 2e-4, betas 0.5 and 0.999, loss weights 1, 50, 1); batches of 32 and at most 100
+epochs: BMAD, the thesis' code; losses, networks, initial weights: samet-akcay/ganomaly, the official code.
+Differences from the paper: the squared distance of the codes, as in the official code, not their L1 distance.
+Differences from the official code:
+- 256 pixels, as all methods here, instead of 32: the networks grow with the image (5.1 M weights at 32).
+- The test uses the running statistics of batch normalisation. The official test uses those of the test batch, so that
+  its scores depend on the images beside; `--instance-stats` is what that code does when it tests image by image.
+- The epoch is chosen on valid, not on test, and scores are not rescaled by the test set's range.
+- The discriminator sees each image once a step, not twice, with the same losses and gradients, and gives logits.
+Differences from BMAD and anomalib, which made the thesis' figures: the discriminator's features are matched, not its
+outputs, and codes by their squared, not their smooth L1 distance; the first convolution is padded by 1, not 4; images
+lie in [-1, 1], which the decoder's tanh can reach, not normalised as ImageNet's; initial weights are drawn from
+N(0, 0.02), which that code asks for but does not get.
+
+Parameters at 256 pixels: generator 144.0 M, discriminator 44.7 M (in training only); at 64: 10.7 M and 2.8 M.
+Cost, measured, of 64 pixels on one CPU thread: COST
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+W_ADV, W_CON, W_ENC = 1, 50, 1  # weights of the generator's losses (thesis, Table 3.5)
+BETAS = 0.5, 0.999  # of Adam (thesis, Table 3.5)
+COLLAPSED = 1e-5  # below this loss the discriminator has won, and starts anew (official code)
+
+
+@dataclass
+class Args:
+    data: str = "phantom"
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    root: str = "data"
+    """folder of the prepared benchmarks; decoded images are cached below it"""
+    out: str = "runs"
+    """results go to <out>/<data>/<method>/seed<k>"""
+    seed: int = 0
+    """seeds Python, NumPy and PyTorch"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    image_size: int = 256
+    """images are resized to this many pixels squared (thesis, 4.3.3): a power of two, at least 16"""
+    batch_size: int = 32
+    """images a batch (BMAD; the thesis is silent)"""
+    limit: int | None = None
+    """at most this many images of each split and class, for quick looks"""
+    maps: int = 50
+    """how many test images get a picture; 0 none, -1 all"""
+    checkpoint: str | None = None
+    """a model.pt: skip training and evaluate it"""
+    predict: str | None = None
+    """with --checkpoint: score the images of this folder, no labels needed"""
+    epochs: int = 100
+    """passes over the normal training images (BMAD; the official code makes 15)"""
+    lr: float = 2e-4
+    """Adam's learning rate, of both networks (thesis, Table 3.5)"""
+    eval_every: int = 10
+    """epochs between looks at valid, which choose the checkpoint"""
+    latent: int = 100
+    """length of the code z (official code: nz)"""
+    features: int = 64
+    """channels of the first convolution, doubled by each further one (official code: ngf)"""
+    instance_stats: bool = False
+    """test with each image's own statistics of batch normalisation, not with the running ones"""
+
+
+class BatchNorm(nn.BatchNorm2d):
+    instance_stats = False  # what a batch of one image gets in training mode, for any batch and without side effects
+
+    def forward(self, x):
+        if self.training or not self.instance_stats:
+            return super().forward(x)
+        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+
+
+def features(size, width):
+    """(B, 3, size, size) -> (B, width * size / 8, 4, 4): each convolution halves the image and doubles the channels."""
+    layers = [nn.Conv2d(3, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
+    while (size := size // 2) > 4:
+        layers += [nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False), BatchNorm(2 * width), nn.LeakyReLU(0.2)]
+        width *= 2
+    return nn.Sequential(*layers)
+
+
+def encoder(size, latent, width):
+    """(B, 3, size, size) -> (B, latent, 1, 1)."""
+    return nn.Sequential(*features(size, width), nn.Conv2d(width * size // 8, latent, 4, bias=False))
+
+
+def decoder(size, latent, width):
+    """(B, latent, 1, 1) -> (B, 3, size, size) in [-1, 1], the encoder backwards."""
+    c = width * size // 8
+    layers = [nn.ConvTranspose2d(latent, c, 4, bias=False), BatchNorm(c), nn.ReLU()]  # (B, c, 4, 4)
+    while c > width:
+        layers += [nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False), BatchNorm(c // 2), nn.ReLU()]
+        c //= 2
+    return nn.Sequential(*layers, nn.ConvTranspose2d(width, 3, 4, 2, 1, bias=False), nn.Tanh())
+
+
+def initialize(module):
+    """DCGAN's initial weights (Radford et al., 2016), of one layer."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+class Generator(nn.Module):
+    """G of the paper: encoder G_E, decoder G_D, and E, a second encoder with weights of its own."""
+
+    def __init__(self, image_size, latent, width, instance_stats=False):
+        super().__init__()
+        if image_size < 16 or image_size & (image_size - 1):
+            common.fail(f"--image-size {image_size}: each layer halves the image, down to 4; give 16, 32, 64, 128, 256")
+        self.encoder1 = encoder(image_size, latent, width)
+        self.decoder = decoder(image_size, latent, width)
+        self.encoder2 = encoder(image_size, latent, width)
+        self.apply(initialize)
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.instance_stats = instance_stats
+
+    def forward(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> reconstruction (B, 3, H, W), its code and x's (B, latent, 1, 1)."""
+        z = self.encoder1(x)
+        recon = self.decoder(z)
+        return recon, self.encoder2(recon), z
+
+    @torch.inference_mode()
+    def predict(self, image):
+        """No anomaly map; anomaly score (B,): the mean squared difference of the two codes."""
+        self.eval()
+        _, z_recon, z = self(2 * image - 1)
+        return None, (z - z_recon).square().mean(dim=(1, 2, 3))
+
+
+class Discriminator(nn.Module):
+    def __init__(self, image_size, width):
+        super().__init__()
+        self.features = features(image_size, width)  # f of the paper
+        self.classifier = nn.Conv2d(width * image_size // 8, 1, 4, bias=False)
+        self.apply(initialize)
+
+    def forward(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> features (B, C, 4, 4), logits (B,) of being a real image."""
+        f = self.features(x)
+        return f, self.classifier(f).flatten()
+
+
+def losses(generator, discriminator, x):
+    """The generator's L_adv, L_con, L_enc (paper, Eq. 2 to 4) and the discriminator's loss, from one pass of each.
+
+    Their graphs overlap: L_adv is the generator's alone and the last one the discriminator's, see `backward` below."""
+    recon, z_recon, z = generator(x)
+    f_real, real = discriminator(x)
+    f_fake, fake = discriminator(recon)
+    loss_adv = F.mse_loss(f_fake, f_real.detach())
+    loss_con = F.l1_loss(recon, x)
+    loss_enc = F.mse_loss(z_recon, z)
+    loss_d = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())  # cross entropy with labels 1 and 0
+    return loss_adv, loss_con, loss_enc, loss_d
+
+
+def backward(generator, discriminator, loss_g, loss_d):
+    """Gradients of each loss for its own network only: nothing flows from loss_d into the generator, as if detached."""
+    loss_g.backward(inputs=list(generator.parameters()), retain_graph=True)
+    loss_d.backward(inputs=list(discriminator.parameters()))
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    run = common.start_run(__file__, args)
+    train, valid, test = common.load_benchmark(args)
+    generator = Generator(args.image_size, args.latent, args.features, args.instance_stats).to(run.device)
+    if not args.checkpoint:
+        discriminator = Discriminator(args.image_size, args.features).to(run.device)
+        optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, BETAS)
+        optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, BETAS)
+        for epoch in range(1, args.epochs + 1):
+            generator.train()
+            total = []
+            for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch), drop_last=True):
+                loss_adv, loss_con, loss_enc, loss_d = losses(generator, discriminator, 2 * image - 1)
+                loss_g = W_ADV * loss_adv + W_CON * loss_con + W_ENC * loss_enc  # paper, Eq. 5
+                optimizer_g.zero_grad()
+                optimizer_d.zero_grad()
+                backward(generator, discriminator, loss_g, loss_d)
+                optimizer_g.step()
+                optimizer_d.step()
+                if loss_d < COLLAPSED:  # waits for the device
+                    discriminator.apply(initialize)
+                total.append(torch.stack([loss_adv, loss_con, loss_enc, loss_d]).detach())
+            adv, con, enc, d = torch.stack(total).mean(0).tolist()
+            run.validate(generator, epoch, valid, adv=adv, con=con, enc=enc, discriminator=d)
+    common.finish(run, generator, (train, valid, test))

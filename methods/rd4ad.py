@@ -1,0 +1,231 @@
+"""RD4AD (Deng, Li: Anomaly Detection via Reverse Distillation from One-Class Embedding, CVPR 2022, arXiv:2201.10703).
+
+A frozen, pretrained teacher gives features at three layers; a bottleneck fuses them into one small embedding, from
+which a student decoder, the teacher's mirror image, has to give the same features again. Trained on normal images
+only, neither of the two carries an anomaly through: where the features differ, a position is anomalous.
+
+Settings: thesis, Table 3.6: wide_resnet50_2, Adam with learning rate 0.005 and betas 0.5 and 0.99 (the official code
+has 0.5 and 0.999). Epochs, batch and image size: hq-deng/RD4AD (6554076).
+Differences from the paper: the loss takes the cosine of a layer's whole map as one vector, as the official code does,
+not the mean over positions; users of the paper's form report a loss of accuracy (issue 22 there).
+Differences from hq-deng/RD4AD:
+- The epoch is chosen on valid; there every tenth is shown on the test set and the last one kept.
+- The teacher runs without gradients, and without the last stage, which nothing reads; the bottleneck lacks a layer
+  that is never called (conv4 there).
+Difference from the thesis' benchmark: its configuration multiplies the layers' maps; the official code adds them, which
+is the default here (--combine product multiplies).
+mobilenet_v2 is our choice, not published: the bottleneck fuses as in the paper, its blocks and the decoder's are
+inverted residuals (2 of 24, 3 of 32 and 3 of 96 channels, as in the encoder), with a convolution as shortcut where the
+grid changes, as in the ResNets. They end without ReLU, since the features to give are signed.
+
+Parameters of bottleneck, decoder and frozen teacher: wide_resnet50_2 58,885,120, 24,917,504 and 24,862,528 (the sizes
+of the official ones), resnet18 11,680,000, 3,703,168 and 2,782,784, mobilenet_v2 1,545,984, 696,544 and 542,528.
+Cost, measured: mobilenet_v2, 128 pixels, batches of 8, one CPU thread: 38 s for 3 epochs of 200 images with three looks
+at valid, 20 ms to score an image, 1.2 GiB. The default was not timed.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+# Layers of strides 4, 8 and 16; their channels and the embedding's (of stride 32); the kind of block; how many blocks
+# the bottleneck has, and the decoder's stages from the coarsest to the finest.
+BACKBONES = {
+    "resnet18": (["layer1", "layer2", "layer3"], (64, 128, 256, 512), "basic", (2, 2, 2, 2)),
+    "resnet50": (["layer1", "layer2", "layer3"], (256, 512, 1024, 2048), "bottleneck", (3, 3, 4, 6)),
+    "wide_resnet50_2": (["layer1", "layer2", "layer3"], (256, 512, 1024, 2048), "wide", (3, 3, 4, 6)),
+    "mobilenet_v2": (["features.3", "features.6", "features.13"], (24, 32, 96, 160), "inverted", (3, 3, 3, 2)),
+}
+BETAS = (0.5, 0.99)  # thesis, Table 3.6
+
+
+@dataclass
+class Args:
+    data: str = "phantom"
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    root: str = "data"
+    """folder of the prepared benchmarks; decoded images are cached below it"""
+    out: str = "runs"
+    """results go to <out>/<data>/<method>/seed<k>"""
+    seed: int = 0
+    """seeds Python, NumPy and PyTorch"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    image_size: int = 256
+    """images are resized to this many pixels squared, a multiple of 32 (official code)"""
+    batch_size: int = 16
+    """images a batch (official code)"""
+    limit: int | None = None
+    """at most this many images of each split and class, for quick looks"""
+    maps: int = 50
+    """how many test images get a picture; 0 none, -1 all"""
+    checkpoint: str | None = None
+    """a model.pt: skip training and evaluate it"""
+    predict: str | None = None
+    """with --checkpoint: score the images of this folder, no labels needed"""
+    epochs: int = 200
+    """passes over the normal training images (official code)"""
+    lr: float = 0.005
+    """Adam's learning rate (thesis, Table 3.6)"""
+    eval_every: int = 10
+    """epochs between looks at valid, which choose the checkpoint"""
+    backbone: str = "wide_resnet50_2"
+    """torchvision network of the teacher: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
+    weights: str = "imagenet"
+    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    combine: Literal["sum", "product"] = "sum"
+    """of the layers' maps: sum (official code) or product (the thesis' benchmark)"""
+
+
+def conv(inputs, outputs, kernel, resize=None, groups=1):
+    """resize: "down" halves the grid, "up" doubles it with a transposed convolution of 2x2."""
+    if resize == "up":
+        return nn.ConvTranspose2d(inputs, outputs, 2, 2, groups=groups, bias=False)
+    return nn.Conv2d(inputs, outputs, kernel, 2 if resize else 1, kernel // 2, groups=groups, bias=False)
+
+
+def with_norm(convs, activation=nn.ReLU):
+    """Convolutions, each with batch norm and, but for the last one, an activation."""
+    layers = []
+    for c in convs:
+        layers += [c, nn.BatchNorm2d(c.out_channels), activation(inplace=True)]
+    return layers[:-1]
+
+
+class Block(nn.Module):
+    """A residual block of the teacher's kind, which may halve or double the grid on its way."""
+
+    def __init__(self, kind, inputs, outputs, resize=None):
+        super().__init__()
+        if kind == "basic":
+            convs = [conv(inputs, outputs, 3, resize), conv(outputs, outputs, 3)]
+        else:
+            width = {"bottleneck": outputs // 4, "wide": outputs // 2, "inverted": 6 * inputs}[kind]
+            groups = width if kind == "inverted" else 1
+            convs = [conv(inputs, width, 1), conv(width, width, 3, resize, groups), conv(width, outputs, 1)]
+        self.body = nn.Sequential(*with_norm(convs, nn.ReLU6 if kind == "inverted" else nn.ReLU))
+        self.shortcut = nn.Sequential(*(with_norm([conv(inputs, outputs, 1, resize)]) if resize else []))
+        self.last = nn.Identity() if kind == "inverted" else nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.last(self.body(x) + self.shortcut(x))
+
+
+def stage(kind, inputs, outputs, blocks, resize):
+    more = (Block(kind, outputs, outputs) for _ in range(blocks - 1))
+    return nn.Sequential(Block(kind, inputs, outputs, resize), *more)
+
+
+class Bottleneck(nn.Module):
+    """Multi-scale feature fusion (MFF) and one-class bottleneck embedding (OCBE): features -> (B, C4, H/32, W/32)."""
+
+    def __init__(self, kind, channels, blocks):
+        super().__init__()
+        c1, c2, c3, c4 = channels
+        self.fuse1 = nn.Sequential(*with_norm([conv(c1, c2, 3, "down"), conv(c2, c3, 3, "down")]), nn.ReLU())
+        self.fuse2 = nn.Sequential(*with_norm([conv(c2, c3, 3, "down")]), nn.ReLU())
+        self.embed = stage(kind, 3 * c3, c4, blocks, "down")
+
+    def forward(self, features):
+        e1, e2, e3 = features
+        return self.embed(torch.cat([self.fuse1(e1), self.fuse2(e2), e3], dim=1))  # (B, 3 * C3, H/16, W/16)
+
+
+class Decoder(nn.ModuleList):
+    """(B, C4, H/32, W/32) -> features of the teacher's three layers, from the finest to the coarsest."""
+
+    def __init__(self, kind, channels, blocks):
+        c1, c2, c3, c4 = channels
+        super().__init__(stage(kind, inputs, outputs, n, "up")
+                         for inputs, outputs, n in zip((c4, c3, c2), (c3, c2, c1), blocks, strict=True))
+
+    def forward(self, x):
+        features = []
+        for part in self:
+            x = part(x)
+            features.insert(0, x)
+        return features
+
+
+class RD4AD(nn.Module):
+    def __init__(self, backbone, weights, combine):
+        super().__init__()
+        if backbone not in BACKBONES:
+            common.fail(f"--backbone {backbone}: known are {', '.join(BACKBONES)}, each with a decoder of its own")
+        layers, channels, kind, blocks = BACKBONES[backbone]
+        self.combine = combine
+        self.teacher = common.feature_extractor(backbone, layers, weights)
+        self.bottleneck = Bottleneck(kind, channels, blocks[0])
+        self.decoder = Decoder(kind, channels, blocks[1:])
+        for module in [*self.bottleneck.modules(), *self.decoder.modules()]:
+            if isinstance(module, nn.Conv2d):  # transposed ones keep PyTorch's default, as in the official code
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, image):
+        """The teacher's features and the student's: two lists of (B, C, h, w), strides 4, 8 and 16."""
+        with torch.no_grad():
+            features = list(self.teacher(common.normalize(image)).values())
+        return features, self.decoder(self.bottleneck(features))
+
+    @torch.inference_mode()
+    def predict(self, image):
+        """Anomaly map (B, H, W): the layers' maps, enlarged, combined, smoothed; anomaly score (B,): its maximum."""
+        self.eval()
+        layer_maps = torch.stack([
+            F.interpolate(1 - F.cosine_similarity(e, d, dim=1)[:, None], image.shape[-2:], mode="bilinear",
+                          align_corners=True)  # corners aligned: the official code
+            for e, d in zip(*self(image), strict=True)])  # (3, B, 1, H, W)
+        anomaly_map = layer_maps.sum(0) if self.combine == "sum" else layer_maps.prod(0)
+        anomaly_map = smooth(anomaly_map)[:, 0]
+        return anomaly_map, anomaly_map.amax(dim=(1, 2))
+
+
+def distillation_loss(target, pred):
+    """1 - cos of teacher and student, the whole map of a layer being one vector; summed over layers, mean over images.
+
+    target, pred: lists of (B, C, h, w)."""
+    return sum(1 - F.cosine_similarity(e.flatten(1), d.flatten(1)).mean() for e, d in zip(target, pred, strict=True))
+
+
+def smooth(anomaly_map, sigma=4):
+    """Gaussian filter of (B, 1, H, W) cut at 4 sigma, edge pixels mirrored, equal to scipy.ndimage.gaussian_filter."""
+    radius = 4 * sigma
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=anomaly_map.device) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    for dim in (2, 3):  # separable
+        size = anomaly_map.shape[dim]
+        head, tail = (anomaly_map.narrow(dim, s, radius).flip(dim) for s in (0, size - radius))
+        padded = torch.cat([head, anomaly_map, tail], dim)
+        anomaly_map = F.conv2d(padded, kernel.view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)))
+    return anomaly_map
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    run = common.start_run(__file__, args)
+    if args.image_size % 32:
+        common.fail(f"--image-size {args.image_size}: the decoder doubles the grid of stride 32; take a multiple of 32")
+    train, valid, test = common.load_benchmark(args)
+    model = RD4AD(args.backbone, args.weights, args.combine).to(run.device)
+    if not args.checkpoint:
+        optimizer = torch.optim.Adam([*model.bottleneck.parameters(), *model.decoder.parameters()], args.lr, BETAS)
+        for epoch in range(1, args.epochs + 1):
+            model.train()  # batch norm of bottleneck and decoder: the teacher stays in eval mode
+            losses = []
+            for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)):
+                loss = distillation_loss(*model(image))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+            run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
+    common.finish(run, model, (train, valid, test))

@@ -1,0 +1,220 @@
+"""UTRAD (Chen, You, Zhang, Xi, Le, Neural Networks 147:53-62, 2022; no arXiv version).
+
+The features of a pretrained CNN are the tokens of a U-shaped transformer autoencoder: attention runs inside groups of
+4x4 tokens, then among the groups, and each skip of the U is squeezed through a bottleneck, so that it cannot simply
+copy. Trained on normal images it fails to reconstruct what it never saw; the error is divided by the error that a
+second head expects at that place.
+
+Settings: thesis, Table 3.6 (ReLU, batch 8, Adam 1e-4). Where it is silent, the thesis' code (DorisBao/BMAD): 150
+epochs, no augmentation. Structure, initialisation and score are those of the official gordon-chenmo/UTRAD.
+Differences from the official code:
+- ReLU, as the thesis says; its code and the official one run GELU (`--activation gelu`).
+- Batches of 8 instead of 2, and no padding, rotation and cropping in training: as behind the thesis' numbers.
+- Images are resized to a square, not by their short side: the grid of tokens must be square.
+- The epoch is chosen on valid (thesis, 3.4.1); there it is the one of the lowest training loss.
+- |std|, which divides the error, is at least 1e-6; nothing keeps it from zero there.
+- Sizes other than 256: 4x4 tokens a group while the grid can be divided by 4, and what is left is the last group. 64
+  pixels have two levels, 128 three with 2x2 groups at the top. The four scales of the score follow the groups.
+- mobilenet_v2 as another backbone; only the first and the last layer change.
+Kept, though it looks like an accident: both position tables are random codes that are never trained, one norm serves
+the encoders of all levels and another the decoders, and the layers of a level start with equal attention weights.
+91.719 M parameters as published, the 2.122 M fixed position codes included; beside them resnet18's frozen 2.783 M.
+
+Cost, measured: COST
+"""
+
+import sys
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+# The layers of strides 4, 8 and 16; 448 and 152 channels.
+LAYERS = {
+    "resnet18": ["layer1", "layer2", "layer3"],
+    "mobilenet_v2": ["features.3", "features.6", "features.13"],  # our choice: no published setting
+}
+SIDE = 4  # tokens along a group's side
+HEADS, DROPOUT = 8, 0.1
+BETAS = (0.5, 0.999)  # Adam's
+LEAST_STD = 1e-6
+
+
+@dataclass
+class Args:
+    data: str = "phantom"
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    root: str = "data"
+    """folder of the prepared benchmarks; decoded images are cached below it"""
+    out: str = "runs"
+    """results go to <out>/<data>/<method>/seed<k>"""
+    seed: int = 0
+    """seeds Python, NumPy and PyTorch"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
+    image_size: int = 256
+    """images are resized to this many pixels squared (thesis, 4.3.3); a multiple of 16"""
+    batch_size: int = 8
+    """images a batch (thesis, Table 3.6)"""
+    limit: int | None = None
+    """at most this many images of each split and class, for quick looks"""
+    maps: int = 50
+    """how many test images get a picture; 0 none, -1 all"""
+    checkpoint: str | None = None
+    """a model.pt: skip training and evaluate it"""
+    predict: str | None = None
+    """with --checkpoint: score the images of this folder, no labels needed"""
+    epochs: int = 150
+    """passes over the normal training images (thesis' code, official code)"""
+    lr: float = 1e-4
+    """Adam's learning rate (thesis, Table 3.6)"""
+    eval_every: int = 10
+    """epochs between looks at valid, which choose the checkpoint"""
+    backbone: str = "resnet18"
+    """torchvision network: resnet18, mobilenet_v2"""
+    weights: str = "imagenet"
+    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    activation: Literal["relu", "gelu"] = "relu"
+    """of the transformers (thesis, Table 3.6); the thesis' and the official code ran gelu"""
+    width: int = 512
+    """d, channels of a token; four times as many in the feed-forward layers (official code)"""
+    layers: int = 4
+    """transformer layers of each encoder and decoder (official code)"""
+
+
+class Level(nn.Module):
+    """One level of the U: P x P groups of S x S tokens with d channels each, a sequence for each group."""
+
+    def __init__(self, side, width, layers, activation, encoder_norm, decoder_norm):
+        super().__init__()
+        shape = dict(d_model=width, nhead=HEADS, dim_feedforward=4 * width, dropout=DROPOUT, activation=activation,
+                     batch_first=True)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**shape), layers, encoder_norm,
+                                             enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), layers, decoder_norm)
+        self.bottleneck = nn.Sequential(nn.Linear(width, width // 4), nn.LayerNorm(width // 4), nn.GELU(),
+                                        nn.Linear(width // 4, width), nn.LayerNorm(width))
+        self.register_buffer("position", torch.randn(side**2, width))  # no parameter: never trained
+        self.query = nn.Parameter(torch.randn(side**2, width))  # the same for all groups
+        self.side = side
+
+    def down(self, x):
+        """Tokens (B, P*S, P*S, d) -> one token for each group (B, P, P, d), and the skip (B*P*P, S*S, d)."""
+        b, h, w, d = x.shape
+        s = self.side
+        x = x.view(b, h // s, s, w // s, s, d).transpose(2, 3).reshape(-1, s * s, d)
+        x = F.dropout(x + self.position, DROPOUT, self.training)
+        x = self.encoder(F.pad(x, (0, 0, 1, 0)))  # the token in front that gathers the group starts from zero
+        return x[:, 0].view(b, h // s, w // s, d), self.bottleneck(x[:, 1:])
+
+    def up(self, x, skip):
+        """The way back: (B, P, P, d) and the skip (B*P*P, S*S, d) -> (B, P*S, P*S, d)."""
+        b, p, q, d = x.shape
+        s = self.side
+        memory = torch.cat([x.reshape(-1, 1, d), skip], dim=1)  # (B*P*P, 1 + S*S, d)
+        x = self.decoder(self.query.expand(len(memory), -1, -1), memory)
+        return x.view(b, p, q, s, s, d).transpose(2, 3).reshape(b, p * s, q * s, d)
+
+
+class UTRAD(nn.Module):
+    """C feature channels on a grid of h x h tokens, 64 x 64 at 256 pixels."""
+
+    def __init__(self, backbone, weights, image_size, width, layers, activation):
+        super().__init__()
+        if backbone not in LAYERS:
+            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+        if image_size < 16 or image_size % 16:
+            common.fail(f"--image-size {image_size}: the tokens need a multiple of 16; take 256, 128 or 64")
+        if width < HEADS or width % HEADS or layers < 1:
+            common.fail(f"--width {width} must be a multiple of {HEADS} and --layers {layers} at least 1")
+        self.backbone = common.feature_extractor(backbone, LAYERS[backbone], weights)
+        channels, grid = self.features(torch.zeros(1, 3, image_size, image_size)).shape[1:3]
+        sides, rest = [], grid
+        while rest % SIDE == 0:
+            sides, rest = [*sides, SIDE], rest // SIDE
+        sides += [rest] * (rest > 1)
+        self.scales = [1, *accumulate(sides, mul)]  # 1, 4, 16, 64: sides of token, group, group of groups, image
+        norms = nn.LayerNorm(width), nn.LayerNorm(width)  # of encoders and decoders, shared by the levels
+        self.embed = nn.Conv2d(channels, width, 1, bias=False)
+        self.register_buffer("position", torch.randn(width, grid, grid))  # no parameter: never trained
+        self.levels = nn.ModuleList(Level(side, width, layers, activation, *norms) for side in sides)
+        self.recon = nn.Conv2d(width, channels, 1, bias=False)
+        std = []
+        for i, o in [(1, 1), (1, 2), (2, 4), (4, 8)]:
+            std += [nn.Conv2d(width // i, width // o, 1, bias=False), nn.BatchNorm2d(width // o), nn.LeakyReLU(0.2)]
+        self.std = nn.Sequential(*std, nn.Conv2d(width // 8, 1, 1, bias=False))
+        for part in (self.embed, self.levels, self.recon, self.std):
+            for module in part.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):  # attention's joint input projection stays Xavier
+                    nn.init.normal_(module.weight, 0, 0.02)
+                elif isinstance(module, nn.BatchNorm2d):
+                    nn.init.normal_(module.weight, 1, 0.02)
+
+    @torch.no_grad()
+    def features(self, image):
+        """F: (B, 3, H, W) -> (B, C, h, h), deeper layers repeated to the first one's grid; frozen."""
+        first, *deeper = self.backbone(common.normalize(image)).values()
+        return torch.cat([first, *(F.interpolate(f, first.shape[-2:]) for f in deeper)], dim=1)  # nearest
+
+    def forward(self, features):
+        """F (B, C, h, h) -> its reconstruction (B, C, h, h), and the error to expect, up to its sign (B, 1, h, h)."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=features.is_cuda):
+            x = F.dropout(self.embed(features) + self.position, DROPOUT, self.training)
+            x, skips = x.permute(0, 2, 3, 1).contiguous(), []  # (B, h, h, d)
+            for level in self.levels:
+                x, skip = level.down(x)
+                skips.append(skip)
+            for level in reversed(self.levels):
+                x = level.up(x, skips.pop())
+        x = x.permute(0, 3, 1, 2)  # in float32 again, since the last layer is a norm
+        return self.recon(x), self.std(x.detach())  # or the tokens would learn to be wrong in a predictable way
+
+    @torch.inference_mode()
+    def predict(self, image):
+        """Anomaly map (B, H, W): error / expected error, averaged over four scales; anomaly score (B,): its maximum."""
+        self.eval()
+        features = self.features(image)
+        recon, std = self(features)
+        ratio = (recon - features).norm(dim=1, keepdim=True) / std.abs().clamp(min=LEAST_STD)  # (B, 1, h, h)
+        pooled = [F.interpolate(F.avg_pool2d(ratio, scale), ratio.shape[-2:], mode="bilinear") for scale in self.scales]
+        anomaly_map = F.interpolate(sum(pooled) / len(pooled), image.shape[-2:], mode="bilinear")[:, 0]
+        return anomaly_map, anomaly_map.amax(dim=(1, 2))
+
+
+def losses(features, recon, std):
+    """Mean squared error of the reconstruction, and of the expected error against the true one, at each token."""
+    error = (recon - features).detach().norm(dim=1, keepdim=True)
+    return F.mse_loss(recon, features), F.mse_loss(std, error)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    run = common.start_run(__file__, args)
+    train, valid, test = common.load_benchmark(args)
+    model = UTRAD(args.backbone, args.weights, args.image_size, args.width, args.layers, args.activation).to(run.device)
+    if not args.checkpoint:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, args.lr, BETAS)
+        for epoch in range(1, args.epochs + 1):
+            logged = []
+            model.train()
+            for image in common.progress(train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)),
+                                         f"epoch {epoch}", -(-len(train) // args.batch_size)):
+                features = model.features(image)
+                loss_recon, loss_std = losses(features, *model(features))
+                optimizer.zero_grad()
+                (loss_recon + loss_std).backward()
+                optimizer.step()
+                logged.append(torch.stack([loss_recon, loss_std]).detach())
+            recon, std = torch.stack(logged).mean(dim=0).tolist()
+            run.validate(model, epoch, valid, loss=recon, loss_std=std)
+    common.finish(run, model, (train, valid, test))
