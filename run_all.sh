@@ -23,16 +23,18 @@ demo() { # the budgets of the demonstration: untrained or ImageNet weights, whic
         padim | patchcore) echo "$net" ;;
         cfa) echo "$net --image-size 128 --epochs 2" ;;
         cflow) echo "$net $small --blocks 4 --epochs 2" ;;
-        csflow) echo "$net $small --hidden 64 --epochs 4 --lr 2e-3" ;;
-        cutpaste) echo "$net $small --epochs 30 --freeze-epochs 10 --lr 0.01" ;;
-        mkd | rd4ad | stfpm) echo "$net $small --epochs 4" ;;
-        simplenet) echo "$net --image-size 128 --epochs 10" ;;
-        utrad) echo "$net --image-size 64 --width 64 --layers 1 --epochs 6 --lr 1e-3" ;;
-        clip_recon) echo "$net --model tiny --clip-weights none --image-size 128 --da-levels 0 --epochs 8 --lr 1e-2" ;;
-        deepsvdd) echo --ae-epochs 20 --epochs 20 ;;
-        draem) echo --textures images --image-size 64 --width 16 --epochs 6 --lr 1e-3 ;;
-        fanogan) echo --image-size 32 --gan-epochs 10 --epochs 10 ;;
-        ganomaly) echo --image-size 32 --epochs 20 ;;
+        csflow) echo "$net $small --hidden 64 --epochs 4" ;;
+        cutpaste) echo "$net $small --epochs 30 --freeze-epochs 3" ;;
+        mkd) echo "$net $small --epochs 3" ;;
+        rd4ad) echo "$net $small --epochs 3" ;;
+        stfpm) echo "$net --image-size 128 --batch-size 4 --lr 0.8 --epochs 2" ;;
+        simplenet) echo "$net --image-size 128 --epochs 5" ;;
+        utrad) echo "$net --image-size 64 --width 64 --layers 1 --batch-size 2 --lr 3e-3 --epochs 3" ;;
+        clip_recon) echo "$net --model tiny --clip-weights none --image-size 128 --da-levels 0 --epochs 6 --lr 1e-2" ;;
+        deepsvdd) echo --ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --epochs 10 --batch-size 20 ;;
+        draem) echo --textures images --image-size 64 --width 16 --epochs 3 --lr 1e-3 ;;
+        fanogan) echo --image-size 32 --gan-epochs 8 --epochs 8 ;;
+        ganomaly) echo --image-size 32 --features 32 --epochs 20 ;;
     esac
 }
 

@@ -16,8 +16,8 @@ serves all scales, the map is the product of three scales.
 
 Parameters: 275,227,288 in the flow, of 304 channels (mobilenet_v2: 289,711,640, of 320). The features of the training
 images are computed once and lie in a temporary file of the run folder, 0.1 MB an image at 256 pixels.
-It starts slowly: gamma is 0 and Adam's eps large. After 200 steps at 2e-4 or 1e-3 scores were still those of the
-untrained flow (phantom, mobilenet_v2: image AUROC 0.60 before and after).
+It starts slowly, as gamma is 0 and Adam's eps large: after 100 steps at 2e-4 the scores are still those of the
+untrained flow (phantom, 128 pixels, mobilenet_v2: image AUROC 0.60 before and after).
 Cost, measured on one busy CPU thread: 200 images of 128 pixels, mobilenet_v2, --hidden 256, batches of 8: 27 s an
 epoch, 49 ms an image to score, 2.2 GiB. With 1,024, a step of 8 images of 256 pixels: 8 s; flow and Adam: 4.4 GB.
 """

@@ -20,7 +20,8 @@ A patch pasted from black onto black changes nothing and bears a wrong label, as
 noted in results.json. Images get a score but no anomaly map (thesis: NA).
 11.18 M parameters (ResNet-18) + 0.59 M (head, for training only).
 
-Cost, measured: COST
+Cost, measured on one busy CPU thread, mobilenet_v2 at 128 pixels: 85 s for 60 steps of 12 images (36 with the pasted
+ones) and four looks at valid, each with a fit on 200 images; 17 ms to score an image; 2.1 GiB.
 """
 
 import itertools

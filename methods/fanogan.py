@@ -18,7 +18,7 @@ Differences from A03ki/f-AnoGAN and BMAD:
   convolving is one step, see `UpConv`.
 
 Parameters at 256 pixels: generator 53.2 M (53.0 M in its linear layer), critic 0.13 M, encoder 3.4 M.
-Cost, measured, of 64 pixels on one CPU thread: COST
+Cost, measured: 200 images at 32 pixels, 15 + 15 epochs: 43 s on one busy CPU thread, 0.89 GiB; 4 ms an image.
 """
 
 import sys

@@ -139,7 +139,7 @@ class MKD(nn.Module):
     def predict(self, image):
         """Anomaly map (B, H, W): |gradient| of the score at the pixels, smoothed; anomaly score (B,): discrepancy."""
         self.eval()
-        parts = [self.localize(part) for part in image.split(16)]  # each image's backward pass holds some 0.2 GB
+        parts = [self.localize(part) for part in image.split(16)]  # bounds what the backward pass holds
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     @torch.enable_grad()  # the map is a gradient, also where the caller needs none
