@@ -30,7 +30,8 @@ demo() { # the budgets of the demonstration: untrained or ImageNet weights, whic
         stfpm) echo "$net --image-size 128 --batch-size 4 --lr 0.8 --epochs 2" ;;
         simplenet) echo "$net --image-size 128 --epochs 5" ;;
         utrad) echo "$net --image-size 64 --width 64 --layers 1 --batch-size 2 --lr 3e-3 --epochs 3" ;;
-        clip_recon) echo "$net --model tiny --clip-weights none --image-size 128 --da-levels 0 --epochs 6 --lr 1e-2" ;;
+        clip_recon) echo "$net --model tiny --clip-weights none --image-size 128 --da-levels 0 --prompt-tokens 4 --epochs 6 \
+            --lr 1e-2 --patches-per-step 32" ;;
         deepsvdd) echo --ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --epochs 10 --batch-size 20 ;;
         draem) echo --textures images --image-size 64 --width 16 --epochs 3 --lr 1e-3 ;;
         fanogan) echo --image-size 32 --gan-epochs 8 --epochs 8 ;;

@@ -8,12 +8,12 @@ Settings: thesis, Table 3.3: wide_resnet50_2, Adam with learning rate 1e-4, code
 silent, the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks each with a random rotation, batches of
 32 images, steps of 256 feature vectors, 200 epochs with warm-up and cosine, images turned by up to 5 degrees.
 Trained with wide_resnet50_2: 81,647,616 weights.
-Differences from the paper: 256 pixels on all data (there up to 512, by class).
+Differences from the paper: 256 pixels on all data.
 Differences from the official code: the likeliest vector of each layer, to which all others are compared, is that of
 the training images, kept with the weights (there: of the whole test set, which no single image can know); the epoch is
 chosen on valid, not on test; each layer has its own Adam (there one, whose momentum moves all layers at the step of
 any); the CNN pads with zeros, as it was trained (there by reflection); the rotations are orthogonal matrices from a
-QR decomposition (SciPy's draw of 2,048 dimensions takes minutes).
+QR decomposition (SciPy's draw of 2,048 dimensions is very slow).
 Differences from anomalib's and BMAD's, which made the thesis' row: those compare to the likeliest vector of each batch,
 so that scores of different batches are not comparable; permute channels instead of rotating them; take 64 vectors a
 step (anomalib's default), a constant learning rate (--schedule constant) and images as they are
