@@ -616,10 +616,10 @@ def start_run(script, args):
     folder = Path(args.out) / data / method / f"seed{args.seed}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not args.predict:
-            (folder / "results.json").unlink(missing_ok=True)  # from here on the folder is not a finished run
     except OSError as e:
         fail(f"cannot write {folder}: {e.strerror}; choose another --out")
+    if args.predict and (folder / "results.json").exists():
+        fail(f"{folder} holds a finished run, whose scores.csv --predict would replace; choose another --out")
     print(f"{method} on {data}, seed {args.seed}, {device}: {folder}", flush=True)
     return Run(script, args, device, folder, restored)
 
@@ -663,6 +663,7 @@ class Run:
     def keep(self, model, epoch=None):
         """Write the model's state, without frozen networks, as checkpoint.pt: the state that `finish` evaluates."""
         self.epoch = epoch
+        (self.folder / "results.json").unlink(missing_ok=True)  # from here on the folder is not a finished run
         state = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(_frozen(model))}
         with atomic(self.folder / "checkpoint.pt") as tmp:
             torch.save(dict(method=self.method, args=dataclasses.asdict(self.args), epoch=epoch, notes=self.notes,
@@ -710,6 +711,8 @@ def finish(run, model, splits):
     truth and heat map, min-max over the test set (thesis, 3.4.1). With --predict: scores.csv and maps/ only."""
     args, test = run.args, splits[2]
     epoch, train_seconds = run.load(model)
+    if not args.predict:
+        (run.folder / "results.json").unlink(missing_ok=True)  # until scores.csv and maps/ are new, too
     model.to(run.device)
     count = len(test) if args.maps < 0 else min(args.maps, len(test))
     shown = [i * len(test) // count for i in range(count)]  # the same images for all methods

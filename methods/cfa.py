@@ -140,7 +140,7 @@ class CFA(nn.Module):
     def __init__(self, backbone, weights, image_size, neighbors, hard_negatives, radius, learn_radius):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.layers, self.neighbors, self.hard_negatives = LAYERS[backbone], neighbors, hard_negatives
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         shapes = [f.shape[1:] for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (C_l, h_l, w_l)

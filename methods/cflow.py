@@ -170,7 +170,7 @@ class CFlow(nn.Module):
     def __init__(self, backbone, weights, image_size, blocks, condition):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         if condition < 4 or condition % 4 or blocks < 1:
             common.fail(f"--condition {condition} --blocks {blocks}: a multiple of 4, and at least one block")
         self.backbone = common.feature_extractor(backbone, LAYERS[backbone], weights)

@@ -156,7 +156,7 @@ class CSFlow(nn.Module):
     def __init__(self, backbone, weights, hidden, image_size):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         if image_size < 128 or image_size % 128:
             common.fail(f"--image-size {image_size}: three scales of stride 32 need a multiple of 128")
         if hidden < 1:

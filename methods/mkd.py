@@ -123,7 +123,7 @@ class MKD(nn.Module):
     def __init__(self, backbone, weights, value_weight, map_norm):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         layers, widths, positive = LAYERS[backbone]
         self.source = common.feature_extractor(backbone, layers, weights)
         self.cloner = Cloner(widths, positive)

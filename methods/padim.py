@@ -1,18 +1,17 @@
 """PaDiM (Defard, Setkov, Loesch, Audigier, ICPR 2021, arXiv:2011.08785).
 
-At each position of the image the features of a pretrained CNN, three layers deep, are modelled by one Gaussian,
-fitted on normal images in a single pass without training. A position is as anomalous as its Mahalanobis distance from
+At each position of the image the features from three layers of a pretrained CNN are modelled by one Gaussian, fitted
+on normal images in a single pass without training. A position is as anomalous as its Mahalanobis distance from
 its Gaussian.
 
-Settings: thesis, Table 3.4: 100 features with resnet18, 550 with wide_resnet50_2 (the default here: the thesis gives
-one row for both backbones and does not say which).
+Settings: thesis, Table 3.4: 100 features with resnet18, 550 with wide_resnet50_2 (the default here; the thesis has one
+row of results and does not say whose). Other backbones have no published number.
 Differences from the paper: 256 pixels, not 256 cropped to 224; images are not cropped, since lesions may lie at the
 border.
 Differences from xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master, the port that everybody uses: none in the
-result. The features of all images are never held: mean and covariance are accumulated batch by batch (Chan et al.),
-so memory does not grow with their number. Since a deep layer's feature is shared by 4 or 16 positions of the first
-layer's grid, its part of covariance and Cholesky factor is computed once on its own grid, exactly, at a quarter of
-the memory.
+Gaussians and distances. The features of all images are never held: mean and covariance are accumulated batch by batch
+(Chan et al.), so memory does not grow with their number. The blocks of covariance and Cholesky factor that belong to a
+deep layer are the same at the 4 or 16 positions that it covers: they are computed and held once, on its own grid.
 """
 
 import sys
@@ -76,19 +75,23 @@ class PaDiM(nn.Module):
     def __init__(self, backbone, weights, features, image_size):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         layers, published = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, layers, weights)
         self.layers = layers[::-1]
         shapes = [f.shape[1:] for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (C, h, w)
         channels = [c for c, _, _ in shapes]
-        features = features or published
+        features = published if features is None else features
         if not 0 < features <= sum(channels):
             common.fail(f"--features {features}: {backbone} has {sum(channels)} channels in {', '.join(layers)}")
+        if image_size % 16:
+            common.fail(f"--image-size {image_size}: the layers' grids must lie in one another; take a multiple of 16")
         drawn = torch.randperm(sum(channels))[:features].sort().values  # the same for all positions
         for l, (start, (c, h, w)) in enumerate(zip([0, *torch.tensor(channels).cumsum(0)], shapes, strict=False)):
             mine = drawn[(drawn >= start) & (drawn < start + c)] - start
             depth = int((drawn < start + c).sum())
+            if not len(mine):
+                common.fail(f"--features {features}: the draw left {self.layers[l]} out; take more, or another --seed")
             self.register_buffer(f"channels{l}", mine)  # (d_l,)
             self.register_buffer(f"mean{l}", torch.zeros(h * w, depth))  # (P_l, D_l)
             self.register_buffer(f"whiten{l}", torch.zeros(h * w, len(mine), depth))  # (P_l, d_l, D_l), see fit
@@ -118,34 +121,37 @@ class PaDiM(nn.Module):
                 delta = x.mean(1) - means[l]  # (P_l, D_l)
                 extra = (n * b / (n + b)) ** 0.5 * delta  # Chan et al. 1979: the two means' scatter, as one more row
                 z = torch.cat([x - x.mean(1, keepdim=True), extra[:, None]], dim=1)  # (P_l, B + 1, D_l)
-                scatter[l].baddbmm_(z[:, :, -scatter[l].shape[1] :].mT, z)
+                scatter[l].baddbmm_(z[:, :, z.shape[2] - scatter[l].shape[1] :].mT, z)
                 means[l] += delta * (b / (n + b))
             n += b
-        # S = L L^T, and |L^-1 (x - m)|^2 is the squared Mahalanobis distance. L^-1 is lower triangular, so its rows of
-        # layer l need layers 0..l only and are shared like them. With C the covariance of layer l with coarser ones,
-        # V the rows of L^-1 above and S_l the covariance within layer l: A = C V^T are the new rows of L, R R^T =
-        # S_l - A A^T its new diagonal block, and R^-1 [-A V, I] the new rows of L^-1.
+        # From here the buffers of scatter are overwritten by rows of L^-1. With the covariance S (+ epsilon I) = L L^T,
+        # |L^-1 (x - m)|^2 is the squared Mahalanobis distance. L^-1 is lower triangular, so its rows of layer l need
+        # layers 0..l only and are shared like them. With C the covariance of layer l with coarser ones, V the rows of
+        # L^-1 above, S_l the covariance within layer l: A = C V^T are the new rows of L, R R^T = S_l - A A^T its new
+        # diagonal block, and R^-1 [-A V, I] the new rows of L^-1.
         for l in range(len(self.layers)):
             d, depth = scatter[l].shape[1:]
-            for rows in torch.arange(len(scatter[l]), device=scatter[l].device).split(256):
-                cov = scatter[l][rows].double() / max(n - 1, 1)  # (256, d_l, D_l)
-                a_v = torch.zeros_like(cov[:, :, :-d])
-                own = cov[:, :, -d:] + EPSILON * torch.eye(d, device=cov.device)
+            for where in torch.arange(len(scatter[l]), device=scatter[l].device).split(256):  # positions
+                cov = exact(scatter[l][where]) / max(n - 1, 1)  # (256, d_l, D_l)
+                own = cov[:, :, depth - d :] + EPSILON * torch.eye(d, device=cov.device)
+                a_v = torch.zeros_like(cov[:, :, : depth - d])
                 if l:
-                    v = self._coarser(scatter, l, rows)  # (256, D_l - d_l, D_l - d_l)
-                    a = cov[:, :, :-d] @ v.mT
+                    v = self._coarser(scatter, l, where)  # (256, D_l - d_l, D_l - d_l)
+                    a = cov[:, :, : depth - d] @ v.mT
                     own, a_v = own - a @ a.mT, a @ v
                 eye = torch.eye(d, device=cov.device, dtype=cov.dtype).expand_as(own)
                 r = torch.linalg.cholesky(own)
-                scatter[l][rows] = torch.linalg.solve_triangular(r, torch.cat([-a_v, eye], dim=2), upper=False).float()
+                rows = torch.linalg.solve_triangular(r, torch.cat([-a_v, eye], dim=2), upper=False)
+                scatter[l][where] = rows.float().to(where.device)
 
-    def _coarser(self, whiten, l, rows):
-        """L^-1 of layers 0..l-1 at positions `rows` of grid l, (len(rows), D, D), put together from their own grids."""
+    def _coarser(self, whiten, l, where):
+        """L^-1 of layers 0..l-1 at positions `where` of grid l, (n, D, D), put together from their own grids."""
         height, width = self.grids[l]
         parts = []
         for k in range(l):
             h, w = self.grids[k]
-            part = whiten[k][(rows // width * h // height) * w + rows % width * w // width].double()  # (n, d_k, D_k)
+            part = whiten[k][(where // width * h // height) * w + where % width * w // width]  # (n, d_k, D_k)
+            part = exact(part)
             parts.append(F.pad(part, (0, whiten[l - 1].shape[2] - part.shape[2])))
         return torch.cat(parts, dim=1)
 
@@ -161,6 +167,11 @@ class PaDiM(nn.Module):
         anomaly_map = F.interpolate(squared.sqrt(), image.shape[-2:], mode="bilinear")  # paper, Eq. 2: the root
         anomaly_map = smooth(anomaly_map)[:, 0]
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
+
+
+def exact(x):
+    """In float64; on the CPU where the device has none (mps)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def smooth(anomaly_map, sigma=4):

@@ -78,7 +78,7 @@ class PatchCore(nn.Module):
     def __init__(self, backbone, weights, ratio, neighbors):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         if not 0 < ratio <= 1:
             common.fail(f"--ratio {ratio}: the share of kept patches lies above 0 and up to 1")
         self.layers = LAYERS[backbone]

@@ -99,7 +99,7 @@ class SimpleNet(nn.Module):
     def __init__(self, backbone, weights):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.layers, self.widths = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         width = sum(self.widths)  # D

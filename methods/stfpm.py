@@ -85,7 +85,7 @@ class STFPM(nn.Module):
     def __init__(self, backbone, weights):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.teacher = common.feature_extractor(backbone, LAYERS[backbone], weights)
         # Trap: an untrained teacher comes from seed 0; a student from that very seed would have nothing to learn.
         torch.manual_seed(torch.initial_seed() + 1)

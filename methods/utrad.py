@@ -138,7 +138,7 @@ class UTRAD(nn.Module):
     def __init__(self, backbone, weights, image_size, width, layers, activation):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone}: known are the layers of {', '.join(LAYERS)}; add yours to LAYERS")
+            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         if image_size < 16 or image_size % 16:
             common.fail(f"--image-size {image_size}: the tokens need a multiple of 16; take 256, 128 or 64")
         if width < HEADS or width % HEADS or layers < 1:

@@ -57,6 +57,14 @@ def keep_size(interpolate):
     return lambda x, size, mode="nearest": x if mode == "bilinear" else interpolate(x, size, mode=mode)
 
 
+@pytest.mark.parametrize("features, size, said", [(1, 64, "the draw left"), (500, 64, "152 channels"),
+                                                  (20, 100, "multiple of 16")])
+def test_padim_refuses_what_has_no_shared_blocks(features, size, said, capsys):
+    with pytest.raises(SystemExit):
+        padim.PaDiM("mobilenet_v2", "none", features, size)
+    assert said in capsys.readouterr().err
+
+
 def test_padim_does_not_depend_on_the_batch_size(images):
     one, other = fitted(images, 30, batch=3), fitted(images, 30, batch=14)
     for (name, a), b in zip(one.named_buffers(), other.buffers(), strict=True):

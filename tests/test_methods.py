@@ -150,6 +150,23 @@ def test_predict_scores_any_folder_of_images(finished, phantom, tmp_path):
     assert method in IMAGE_ONLY or len(list((found / "maps").iterdir())) == 6
 
 
+def test_predict_does_not_replace_the_scores_of_a_finished_run(phantom, tmp_path, capsys):
+    arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0]
+    run_here("padim", *arguments, *SHORT["padim"])
+    folder = tmp_path / "phantom/padim/seed0"
+    before = (folder / "scores.csv").read_bytes()
+    with pytest.raises(SystemExit):
+        run_here("padim", *arguments, "--checkpoint", folder / "model.pt", "--predict", phantom / "phantom")
+    assert "choose another --out" in capsys.readouterr().err and (folder / "scores.csv").read_bytes() == before
+
+
+def test_a_wrong_data_folder_leaves_a_finished_run_as_it_is(phantom, tmp_path):
+    run_here("padim", "--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT["padim"])
+    with pytest.raises(SystemExit):
+        run_here("padim", "--root", tmp_path, "--out", tmp_path, "--device", "cpu", *SHORT["padim"])
+    assert (tmp_path / "phantom/padim/seed0/results.json").exists()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_all_scripts_share_names_and_wording_of_their_arguments(method):
     script = load_script(f"methods/{method}.py")
