@@ -2,7 +2,7 @@
 
 A script calls, in this order: `start_run` (seeds, device, folder), `load_benchmark` (train, valid, test), then trains
 on `Split.batches`, calls `Run.validate` after each epoch, which keeps the state that is best on valid (or `Run.keep`
-where there are no epochs), and ends with `finish`: the test set is read once, there. The model is an nn.Module with a
+where there are no epochs), and ends with `finish`: the test set is scored once, there. The model is an nn.Module with a
 method `predict` (see `evaluate`). What a reader needs to re-implement a paper is in the paper's own script, not here.
 
 Shapes: N images of a split, B of a batch, C channels, H W image. Scores: higher is more anomalous.
@@ -579,7 +579,8 @@ def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
-# What may differ from the training run when a checkpoint is given; every other argument is taken from the checkpoint.
+# What may differ from the training run when a checkpoint is given, beside --weights that now lie elsewhere; every other
+# argument is taken from the checkpoint.
 FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "checkpoint", "predict"}
 
 

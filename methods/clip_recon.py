@@ -20,8 +20,8 @@ Decisions where the thesis leaves room (there is no public code to compare with)
   width by a frozen orthonormal map.
 - Batches of 8, AdamW's defaults, no schedule; the epoch is chosen on valid, as in chapter 3.
 - The tower was made for 240 pixels: its positions are interpolated to 256 as open_clip does it.
-The published adapter is narrow: with 16 times fewer hidden units than inputs the model knows little more than the mean
-of each location. `--adapter-reduction 0.25`, four times more of them, found more anomalies wherever it was tried.
+The published adapter is narrow: with 16 times fewer hidden units than inputs the model may know little more than the
+mean of each location. `--adapter-reduction 0.25` gives it four times more units than inputs (README: what it did).
 
 Cost, measured, of the default on one CPU thread: 17 s to train on an image (image tower 0.9 s, text tower 8.0 s, its
 backward pass 7.9 s) and 8 s to score one; 1.8 GiB, and another 1.6 for each image of a training batch.
