@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
 
 
 def load_script(path):
@@ -24,6 +26,29 @@ def run_script(path, *arguments):
     """Run a script as a user does; the finished process, its output as text."""
     command = [sys.executable, str(ROOT / path), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def files_of(root):
+    """{path below root: bytes} of all files, without the decoded cache."""
+    found = (p for p in sorted(root.rglob("*")) if p.is_file() and ".cache" not in p.parts)
+    return {p.relative_to(root): p.read_bytes() for p in found}
+
+
+def write_nifti(file, array, axes="LAS", dtype=None, slope=None, inter=0.0):
+    """A NIfTI file of `array`, whose axes run towards right, front and up; stored with its voxel axes along `axes`.
+
+    slope, inter: stored as int16 that these turn back into the array's values."""
+    codes = nibabel.orientations.axcodes2ornt(axes)
+    affine = np.linalg.inv(nibabel.orientations.inv_ornt_aff(codes, [1, 1, 1]))
+    turned = nibabel.orientations.apply_orientation(
+        array, nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"), codes))
+    if slope is not None:
+        turned, dtype = np.rint((turned - inter) / slope), np.int16
+    image = nibabel.Nifti1Image(np.asarray(turned, dtype or array.dtype), affine)
+    if slope is not None:
+        image.header.set_slope_inter(slope, inter)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(image, file)
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,10 @@
 import csv
 
 import numpy as np
-from conftest import run_script
+from conftest import files_of, run_script
 from PIL import Image
 
 import common
-
-
-def files_of(root):
-    found = (p for p in sorted(root.rglob("*")) if p.is_file() and ".cache" not in p.parts)
-    return {p.relative_to(root): p.read_bytes() for p in found}
 
 
 def test_phantom_is_the_same_to_the_byte_and_a_second_run_does_nothing(phantom, tmp_path):

@@ -1,0 +1,263 @@
+"""What the preparation scripts share: arguments, work on many cases that a kill does not lose, one way to write images,
+the checks between splits. A source's rule is in its own script.
+
+A script scans its source, plans which case belongs to which split, lets `Preparation.map` write the images case by case
+(in parallel; what is done is kept), and ends with `Preparation.finish`. Until then everything lies in a hidden folder
+<root>/.preparing-<source>; a benchmark that can be seen is complete.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
+
+@dataclass
+class Args:
+    raw: str
+    """folder of the source, as downloaded and unpacked"""
+    root: str = "data"
+    """the benchmark is written to <root>/<benchmark>"""
+    seed: int = 0
+    """seeds whatever the rule draws"""
+    workers: int = os.cpu_count() or 1
+    """cases worked on at a time; each holds one case in memory"""
+    strict: bool = False
+    """stop at the first damaged file, instead of going on without it"""
+    allow_duplicates: bool = False
+    """let equal images, or a patient, in two splits pass with a warning"""
+
+
+FREE = {"raw", "root", "workers", "strict", "allow_duplicates"}  # what does not change the benchmark
+
+
+class Damaged(Exception):
+    """A source file that cannot be used: the message says which, what is wrong, and what to do."""
+
+
+def raw_folder(args, looked_for):
+    """args.raw as a Path; ends with one line if it is not there. looked_for: what it should hold, in words."""
+    raw = Path(args.raw)
+    if not raw.is_dir():
+        common.fail(f"no folder {raw}; --raw takes the folder that holds {looked_for}")
+    return raw
+
+
+def wrong_folder(raw, looked_for):
+    """End with one line: what was looked for and what is there."""
+    found = sorted(p.name + "/" * p.is_dir() for p in raw.iterdir() if p.name[0] != ".")
+    common.fail(f"{raw} does not hold {looked_for}; found {', '.join(found[:6]) or 'nothing'}"
+                f"{f' and {len(found) - 6} more' if len(found) > 6 else ''}; give the unpacked source with --raw")
+
+
+def read_list(file, columns):
+    """Rows of a CSV file as dicts; ends with one line if it is missing, unreadable, or lacks one of `columns`."""
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.DictReader(f))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        common.fail(f"cannot read {file} ({getattr(e, 'strerror', None) or e}); give a CSV file with the columns "
+                    f"{', '.join(columns)}")
+    if not rows or (missing := [c for c in columns if c not in rows[0] or any(r[c] is None for r in rows)]):
+        lacks = f"lacks the column {missing[0]} or a value in it" if rows else "is empty"
+        common.fail(f"{file} {lacks}; its columns must be {', '.join(columns)}")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------- NIfTI volumes
+class Volume:
+    """A NIfTI volume read by axial slices, the same way up whatever its affine: rows run from front to back, columns
+    from the patient's right to the left (as radiologists look at it), slices upwards. Damaged if it cannot be used."""
+
+    def __init__(self, file):
+        self.file = file
+        try:
+            self.image = nibabel.load(file)
+        except (OSError, EOFError, nibabel.filebasedimages.ImageFileError) as e:
+            raise Damaged(f"{file} is not a readable NIfTI volume ({e}); download it again") from e
+        if len(self.image.shape) != 3:
+            raise Damaged(f"{file} has {len(self.image.shape)} dimensions {self.image.shape}; one volume has 3")
+        orientation = nibabel.io_orientation(self.image.affine)  # by voxel axis: the axis of the body, and its sign
+        if np.isnan(orientation).any():
+            raise Damaged(f"{file} has an affine that names no orientation; convert the source again")
+        self.axes = [int(np.flatnonzero(orientation[:, 0] == a)[0]) for a in range(3)]  # right, front, up
+        self.signs = [orientation[a, 1] for a in self.axes]
+        self.shape = tuple(self.image.shape[a] for a in self.axes)
+
+    def axial(self, start=0, stop=None):
+        """Slices start to stop as (n, H, W) floats, rescaled as the header says; Damaged if one is not finite."""
+        depth = self.shape[2]
+        stop = depth if stop is None else stop
+        if not 0 <= start < stop <= depth:
+            raise Damaged(f"{self.file} has {depth} axial slices; the rule reads {start} to {stop - 1}")
+        window = slice(start, stop) if self.signs[2] > 0 else slice(depth - stop, depth - start)
+        where = [slice(None)] * 3
+        where[self.axes[2]] = window
+        try:
+            voxels = np.asarray(self.image.dataobj[tuple(where)], np.float32)  # reads no more than it needs
+        except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as e:
+            raise Damaged(f"{self.file} is damaged ({e}); download it again") from e
+        if not np.isfinite(voxels).all():
+            raise Damaged(f"{self.file} has voxels that are not finite; download or convert it again")
+        voxels = voxels.transpose(self.axes[2], self.axes[1], self.axes[0])  # up, front, right
+        return voxels[:: 1 if self.signs[2] > 0 else -1, :: -1 if self.signs[1] > 0 else 1,
+                      :: -1 if self.signs[0] > 0 else 1]
+
+
+def same_shape(volume, label):
+    """Damaged if a volume and its label do not belong together."""
+    if volume.shape != label.shape:
+        raise Damaged(f"{label.file} is {label.shape}, its volume {volume.file} {volume.shape} voxels; "
+                      "download both again")
+
+
+# ---------------------------------------------------------------------------------------------------- writing and checks
+def save(folder, split, label, name, image, mask=None, **columns):
+    """Write a uint8 image (and a bool mask) as PNG into `folder`; its manifest row. label: 0 normal, 1 anomalous."""
+    place = Path(split) / ("Ungood" if label else "good")
+    for kind, array in (("img", image), ("anomaly_mask", mask)):
+        if array is not None:
+            array = array * np.uint8(255) if array.dtype == bool else array
+            with common.atomic(folder / place / kind / f"{name}.png") as tmp:
+                Image.fromarray(array).save(tmp, "PNG")
+    digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+    return dict(image=(place / "img" / f"{name}.png").as_posix(), split=split, label=label, **columns, sha256=digest)
+
+
+def _one(function, key, item, folder, kept):
+    """(key, result, None), or (key, None, why it is damaged); the result is kept as JSON in `kept`."""
+    if kept.exists():
+        return key, json.loads(kept.read_text()), None
+    try:
+        result = function(item, folder)
+    except Damaged as e:
+        return key, None, str(e)
+    with common.atomic(kept) as tmp:
+        tmp.write_text(json.dumps(result))
+    return key, result, None
+
+
+class Preparation:
+    """One source's way into one benchmark; ends the program where that is there already."""
+
+    def __init__(self, source, benchmark, splits, args):
+        """source: the script's name; splits: those of `benchmark` that it writes."""
+        self.source, self.splits, self.args = source, splits, args
+        self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
+        self.damaged = {}
+        # Lists of cases are named by what they hold, so that an edited list is another benchmark.
+        self.asked = {k: common.sha256(v) if isinstance(v, str) and Path(v).is_file() else v
+                      for k, v in dataclasses.asdict(args).items() if k not in FREE}
+        if args.workers < 1 or args.seed < 0:
+            common.fail("--workers must be at least 1 and --seed not negative")
+        record = self.folder / f"{source}.json"
+        if record.exists():
+            made = json.loads(record.read_text())
+            if made["arguments"] != self.asked:
+                common.fail(f"{self.folder} was made from {source} with other arguments ({made['arguments']}); remove "
+                            "it, or choose another --root")
+            print(f"{self.folder} is there already, made from {source} with these arguments; nothing to do")
+            self._report_damage(made["damaged"])
+            raise SystemExit(1 if made["damaged"] else 0)
+        if there := [s for s in splits if (self.folder / s).exists() and not (self.work / "moving").exists()]:
+            common.fail(f"{self.folder / there[0]} exists and was not made by this script; choose another --root")
+        begun = self.work / "arguments.json"
+        if begun.exists() and json.loads(begun.read_text()) != self.asked:
+            common.fail(f"{self.work} was begun with other arguments; remove it, or choose another --root")
+        with common.atomic(begun) as tmp:
+            tmp.write_text(json.dumps(self.asked))
+
+    def map(self, function, items, what):
+        """{key: function(item, folder)} in the order of `items` ({key: item}), in worker processes; what is damaged is
+        named and left out. function: of a module; returns what JSON can hold, writes with `save`."""
+        results, kept = {}, self.work / what
+        try:
+            with ProcessPoolExecutor(min(self.args.workers, max(1, len(items)))) as pool:
+                found = [pool.submit(_one, function, key, item, self.work / "images", kept / f"{key}.json")
+                         for key, item in items.items()]
+                try:
+                    for future in common.progress(found, f"{self.source}: {what}"):
+                        key, result, why = future.result()
+                        if why is None:
+                            results[key] = result
+                            continue
+                        print(f"damaged: {why}", file=sys.stderr, flush=True)
+                        self.damaged[key] = why
+                        if self.args.strict:
+                            common.fail("stopped at the first damaged file (--strict)")
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool:
+            common.fail(f"a process died while {what}, most likely for lack of memory; take fewer --workers")
+        if not results:
+            common.fail(f"{self.args.raw}: nothing could be read; see the damaged files above")
+        return results
+
+    def finish(self, rows, published):
+        """Check the splits, print counts beside the published ones, write the manifest, let the benchmark be seen.
+
+        rows: of `save`, with the column `case`; published: {(split, label): count}. Exit status 1 if something was
+        damaged."""
+        rows = sorted(rows, key=lambda r: (self.splits.index(r["split"]), r["label"], r["image"]))
+        others = [r for f in sorted(self.folder.glob("*.csv")) for r in read_list(f, ["image", "split", "sha256"])]
+        for what, everything in (("case", rows), ("sha256", rows + others)):
+            seen = {}
+            for row in everything:
+                first = seen.setdefault(row[what], row)
+                if first["split"] != row["split"]:
+                    line = (f"{first['image']} and {row['image']} are "
+                            + ("the same image" if what == "sha256" else f"both of {row['case']}") + ", in two splits")
+                    if not self.args.allow_duplicates:
+                        common.fail(f"{line}; clean the source, or let it pass with --allow-duplicates")
+                    print(f"warning: {line}", file=sys.stderr)
+        counts = Counter((r["split"], r["label"]) for r in rows)
+        for split in self.splits:
+            for label, name in enumerate(("normal", "anomalous")):
+                if (split, label) in published or counts[split, label]:
+                    print(f"{split:<5} {name:<9} {counts[split, label]:>6}   published {published[split, label]:>6}")
+        for split, label in published:
+            if not counts[split, label] and split != "valid":  # without valid a benchmark can be used, with a warning
+                common.fail(f"no {('normal', 'anomalous')[label]} image for {split}: the source has too few cases")
+        (self.work / "moving").touch()
+        for split in self.splits:
+            if (self.work / "images" / split).exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                os.replace(self.work / "images" / split, self.folder / split)
+        common.write_csv(self.folder / f"{self.source}.csv", rows)
+        with common.atomic(self.folder / f"{self.source}.json") as tmp:
+            tmp.write_text(json.dumps(dict(arguments=self.asked, damaged=self.damaged)))
+        shutil.rmtree(self.work)
+        print(f"{self.folder}: {len(rows)} images from {len({r['case'] for r in rows})} cases")
+        self._report_damage(self.damaged)
+        raise SystemExit(1 if self.damaged else 0)
+
+    def _report_damage(self, damaged):
+        if damaged:
+            print(f"made without {len(damaged)} damaged: {'; '.join(damaged.values())}. Replace them, remove "
+                  f"{self.folder} and prepare it again", file=sys.stderr)
+
+
+def shares(total, counts):
+    """`total` cases divided in proportion to `counts`: at least one in each, the greatest remainders first."""
+    exact = np.array(counts) * total / sum(counts)
+    found = np.maximum(1, np.floor(exact)).astype(int)
+    while found.sum() != total:
+        step = 1 if found.sum() < total else -1
+        gap = np.where((found > 1) | (step > 0), step * (exact - found), -np.inf)
+        found[int(np.argmax(gap))] += step
+    return found.tolist()
