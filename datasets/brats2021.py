@@ -9,8 +9,8 @@ The rule:
 1. of each FLAIR volume the 40 axial slices 60 to 99; a slice with any label above 0 is anomalous, that being its mask;
 2. each slice scaled by its own least and greatest value to 8 bits, 240x240, seen from below (the patient's right on the
    left), whatever the affine of the file;
-3. patients ranked by how many of their 40 slices are free of tumour (most first; ties by name). The first 424 are train,
-   with all their tumour-free slices; the next 162 test-normal and the next 39 valid-normal, likewise;
+3. patients ranked by how many of their 40 slices are free of tumour (most first; ties by name). The first 424 are
+   train, with all their tumour-free slices; the next 162 test-normal and the next 39 valid-normal, likewise;
 4. the remaining 626 show tumour in every slice: the first 11 are valid-anomalous with slices 60, 70, 80, 90, the other
    615 test-anomalous with slices 60, 68, 76, 84, 92.
 A cohort of another size is divided in the same shares, at least one patient in each part; of fewer than five, those of
@@ -100,7 +100,7 @@ def write_case(item, folder):
     case, (flair, seg), (split, slices) = item
     volume, tumour = prepare.Volume(flair).axial(FIRST, LAST + 1), prepare.Volume(seg).axial(FIRST, LAST + 1) > 0
     rows = []
-    for label, z in ((label, z) for label in slices for z in slices[label]):
+    for label, z in [(label, z) for label, chosen in slices.items() for z in chosen]:
         image, mask = volume[z - FIRST], tumour[z - FIRST] if label else None
         low, high = image.min(), image.max()
         image = np.rint((image - low) * (255 / ((high - low) or 1))).astype(np.uint8)
@@ -114,7 +114,8 @@ if __name__ == "__main__":
     preparation = prepare.Preparation("brats2021", "brain", ["train", "valid", "test"], args)
     cases = find_cases(raw) or prepare.wrong_folder(raw, LOOKED_FOR)
     free = preparation.map(tumour_free, cases, "looking for tumour")
-    planned = plan_of_list(free, prepare.read_list(args.split, ["case", "split", "label"])) if args.split else plan(free)
+    columns = ["case", "split", "label"]
+    planned = plan_of_list(free, prepare.read_list(args.split, columns)) if args.split else plan(free)
     items = {case: (case, cases[case], planned[case]) for case in sorted(planned)}
     rows = preparation.map(write_case, items, "writing")
     preparation.finish([r for case in rows.values() for r in case], PUBLISHED)

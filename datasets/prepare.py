@@ -126,7 +126,7 @@ def same_shape(volume, label):
                       "download both again")
 
 
-# ---------------------------------------------------------------------------------------------------- writing and checks
+# --------------------------------------------------------------------------------------------------- writing and checks
 def save(folder, split, label, name, image, mask=None, **columns):
     """Write a uint8 image (and a bool mask) as PNG into `folder`; its manifest row. label: 0 normal, 1 anomalous."""
     place = Path(split) / ("Ungood" if label else "good")
