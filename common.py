@@ -293,6 +293,47 @@ class Split:
             yield self.batch(order[start : start + batch_size], device)
 
 
+def _thumbnails(split, block=256):
+    """The images' 32x32 means, each of zero mean and unit length, (N, 1024): their products are correlations."""
+    found = []
+    for start in range(0, len(split), block):
+        image = torch.from_numpy(split.images[start : start + block].copy()).float().mean(dim=1, keepdim=True)
+        small = torch.nn.functional.adaptive_avg_pool2d(image, 32).flatten(1)
+        found.append(torch.nn.functional.normalize(small - small.mean(dim=1, keepdim=True)))
+    return torch.cat(found)
+
+
+def find_leaks(splits, cache):
+    """Images of valid and test that stand in train, too: {split: count, ..., examples: [(path, path in train)]}.
+
+    Two images count as one if their 32x32 means correlate above 0.99, mirrored or not. Kept in `cache`."""
+    train, others = splits[0], [s for s in splits[1:] if s]
+    name = hashlib.sha256("".join(s.files[0].name for s in [train, *others]).encode()).hexdigest()[:12]
+    kept = cache / f"{train.files[0].name.split('-train-')[0]}-{name}.leaks.json"
+    if not kept.exists():
+        known, leaks = _thumbnails(train), dict(examples=[])
+        for split in others:
+            count = 0
+            for start, small in enumerate(_thumbnails(split).split(1024)):
+                mirrored = small.view(-1, 32, 32).flip(2).flatten(1)
+                best = torch.maximum(small @ known.T, mirrored @ known.T).max(dim=1)  # (b,)
+                found = torch.nonzero(best.values > 0.99).flatten().tolist()
+                count += len(found)
+                leaks["examples"] += [(split.paths[1024 * start + i], train.paths[best.indices[i]]) for i in found[:2]]
+            leaks[split.name] = count
+        leaks["examples"] = leaks["examples"][:2]
+        with atomic(kept) as tmp:
+            tmp.write_text(json.dumps(leaks))
+    return json.loads(kept.read_text())
+
+
+def leak_line(leaks):
+    """What `find_leaks` found, in words; "" for nothing."""
+    counts = " and ".join(f"{n} images of {split}" for split, n in leaks.items() if split != "examples" and n)
+    examples = " and ".join(f"{path} = {known}" for path, known in leaks["examples"])
+    return f"LEAK: {counts} stand in train, too, e.g. {examples}" if counts else ""
+
+
 def load_benchmark(args):
     """(train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit; prints what was found.
 
@@ -324,9 +365,12 @@ def load_benchmark(args):
                  f"put images (png, jpg, bmp, tif) into {name}/good" + " and test/Ungood" * (name == "test"))
         splits.append(Split(name, normal + anomalous, args.image_size, base, cache))
         counts.append(f"{name} {len(normal)} normal" + f" + {len(anomalous)} anomalous" * bool(anomalous))
+    leaks = splits[2].leaks = find_leaks(splits, cache)
     print(f"{base}: {', '.join(counts)}; {'grey' if splits[2].images.shape[1] == 1 else 'colour'}, "
           f"{args.image_size}x{args.image_size}, {'' if splits[2].has_masks else 'no '}masks"
           + f"; LIMITED to {args.limit} a class" * bool(args.limit), flush=True)
+    if line := leak_line(leaks):
+        print(line, flush=True)
     return splits
 
 
@@ -437,8 +481,8 @@ class PixelMetrics:
         # By page: its first bin, and how many of the lower bits it ignores. In PyTorch, which counts faster than NumPy.
         self.first, self.shift = torch.full((65536,), -1, dtype=torch.int32), torch.zeros(65536, dtype=torch.int32)
         # By bin: pixels, anomalous ones among them, and the sum over these of 1 / their region's size.
-        self.total, self.positive = torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)
-        self.overlap = torch.zeros(0, dtype=torch.float64)
+        self.total, self.positive = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        self.overlap, self.bins = torch.zeros(0, dtype=torch.float64), 0  # the arrays are longer than the bins in use
         self.pending, self.pixels, self.regions, self.low, self.high = [], 0, 0, math.inf, -math.inf
 
     def update(self, anomaly_maps, masks):
@@ -456,19 +500,20 @@ class PixelMetrics:
                 band = mask[rows[0] : rows[-1] + 1]
                 region, count = ndimage.label(band, np.ones((3, 3)))  # 8-connected
                 region = region[band] - 1
-                share = np.flatnonzero(mask), 1 / np.bincount(region)[region]  # thesis, Eq. 3.2: |A n C_k| / |C_k|
+                where = np.flatnonzero(band) + rows[0] * mask.shape[1]
+                share = where, 1 / np.bincount(region)[region]  # thesis, Eq. 3.2: |A n C_k| / |C_k|
                 self.regions += count
             self.pending.append((anomaly_map.ravel() + np.float32(0), share))  # a copy; -0 and 0 are one score
             self.pixels += anomaly_map.size
-        if self.pixels > self.SORTED:
+        if sum(len(scores) for scores, _ in self.pending) > self.SORTED:
             self._count_pending()
 
     def _key(self, scores):
-        """float32 (n,) -> the page (0 to 65535) and the lower 16 bits, which order the scores; int32 both."""
-        bits = torch.from_numpy(scores).view(torch.int32)
+        """float32 (n,) -> int32 (n,) that order as the scores do, and the page of each (0 to 65535)."""
+        key = torch.from_numpy(scores).view(torch.int32)
         if self.low < 0:
-            bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # two's complement for negative floats
-        return (bits >> 16) + 32768, bits & 0xFFFF
+            key = key ^ ((key >> 31) & 0x7FFFFFFF)  # two's complement for negative floats
+        return key, (key >> 16).add_(32768)
 
     def _make_pages(self, count):
         """Bins for the pages (65536,) that are not there yet, finer where more of the pixels are."""
@@ -476,39 +521,43 @@ class PixelMetrics:
         bits = (count[new] / self.pixels * 2**18).log2().ceil().clamp(8, 16).int()
         size = 1 << bits
         self.shift[new] = 16 - bits
-        self.first[new] = len(self.total) + (size.cumsum(0) - size).int()
-        self.total, self.positive, self.overlap = (torch.cat([a, a.new_zeros(int(size.sum()))])
-                                                   for a in (self.total, self.positive, self.overlap))
+        self.first[new] = self.bins + (size.cumsum(0) - size).int()
+        self.bins += int(size.sum())
+        if self.bins > len(self.total):  # twice as long as needed, so that few pages copy the counts
+            self.total, self.positive, self.overlap = (torch.cat([a, a.new_zeros(2 * self.bins - len(a))])
+                                                       for a in (self.total, self.positive, self.overlap))
 
     def _count_pending(self):
-        if not len(self.total):
-            self._make_pages(sum(torch.bincount(self._key(s)[0], minlength=65536) for s, _ in self.pending))
-        if self.pixels > torch.iinfo(torch.int32).max:
-            self.total = self.total.long()  # 32 bits count twice as fast while they suffice
+        if not self.bins:
+            self._make_pages(sum(torch.bincount(self._key(s)[1], minlength=65536) for s, _ in self.pending))
+        bins, start = torch.empty(sum(len(scores) for scores, _ in self.pending), dtype=torch.int32), 0
         for scores, share in self.pending:
-            page, low = self._key(scores)
-            bins = self.first.index_select(0, page)
-            if bins.min() < 0:
+            key, page = self._key(scores)
+            first = self.first.index_select(0, page)
+            if first.min() < 0:
                 self._make_pages(torch.bincount(page, minlength=65536))
-                bins = self.first.index_select(0, page)
-            bins += low >> self.shift.index_select(0, page)
-            self.total.index_add_(0, bins, torch.ones(len(bins), dtype=self.total.dtype))
+                first = self.first.index_select(0, page)
+            here = bins[start : start + len(scores)]
+            torch.add(first, (key & 0xFFFF) >> self.shift.index_select(0, page), out=here)
             if share:
                 where, weight = (torch.from_numpy(a) for a in share)
-                self.positive.index_add_(0, bins[where], torch.ones(len(where), dtype=torch.int64))
-                self.overlap.index_add_(0, bins[where], weight)
+                self.positive.index_add_(0, here[where], torch.ones(len(where), dtype=torch.int64))
+                self.overlap.index_add_(0, here[where], weight)
+            start += len(scores)
+        count = torch.bincount(bins)
+        self.total[: len(count)] += count
         self.pending = []
 
     def _ordered(self):
         """(total, positive, overlap) by distinct score or bin, from the highest down, and the least score's key."""
-        if len(self.total):
+        if self.bins:
             self._count_pending()
             pages = torch.nonzero(self.first >= 0).flatten().flip(0)  # from the highest down
             size = 1 << (16 - self.shift[pages])
             step = torch.arange(int(size.sum())) - (size.cumsum(0) - size).repeat_interleave(size)
             offset = (size - 1).repeat_interleave(size) - step
             bins = self.first[pages].repeat_interleave(size) + offset
-            keys = (pages << 16).repeat_interleave(size) + (offset << self.shift[pages].repeat_interleave(size))
+            keys = (pages - 32768 << 16).repeat_interleave(size) + (offset << self.shift[pages].repeat_interleave(size))
             return tuple(a.numpy() for a in (self.total[bins], self.positive[bins], self.overlap[bins], keys))
         values, bins = np.unique(np.concatenate([scores for scores, _ in self.pending]), return_inverse=True)
         shares = np.zeros(len(bins))
@@ -517,8 +566,7 @@ class PixelMetrics:
             if share:
                 shares[start + share[0]] = share[1]
             start += len(scores)
-        page, low = (a.long() for a in self._key(values))
-        found = np.bincount(bins), np.bincount(bins, shares > 0), np.bincount(bins, shares), (page << 16) + low
+        found = np.bincount(bins), np.bincount(bins, shares > 0), np.bincount(bins, shares), self._key(values)[0]
         return tuple(np.asarray(a)[::-1] for a in found)
 
     def compute(self):
@@ -528,8 +576,7 @@ class PixelMetrics:
         divided by 0.3 (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5 of the maps scaled to [0, 1] by the least
         and greatest value of the whole set; greater is anomalous (thesis, Eq. 3.3, Table 3.11)."""
         total, positive, overlap, keys = self._ordered()
-        page, low = (int(a) for a in self._key(np.array([self.low / 2 + self.high / 2], np.float32)))
-        above = keys > (page << 16) + low
+        above = keys > int(self._key(np.array([self.low / 2 + self.high / 2], np.float32))[0])
         tp, fp = np.cumsum(positive), np.cumsum(total - positive)
         if tp[-1] == 0 or fp[-1] == 0:
             return dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
@@ -735,7 +782,7 @@ def finish(run, model, splits):
         method=run.method, data=run.folder.parts[-3], seed=args.seed, metrics=result.metrics,
         images={s.name: {k: int((s.labels == i).sum()) for i, k in enumerate(("normal", "anomalous"))}
                 for s in splits if s},
-        epoch=epoch, train_seconds=round(train_seconds, 2), test_ms_per_image=round(result.ms_per_image, 2),
+        leaks=test.leaks, epoch=epoch, train_seconds=round(train_seconds, 2), test_ms_per_image=round(result.ms_per_image, 2),
         peak_memory_gib=peak_memory(run.device),
         parameters=dict(total=sum(p.numel() for p in parameters),
                         trained=sum(p.numel() for p in parameters if p.requires_grad)),

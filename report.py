@@ -67,7 +67,7 @@ def rows_of(runs):
     for (data, method), results in sorted(runs.items()):
         changed = {" ".join(f"--{k.replace('_', '-')} {v}" for k, v in r["changed"].items()) for r in results}
         row = dict(data=data, method=method, marks=marks(results, changed), seeds=len(results),
-                   changed=" | ".join(sorted(changed)))
+                   changed=" | ".join(sorted(changed)), leaks=common.leak_line(results[0]["leaks"]))
         costs = dict(train_seconds=[r["train_seconds"] for r in results], ms=[r["test_ms_per_image"] for r in results])
         for name, values in ({m: [r["metrics"][m] for r in results] for m in METRICS} | costs).items():
             known = [v for v in values if v is not None]
@@ -106,10 +106,11 @@ if __name__ == "__main__":
             cells = [f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True)]
             print("  ".join([f"  {first:<{widths[0]}}", *cells]))
         changed = [f"{r['method']}: {r['changed']}" for r in here if r["changed"]]
-        print("".join(f"    {line}\n" for line in changed), end="")
+        leaks = sorted({r["leaks"] for r in here if r["leaks"]})
+        print("".join(f"    {line}\n" for line in changed + leaks), end="")
         rule = ["---"] * len(header)
         markdown += [f"## {data}", "", *(f"| {' | '.join(line)} |" for line in [header, rule, *lines]), ""]
-        markdown += [f"- `{line}`" for line in changed] + [""]
+        markdown += [f"- `{line}`" for line in changed] + [f"- {line}" for line in leaks] + [""]
         used |= {k for k in MARKS for line in lines if f"({k})" in line[0]}
     notes = ["Percent, mean ± standard deviation over seeds."] + [f"({k}) {MARKS[k]}." for k in MARKS if k in used]
     if any(r["data"] == "phantom" for r in rows):

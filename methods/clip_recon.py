@@ -211,6 +211,11 @@ def load_clip(name, weights, image_size):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = open_clip.CLIP(**config)
+        if name == "tiny":  # PyTorch's starting values, smaller ones, for a text tower that stays random (README)
+            for block in clip.transformer.resblocks:
+                nn.init.xavier_uniform_(block.attn.in_proj_weight)
+                for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+                    layer.reset_parameters()
     if file:
         try:
             open_clip.load_checkpoint(clip, str(file))  # interpolates the positions if the file has another image size

@@ -276,6 +276,23 @@ def test_the_decoded_cache_is_used_again_and_notices_a_changed_file(tmp_path):
     assert not list((tmp_path / ".cache").glob(".tmp*"))
 
 
+def test_test_images_that_stand_in_train_are_found_also_mirrored_and_of_other_size(tmp_path, capsys):
+    build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
+    rng = np.random.default_rng(0)
+    for file in sorted((tmp_path / "b").rglob("*.png")):
+        Image.fromarray(rng.integers(0, 256, (5, 5), np.uint8)).resize((40, 40)).save(file)
+    ask = arguments(tmp_path, str(tmp_path / "b"))
+    clean = common.load_benchmark(ask)
+    assert clean[2].leaks == dict(valid=0, test=0, examples=[]) and "LEAK" not in capsys.readouterr().out
+    known = Image.open(tmp_path / "b/train/good/n1.png")
+    known.transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((80, 80)).point(lambda v: v // 2 + 40).save(
+        tmp_path / "b/test/Ungood/Ungood1.png")
+    for _ in range(2):  # decoded, and from the cache
+        leaks = common.load_benchmark(ask)[2].leaks
+        assert leaks == dict(valid=0, test=1, examples=[["test/Ungood/Ungood1.png", "train/good/n1.png"]])
+        assert "LEAK: 1 images of test stand in train, too" in capsys.readouterr().out
+
+
 def test_limit_takes_at_most_n_images_of_each_split_and_class(tmp_path):
     build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}", count=5)
     splits = common.load_benchmark(arguments(tmp_path, str(tmp_path / "b"), limit=2))

@@ -229,6 +229,7 @@ def test_copying_one_script_and_common_is_enough(phantom, tmp_path):
 def test_report_shows_mean_and_deviation_and_marks_what_is_not_as_published(phantom, tmp_path):
     results = dict(method="padim", data="phantom", seed=0, train_seconds=1.0, test_ms_per_image=2.0,
                    args=dict(limit=None), weights=[dict(name="x", trained=False)],
+                   leaks=dict(valid=0, test=3, examples=[["test/good/a.png", "train/good/b.png"]]),
                    changed=dict(backbone="mobilenet_v2"),
                    metrics=dict(image_auroc=0.5, image_ap=0.5, pixel_auroc=None, pixel_ap=None, aupro=None, dice=None))
     for seed, auroc in enumerate((0.5, 0.6)):
@@ -240,5 +241,6 @@ def test_report_shows_mean_and_deviation_and_marks_what_is_not_as_published(phan
     assert done.returncode == 0, done.stderr
     assert "padim (u) (c)" in done.stdout and "55.00 ± 7.07" in done.stdout
     assert "--backbone mobilenet_v2" in done.stdout and "no benchmark" in done.stdout
+    assert "3 images of test stand in train, too, e.g. test/good/a.png = train/good/b.png" in done.stdout
     assert "55.00 ± 7.07" in (tmp_path / "report.md").read_text()
     assert run_script("report.py", tmp_path / "nothing").returncode == 2
