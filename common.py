@@ -64,7 +64,8 @@ def atomic(path):
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
         fail(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; free some space or choose another folder")
     finally:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
 
 def write_csv(path, rows):
@@ -782,7 +783,8 @@ def finish(run, model, splits):
         method=run.method, data=run.folder.parts[-3], seed=args.seed, metrics=result.metrics,
         images={s.name: {k: int((s.labels == i).sum()) for i, k in enumerate(("normal", "anomalous"))}
                 for s in splits if s},
-        leaks=test.leaks, epoch=epoch, train_seconds=round(train_seconds, 2), test_ms_per_image=round(result.ms_per_image, 2),
+        leaks=test.leaks, epoch=epoch, train_seconds=round(train_seconds, 2),
+        test_ms_per_image=round(result.ms_per_image, 2),
         peak_memory_gib=peak_memory(run.device),
         parameters=dict(total=sum(p.numel() for p in parameters),
                         trained=sum(p.numel() for p in parameters if p.requires_grad)),

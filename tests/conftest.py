@@ -1,8 +1,11 @@
 """Shared by all tests: the repository on the path, scripts as modules, scripts as a user runs them, a small phantom."""
 
 import importlib.util
+import io
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import nibabel
@@ -26,6 +29,20 @@ def run_script(path, *arguments):
     """Run a script as a user does; the finished process, its output as text."""
     command = [sys.executable, str(ROOT / path), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def run_here(path, *arguments):
+    """`run_script` within this process, which saves the imports; what worker processes print is not caught."""
+    out, err, argv, status = io.StringIO(), io.StringIO(), sys.argv, 0
+    try:
+        sys.argv = [str(ROOT / path), *map(str, arguments)]
+        with redirect_stdout(out), redirect_stderr(err):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as e:
+        status = e.code or 0
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def files_of(root):
