@@ -81,18 +81,18 @@ def slices_of(free, split, label):
     return [z for z in SLICES[split] if z not in free] if label else free
 
 
-def plan_of_list(free, rows):
-    """`plan` from the rows of --split; cases that it does not name are left out."""
-    planned = {}
-    for row in rows:
+def read_groups(file, cases):
+    """{case: (split, label)} from the list --split."""
+    groups = {}
+    for row in prepare.read_list(file, ["case", "split", "label"]):
         case, group = row["case"], (row["split"], {"0": 0, "1": 1}.get(row["label"]))
         if group not in GROUPS:
-            common.fail(f"--split: {case} has split {group[0]} and label {row['label']}; known are "
+            common.fail(f"{file}: {case} has split {group[0]} and label {row['label']}; known are "
                         + ", ".join(f"{s} {y}" for s, y in GROUPS))
-        if case in planned or case not in free:
-            common.fail(f"--split: {case} {'stands there twice' if case in planned else 'is not in the source'}")
-        planned[case] = group[0], {group[1]: slices_of(free[case], *group)}
-    return planned
+        if case in groups or case not in cases:
+            common.fail(f"{file}: {case} {'stands there twice' if case in groups else 'is not in the source'}")
+        groups[case] = group
+    return groups
 
 
 def write_case(item, folder):
@@ -111,11 +111,15 @@ def write_case(item, folder):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     raw = prepare.raw_folder(args, LOOKED_FOR)
-    preparation = prepare.Preparation("brats2021", "brain", ["train", "valid", "test"], args)
     cases = find_cases(raw) or prepare.wrong_folder(raw, LOOKED_FOR)
+    groups = args.split and read_groups(args.split, cases)
+    preparation = prepare.Preparation("brats2021", "brain", ["train", "valid", "test"], args)
     free = preparation.map(tumour_free, cases, "looking for tumour")
-    columns = ["case", "split", "label"]
-    planned = plan_of_list(free, prepare.read_list(args.split, columns)) if args.split else plan(free)
+    if groups:
+        planned = {case: (split, {label: slices_of(free[case], split, label)})
+                   for case, (split, label) in groups.items() if case in free}
+    else:
+        planned = plan(free)
     items = {case: (case, cases[case], planned[case]) for case in sorted(planned)}
     rows = preparation.map(write_case, items, "writing")
     preparation.finish([r for case in rows.values() for r in case], PUBLISHED)

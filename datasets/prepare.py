@@ -79,6 +79,31 @@ def read_list(file, columns):
     return rows
 
 
+def read_split(file, cases, splits):
+    """{case: split} from a CSV file with the columns case,split; ends with one line if a row is not of `cases` and
+    `splits`, or repeats a case."""
+    found = {}
+    for row in read_list(file, ["case", "split"]):
+        case, split = row["case"], row["split"]
+        if split not in splits:
+            common.fail(f"{file}: {case} has split {split}; known are {', '.join(splits)}")
+        if case in found or case not in cases:
+            common.fail(f"{file}: {case} {'stands there twice' if case in found else 'is not in the source'}")
+        found[case] = split
+    return found
+
+
+def read_grey(file):
+    """The image of a file as (H, W) uint8; Damaged if it cannot be used."""
+    try:
+        with Image.open(file) as image:
+            if image.mode[0] in "IF":
+                raise Damaged(f"{file} has pixels of mode {image.mode}, where 8 bits are expected; download it again")
+            return np.asarray(image.convert("L"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # SyntaxError: a broken PNG chunk
+        raise Damaged(f"{file} is not a readable image ({e}); download it again") from e
+
+
 # ------------------------------------------------------------------------------------------------------- NIfTI volumes
 class Volume:
     """A NIfTI volume read by axial slices, the same way up whatever its affine: rows run from front to back, columns
@@ -139,17 +164,23 @@ def save(folder, split, label, name, image, mask=None, **columns):
     return dict(image=(place / "img" / f"{name}.png").as_posix(), split=split, label=label, **columns, sha256=digest)
 
 
-def _one(function, key, item, folder, kept):
-    """(key, result, None), or (key, None, why it is damaged); the result is kept as JSON in `kept`."""
-    if kept.exists():
-        return key, json.loads(kept.read_text()), None
-    try:
-        result = function(item, folder)
-    except Damaged as e:
-        return key, None, str(e)
+def _some(function, items, folder, kept):
+    """({key: result}, {key: why it is damaged}) of `items`; the results are kept as JSON in `kept`, each with its item,
+    since a plan may be another one when a damaged file was replaced."""
+    known, results, damaged = json.loads(kept.read_text()) if kept.exists() else {}, {}, {}
+    for key, item in items.items():
+        asked = json.dumps(item)
+        if known.get(key, [None])[0] == asked:
+            results[key] = known[key][1]
+            continue
+        try:
+            results[key] = function(item, folder)
+            known[key] = asked, results[key]
+        except Damaged as e:
+            damaged[key] = str(e)
     with common.atomic(kept) as tmp:
-        tmp.write_text(json.dumps(result))
-    return key, result, None
+        tmp.write_text(json.dumps(known))
+    return results, damaged
 
 
 class Preparation:
@@ -160,9 +191,9 @@ class Preparation:
         self.source, self.splits, self.args = source, splits, args
         self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
         self.damaged = {}
-        # Lists of cases are named by what they hold, so that an edited list is another benchmark.
-        self.asked = {k: common.sha256(v) if isinstance(v, str) and Path(v).is_file() else v
-                      for k, v in dataclasses.asdict(args).items() if k not in FREE}
+        # A list stands for what it holds, so that an edited one asks for another benchmark.
+        self.asked = {k: [common.sha256(f) for f in sorted([Path(v), *Path(v).glob("*")]) if f.is_file()]
+                      if isinstance(v, str) else v for k, v in dataclasses.asdict(args).items() if k not in FREE}
         if args.workers < 1 or args.seed < 0:
             common.fail("--workers must be at least 1 and --seed not negative")
         record = self.folder / f"{source}.json"
@@ -182,24 +213,25 @@ class Preparation:
         with common.atomic(begun) as tmp:
             tmp.write_text(json.dumps(self.asked))
 
-    def map(self, function, items, what):
-        """{key: function(item, folder)} in the order of `items` ({key: item}), in worker processes; what is damaged is
-        named and left out. function: of a module; returns what JSON can hold, writes with `save`."""
-        results, kept = {}, self.work / what
+    def map(self, function, items, what, chunk=1):
+        """{key: function(item, folder)} in the order of `items` ({key (str): item}), in worker processes; what is
+        damaged is named and left out. function: of a module; returns what JSON can hold, writes with `save`.
+        chunk: so many items go to a process at a time, and share one file of what is done."""
+        results, kept, keys = {}, self.work / what, list(items)
+        chunks = [{key: items[key] for key in keys[i : i + chunk]} for i in range(0, len(keys), chunk)]
         try:
-            with ProcessPoolExecutor(min(self.args.workers, max(1, len(items)))) as pool:
-                found = [pool.submit(_one, function, key, item, self.work / "images", kept / f"{key}.json")
-                         for key, item in items.items()]
+            with ProcessPoolExecutor(min(self.args.workers, max(1, len(chunks)))) as pool:
+                found = [pool.submit(_some, function, some, self.work / "images", kept / f"{next(iter(some))}.json")
+                         for some in chunks]
                 try:
                     for future in common.progress(found, f"{self.source}: {what}"):
-                        key, result, why = future.result()
-                        if why is None:
-                            results[key] = result
-                            continue
-                        print(f"damaged: {why}", file=sys.stderr, flush=True)
-                        self.damaged[key] = why
-                        if self.args.strict:
-                            common.fail("stopped at the first damaged file (--strict)")
+                        done, damaged = future.result()
+                        results |= done
+                        for key, why in damaged.items():
+                            print(f"damaged: {why}", file=sys.stderr, flush=True)
+                            self.damaged[key] = why
+                            if self.args.strict:
+                                common.fail("stopped at the first damaged file (--strict)")
                 finally:
                     pool.shutdown(cancel_futures=True)
         except BrokenProcessPool:
@@ -217,14 +249,14 @@ class Preparation:
         others = [r for f in sorted(self.folder.glob("*.csv")) for r in read_list(f, ["image", "split", "sha256"])]
         for what, everything in (("case", rows), ("sha256", rows + others)):
             seen = {}
-            for row in everything:
-                first = seen.setdefault(row[what], row)
-                if first["split"] != row["split"]:
-                    line = (f"{first['image']} and {row['image']} are "
-                            + ("the same image" if what == "sha256" else f"both of {row['case']}") + ", in two splits")
-                    if not self.args.allow_duplicates:
-                        common.fail(f"{line}; clean the source, or let it pass with --allow-duplicates")
-                    print(f"warning: {line}", file=sys.stderr)
+            if crossing := [(first, row) for row in everything
+                            if (first := seen.setdefault(row[what], row))["split"] != row["split"]]:
+                first, row = crossing[0]
+                line = (f"{len(crossing)} images cross splits: {first['image']} and {row['image']} are "
+                        + ("the same image" if what == "sha256" else f"both of {row['case']}"))
+                if not self.args.allow_duplicates:
+                    common.fail(f"{line}; clean the source, or let it pass with --allow-duplicates")
+                print(f"warning: {line}", file=sys.stderr)
         counts = Counter((r["split"], r["label"]) for r in rows)
         for split in self.splits:
             for label, name in enumerate(("normal", "anomalous")):
@@ -233,6 +265,11 @@ class Preparation:
         for split, label in published:
             if not counts[split, label] and split != "valid":  # without valid a benchmark can be used, with a warning
                 common.fail(f"no {('normal', 'anomalous')[label]} image for {split}: the source has too few cases")
+        planned = {Path(r["image"]) for r in rows}
+        planned |= {path.parents[1] / "anomaly_mask" / path.name for path in planned if path.parts[1] == "Ungood"}
+        for file in (self.work / "images").rglob("*.png"):  # of an earlier plan, before a damaged file was replaced
+            if file.relative_to(self.work / "images") not in planned:
+                file.unlink()
         (self.work / "moving").touch()
         for split in self.splits:
             if (self.work / "images" / split).exists():
@@ -248,8 +285,9 @@ class Preparation:
 
     def _report_damage(self, damaged):
         if damaged:
-            print(f"made without {len(damaged)} damaged: {'; '.join(damaged.values())}. Replace them, remove "
-                  f"{self.folder} and prepare it again", file=sys.stderr)
+            listed = [*damaged.values()][:20] + [f"and {len(damaged) - 20} more, see above"] * (len(damaged) > 20)
+            print(f"made without {len(damaged)} damaged: {'; '.join(listed)}. Replace them, remove {self.folder} and "
+                  "prepare it again", file=sys.stderr)
 
 
 def shares(total, counts):
@@ -261,3 +299,29 @@ def shares(total, counts):
         gap = np.where((found > 1) | (step > 0), step * (exact - found), -np.inf)
         found[int(np.argmax(gap))] += step
     return found.tolist()
+
+
+def divide(counts, wanted, seed):
+    """The cases of `counts` ({case: (normal, anomalous)}) whose images together come nearest to `wanted` (normal,
+    anomalous), exactly if any do; tried in seeded order. The other cases keep both kinds; [] if none can be spared."""
+    total = np.sum(list(counts.values()), axis=0).tolist()
+    names = sorted(counts)
+    reached = {(0, 0): None}  # sum of some cases: the sum before the last of them, and that case
+    best, nearest = float("inf"), (0, 0)
+    for case in [names[i] for i in np.random.default_rng(seed).permutation(len(names))]:
+        for before in list(reached):
+            after = before[0] + counts[case][0], before[1] + counts[case][1]
+            excess = max(0, after[0] - wanted[0]) + max(0, after[1] - wanted[1])  # further cases can only add to it
+            if after in reached or after[0] >= total[0] or after[1] >= total[1] or excess >= best:
+                continue
+            reached[after] = before, case
+            distance = abs(after[0] - wanted[0]) + abs(after[1] - wanted[1])
+            if distance < best:
+                best, nearest = distance, after
+        if best == 0:
+            break
+    chosen = []
+    while reached[nearest] is not None:
+        nearest, case = reached[nearest]
+        chosen.append(case)
+    return sorted(chosen)

@@ -1,6 +1,7 @@
 """Preparation scripts on small sources in their real format."""
 
 import csv
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -185,6 +186,21 @@ def test_a_damaged_case_is_named_skipped_and_listed_and_strict_stops_there(harm,
     assert prepare(raw, tmp_path).returncode == 1  # nothing to do, and still without that case
     strict = prepare(raw, tmp_path / "strict", "--strict")
     assert strict.returncode == 2 and case.name in strict.stderr and not (tmp_path / "strict/brain").exists()
+
+
+def test_a_replaced_file_changes_the_plan_and_leaves_nothing_of_the_earlier_one(tmp_path):
+    raw = cohort(tmp_path / "raw")
+    assert prepare(raw, tmp_path / "whole").returncode == 0
+    file = raw / "BraTS2021_00000/BraTS2021_00000_seg.nii.gz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])  # the best case is missing, so that the others move up
+    assert prepare(raw, tmp_path / "cut", "--strict").returncode == 2
+    begun = tmp_path / "cut/.preparing-brats2021"
+    assert prepare(raw, tmp_path / "without").returncode == 1
+    shutil.copytree(tmp_path / "without/brain", begun / "images", dirs_exist_ok=True)
+    file.write_bytes(whole)
+    assert prepare(raw, tmp_path / "cut").returncode == 0
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
 def test_wrong_folders_end_with_one_line_that_says_what_was_looked_for_and_found(tmp_path):

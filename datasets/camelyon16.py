@@ -1,0 +1,304 @@
+"""histo: the histopathology benchmark from Camelyon16 (whole-slide images of lymph nodes, with and without metastases).
+
+Where: camelyon17.grand-challenge.org/Data names the copies (AWS Registry of Open Data, GigaDB); public domain, CC0 1.0.
+Of its 700 GB only the normal training slides, the test slides and the test annotations are read.
+--raw: the folder that holds, at any depth, normal_001.tif ... normal_160.tif (training/normal), test_001.tif ...
+test_130.tif (testing/images) and test_001.xml ... (testing/lesion_annotations, unpacked). A test slide without XML is
+one without tumour; the 49 with tumour are known, and one of those without its XML is named as damaged.
+
+The rule, for patches of 256x256 pixels at level 0:
+1. train are the normal training slides, 159 without normal_086 (it shows tumour; the source has withdrawn it). Of the
+   test slides 13, 5 of them with tumour, are valid, and the other 115 test, without test_049 (a duplicate, withdrawn)
+   and test_114 (not all of its tumour is annotated);
+2. tissue is where the colour (greatest less least of R, G, B) is above Otsu's threshold, on the level nearest to 1:32;
+   unlike saturation it is small in black, unscanned areas too. The centre of a patch is a multiple of 64 pixels, and at
+   least half of the patch is tissue;
+3. a tumour patch has its centre inside a tumour polygon (groups _0, _1, Tumor, metastases) and outside the excluded
+   ones (_2, Exclusion); a normal patch lies wholly outside every polygon;
+4. patches are drawn at random, seeded by slide; those of one slide and class do not overlap. Each training slide gives
+   32; valid is 100 normal and 100 tumour patches, test 1,000 and 1,000, as evenly from the slides as they allow, and at
+   most 100 of a class from one.
+A smaller source is divided in the same shares of slides, those with tumour and those without for themselves; the last
+by number are valid. --slides FILE (CSV: case,split) says instead which test slides are valid and which test.
+
+--coords FOLDER takes a list of patch centres instead: lines slide,x_center,y_center in files named train_good,
+valid_good, valid_bad, test_good and test_bad (.txt or .csv; normal and tumor mean good and bad). The authors' own is
+data_processing/histopathology/coords of github.com/DorisBao/BMAD: train 5,088, valid 117 + 105, test 1,026 + 1,008
+(none of test_125), where the thesis counts round numbers. The slides of each split, the grid of 64 pixels, that patches
+do not overlap and the 32 of the rule above are as in that list.
+Published: train 5,088; valid 100 + 100; test 1,000 + 1,000 (about 0.9 GB).
+"""
+
+import csv
+import math
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import openslide
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import prepare
+from prepare import common
+
+SIZE, STEP = 256, 64  # pixels of a patch, and of the grid that its centre lies on
+LEAST_COLOUR = 15  # of 255: below it an Otsu threshold only divides the noise of an empty slide
+LEFT_OUT = {"normal_086", "test_049", "test_114"}
+VALID = {f"test_{n}" for n in (113, 116, 117, 120, 121, 122, 123, 124, 126, 127, 128, 129, 130)}
+TUMOUR = {f"test_{n:03}" for n in (
+    1, 2, 4, 8, 10, 11, 13, 16, 21, 26, 27, 29, 30, 33, 38, 40, 46, 48, 51, 52, 61, 64, 65, 66, 68, 69, 71, 73, 74, 75,
+    79, 82, 84, 90, 92, 94, 97, 99, 102, 104, 105, 108, 110, 113, 114, 116, 117, 121, 122)}
+TUMOUR_GROUPS, EXCLUDED_GROUPS = {"_0", "_1", "tumor", "metastases"}, {"_2", "exclusion"}
+PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # at most, of each class
+PUBLISHED = {("train", 0): 5088, ("valid", 0): 100, ("valid", 1): 100, ("test", 0): 1000, ("test", 1): 1000}
+LOOKED_FOR = "slides like training/normal/normal_001.tif and testing/images/test_001.tif"
+
+
+@dataclass
+class Args(prepare.Args):
+    slides: str | None = None
+    """CSV file with the columns case,split that says which test slides are valid and which test; others are left out"""
+    coords: str | None = None
+    """folder with a published list of patch centres, which are then taken instead of drawn ones"""
+
+
+# --------------------------------------------------------------------------------------------------- slides and splits
+def find_slides(raw):
+    """{slide: [image file, annotation file or None]}, by name."""
+    files = {}
+    for file in sorted(raw.rglob("*")):
+        match = re.fullmatch(r"(normal|test)_(\d+)\.(tiff?|xml)", file.name, re.IGNORECASE)
+        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks bear slides' names
+            continue
+        slide, kind = f"{match[1].lower()}_{int(match[2]):03}", match[3].lower()[0]
+        if other := files.setdefault(slide, {}).get(kind):
+            common.fail(f"{other} and {file} are both of {slide}; remove one")
+        files[slide][kind] = str(file)
+    return {slide: [found["t"], found.get("x")] for slide, found in sorted(files.items())
+            if "t" in found and slide not in LEFT_OUT}
+
+
+def plan(slides, fixed=None):
+    """{slide: split} from `find_slides`' names and annotations; fixed: the splits of the test slides."""
+    splits = {slide: "train" for slide in slides if slide.startswith("normal")}
+    tests = sorted(slides.keys() - splits.keys(), key=lambda slide: (slide in VALID, slide))
+    groups = [[s for s in tests if (s in TUMOUR or bool(slides[s][1])) == tumour] for tumour in (False, True)]
+    if not splits or not groups[1]:
+        common.fail(f"{len(splits)} normal training slides, {len(tests)} test slides, of them {len(groups[1])} with "
+                    "tumour; train and test need at least one")
+    if fixed:
+        return splits | fixed
+    for group, numbers in zip(groups, ([72, 8], [43, 5]), strict=True):
+        test = prepare.shares(len(group), numbers)[0] if len(group) > 1 else len(group)
+        splits |= {slide: "test" if k < test else "valid" for k, slide in enumerate(group)}
+    return splits
+
+
+def share_out(total, available, seed):
+    """{slide: count}: `total` (or all) of `available` {slide: count}, as evenly as that allows."""
+    taken, rng = dict.fromkeys(available, 0), np.random.default_rng(seed)
+    while left := min(total, sum(available.values())) - sum(taken.values()):
+        more = sorted(slide for slide in taken if taken[slide] < available[slide])
+        for slide in rng.permutation(more)[:left].tolist():
+            taken[slide] += 1
+    return taken
+
+
+def choose(splits, found, seed):
+    """{slide: [(split, label, x, y)]} from {slide: split} and {slide: [normal, tumour] centres in the order drawn}."""
+    patches = {slide: [("train", 0, *c) for c in found[slide][0]] for slide in found if splits[slide] == "train"}
+    for split in ("valid", "test"):
+        for label in (0, 1):
+            centres = {slide: found[slide][label] for slide in found if splits[slide] == split}
+            counts = share_out(PUBLISHED[split, label], {slide: len(c) for slide, c in centres.items()}, seed)
+            for slide, count in counts.items():
+                patches.setdefault(slide, []).extend((split, label, *c) for c in centres[slide][:count])
+    return patches
+
+
+def read_coords(folder):
+    """`choose` from the published lists in the folder --coords."""
+    patches, lists = {}, set()
+    for file in sorted(Path(folder).glob("*")):
+        match = re.fullmatch(r"(train|valid|test)_(?:(good|normal)|bad|ungood|tumou?r)\.(txt|csv)", file.name.lower())
+        if match is None:
+            continue
+        split, label = match[1], int(match[2] is None)
+        lists.add((split, label))
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            common.fail(f"cannot read {file} ({e}); give text lines slide,x_center,y_center")
+        for number, row in enumerate(csv.reader(lines), 1):
+            if not any(row) or row[0] == "slide":
+                continue
+            if len(row) != 3 or not re.fullmatch(r"\w+_\d+", row[0]) or not (row[1] + row[2]).isdecimal():
+                common.fail(f"{file}, line {number}: {','.join(row)} is not slide,x_center,y_center; correct it")
+            patches.setdefault(row[0].lower(), []).append((split, label, int(row[1]), int(row[2])))
+    if missing := {("train", 0), ("test", 0), ("test", 1)} - lists:
+        names = [f"{split}_{('good', 'bad')[label]}" for split, label in sorted(missing)]
+        common.fail(f"--coords {folder} has no list {', '.join(names)} (.txt or .csv)")
+    return patches
+
+
+# ---------------------------------------------------------------------------------------------- tissue and annotations
+@contextmanager
+def opened(file):
+    """The slide; Damaged where it cannot be opened or read."""
+    try:
+        with openslide.OpenSlide(file) as slide:
+            yield slide
+    except openslide.OpenSlideError as e:
+        raise prepare.Damaged(f"{file} is not a readable slide ({e}); download it again") from e
+
+
+def on_tissue(slide, file):
+    """bool (rows, columns) of the grid of centres: is at least half of the patch there tissue?"""
+    level = min(range(slide.level_count), key=lambda k: abs(math.log2(slide.level_downsamples[k] / 32)))
+    scale, (width, height) = slide.level_downsamples[level], slide.level_dimensions[level]
+    if not 8 <= scale <= 128:
+        raise prepare.Damaged(f"{file} has no level near 1:32 (the nearest is 1:{scale:g}); use the original file")
+    colour, counts = np.empty((height, width), np.uint8), np.zeros(256, int)
+    for top in range(0, height, 512):
+        strip = slide.read_region((0, round(top * scale)), level, (width, min(512, height - top))).convert("RGB")
+        rgb = np.asarray(strip)  # (up to 512, width, 3)
+        colour[top : top + 512] = rgb.max(axis=2) - rgb.min(axis=2)
+        counts += np.bincount(colour[top : top + 512].ravel(), minlength=256)
+    tissue = np.zeros((height + 1, width + 1), np.int32)  # then summed over all that is above and to the left
+    tissue[1:, 1:] = colour > max(otsu(counts), LEAST_COLOUR)
+    for axis in (0, 1):
+        tissue.cumsum(axis, out=tissue)
+    left, top = (STEP * np.arange(max(0, (n - SIZE) // STEP + 1)) for n in slide.dimensions)
+    (x0, x1), (y0, y1) = ([np.rint((start + d) / scale).astype(int).clip(0, most) for d in (0, SIZE)]
+                          for start, most in ((left, width), (top, height)))
+    patches = tissue[y1][:, x1] - tissue[y0][:, x1] - tissue[y1][:, x0] + tissue[y0][:, x0]
+    return patches * 2 * scale**2 >= SIZE**2
+
+
+def otsu(counts):
+    """The value that divides a histogram into two classes of greatest variance between them; the lower class has it."""
+    below, sums = counts.cumsum(), (counts * np.arange(len(counts))).cumsum()
+    above = below[-1] - below
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2.0
+    return int(np.argmax(np.where(below * above > 0, between, -1)))
+
+
+def read_annotation(file):
+    """[(group, polygon)] of an ASAP file; polygon: (n, 2) x and y at level 0."""
+    try:
+        found = [(annotation.get("PartOfGroup", "").lower(),
+                  np.array([(float(c.get("X")), float(c.get("Y"))) for c in annotation.iter("Coordinate")]))
+                 for annotation in ElementTree.parse(file).iter("Annotation")]
+    except (OSError, ElementTree.ParseError, TypeError, ValueError) as e:
+        raise prepare.Damaged(f"{file} is not a readable ASAP annotation ({e}); download it again") from e
+    found = [(group, polygon) for group, polygon in found if len(polygon) > 2]
+    if not any(group in TUMOUR_GROUPS for group, _ in found):
+        raise prepare.Damaged(f"{file} has no polygon of the groups {', '.join(sorted(TUMOUR_GROUPS))}; "
+                              "download it again")
+    return found
+
+
+def inside(polygon, xs, ys):
+    """bool (len(ys), len(xs)): is the point inside the polygon? By the even-odd rule, exactly."""
+    found = np.zeros((len(ys), len(xs)), bool)
+    (x0, y0), (x1, y1) = polygon.T, np.roll(polygon, -1, axis=0).T  # from each corner to the next
+    for row in np.flatnonzero((ys >= y0.min()) & (ys <= y0.max())):
+        cut = (y0 <= ys[row]) != (y1 <= ys[row])
+        crossings = x0[cut] + (ys[row] - y0[cut]) / (y1[cut] - y0[cut]) * (x1[cut] - x0[cut])
+        found[row] = np.searchsorted(np.sort(crossings), xs) % 2 == 1
+    return found
+
+
+def outline(polygon, shape):
+    """bool `shape`, the grid of centres: does the patch there meet the polygon's outline (or come within 4 pixels)?"""
+    found, steps = np.zeros(shape, bool), np.roll(polygon, -1, axis=0) - polygon
+    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # points at most 8 pixels apart are within 4 of it all
+    part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)
+    points = np.repeat(polygon, parts, axis=0) + np.repeat(steps / parts[:, None], parts, axis=0) * part[:, None]
+    first = np.ceil((points - SIZE - 4) / STEP).astype(int)  # of the patches over a point, by column and row
+    last = np.floor((points + 4) / STEP).astype(int)
+    for dy in range(SIZE // STEP + 1):
+        for dx in range(SIZE // STEP + 1):
+            x, y = (first + (dx, dy)).T
+            ok = (x <= last[:, 0]) & (y <= last[:, 1]) & (x >= 0) & (y >= 0) & (x < shape[1]) & (y < shape[0])
+            found[y[ok], x[ok]] = True
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- what is done per slide
+def draw(free, most, rng):
+    """Up to `most` centres (x, y) from a bool grid, in random order, whose patches do not overlap."""
+    free, centres, apart = free.copy(), [], SIZE // STEP
+    for place in rng.permutation(np.flatnonzero(free)):
+        row, column = divmod(int(place), free.shape[1])
+        if free[row, column]:
+            centres.append([SIZE // 2 + STEP * column, SIZE // 2 + STEP * row])
+            free[max(0, row - apart + 1) : row + apart, max(0, column - apart + 1) : column + apart] = False
+        if len(centres) == most:
+            break
+    return centres
+
+
+def find_patches(item, folder):
+    """The centres [normal, tumour] of a slide's patches, in the order in which they are taken."""
+    slide, (file, annotation), seed = item
+    if annotation is None and slide in TUMOUR:
+        raise prepare.Damaged(f"{file} shows tumour but has no annotation {slide}.xml; unpack lesion_annotations.zip")
+    polygons = read_annotation(annotation) if annotation else []
+    with opened(file) as image:
+        tissue = on_tissue(image, file)
+    ys, xs = (SIZE // 2 + STEP * np.arange(n) for n in tissue.shape)
+    tumour, excluded, touched = (np.zeros(tissue.shape, bool) for _ in range(3))
+    for group, polygon in polygons:
+        covered = inside(polygon, xs, ys)
+        touched |= covered | outline(polygon, tissue.shape)
+        tumour |= covered & (group in TUMOUR_GROUPS)
+        excluded |= covered & (group in EXCLUDED_GROUPS)
+    kind, number = slide.split("_")
+    most, rng = PER_TRAINING_SLIDE if kind == "normal" else PER_TEST_SLIDE, np.random.default_rng([seed, int(number)])
+    centres = [draw(tissue & ~touched, most, rng), draw(tissue & tumour & ~excluded, most, rng)]
+    if not any(centres):
+        raise prepare.Damaged(f"{file} shows no tissue; download it again")
+    return centres
+
+
+def write_patches(item, folder):
+    """The patches of one slide as PNG; their manifest rows."""
+    slide, file, patches = item
+    if file is None:
+        raise prepare.Damaged(f"there is no {slide}.tif, which --coords names; download it")
+    with opened(file) as image:
+        width, height = image.dimensions
+        for *_, x, y in patches:
+            if not (SIZE // 2 <= x <= width - SIZE // 2 and SIZE // 2 <= y <= height - SIZE // 2):
+                raise prepare.Damaged(f"{file} is {width}x{height}; no patch has its centre at {x},{y} as in --coords")
+        corners = [(x - SIZE // 2, y - SIZE // 2) for *_, x, y in patches]
+        # All are read before the first is written: a damaged slide leaves nothing behind.
+        images = [np.asarray(image.read_region(corner, 0, (SIZE, SIZE)).convert("RGB")) for corner in corners]
+    return [prepare.save(folder, split, label, f"{slide}_{x}_{y}", patch, case=slide, x=x, y=y)
+            for (split, label, x, y), patch in zip(patches, images, strict=True)]
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if args.slides and args.coords:
+        common.fail("--coords says which slide is in which split; leave out --slides")
+    raw = prepare.raw_folder(args, LOOKED_FOR)
+    preparation = prepare.Preparation("camelyon16", "histo", ["train", "valid", "test"], args)
+    slides = find_slides(raw) or prepare.wrong_folder(raw, LOOKED_FOR)
+    if args.coords:
+        patches = read_coords(args.coords)
+    else:
+        tests = [slide for slide in slides if slide.startswith("test")]
+        splits = plan(slides, prepare.read_split(args.slides, tests, ["valid", "test"]) if args.slides else None)
+        items = {slide: (slide, slides[slide], args.seed) for slide in splits}
+        patches = choose(splits, preparation.map(find_patches, items, "looking for tissue"), args.seed)
+    items = {slide: (slide, slides.get(slide, [None])[0], patches[slide]) for slide in sorted(patches)}
+    rows = preparation.map(write_patches, items, "writing")
+    preparation.finish([row for slide in rows.values() for row in slide], PUBLISHED)

@@ -1,0 +1,131 @@
+"""resc: the retinal OCT benchmark with masks from RESC (retinal edema segmentation challenge, AI Challenger 2018).
+
+Where: the link on github.com/CharlesKangZhou/P_Net_-Anomaly_Detection, for research only (Hu et al. 2019,
+doi.org/10.1016/j.media.2019.05.002). 70 + 15 labelled cases (cubes) of 128 slices (B-scans), 512x1024 pixels.
+--raw: the folder that holds the training and the validation part, at any depth, PNG or BMP, in one of two forms:
+  Edema_trainingset/original_images/<cube>.img/<k>.bmp with Edema_trainingset/label_images/<cube>_labelMark/<k>.bmp
+  train/images/<cube>_<k>.png with train/labels/<cube>_<k>.png
+A part is named by the last folder on the way to a file that says train, trainingset, val, valid, validation or
+validationset, alone or beside other words, in any case; what says test has no labels and is passed over. Files in a
+folder that says label, mask or ground are labels.
+
+The rule:
+1. a slice with any label value above 0 (128, 191, 255: three kinds of lesions) is anomalous, that being its mask;
+2. train: the slices without lesion of the training part;
+3. the validation part is divided by patient: whole patients go to valid so that its counts are exactly 45 normal and 70
+   anomalous if any patients give that, otherwise nearest to it (of a part of another size, to the same shares); the
+   others are test. They are tried in seeded order. --patients FILE (CSV: case,split) fixes it instead;
+4. pixels are written unchanged, in grey.
+A patient may have several cubes: it is what stands before _Macular in a cube's name (P0077_MacularCube512x128_...), in
+any part; a cube of another name is a patient of its part, called train_<cube> or valid_<cube> in the column `case`.
+Published: train 4,297; valid 45 + 70; test 1,041 + 764. Those of valid and test are all 15 x 128 slices, and no whole
+cubes of 128 are 115 slices: from the full source, valid is nearest and not equal.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import prepare
+from prepare import common
+
+PART = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:set|data)?(?![a-z])")
+LABEL = re.compile("label|mask|ground")
+VALID, TEST = (45, 70), (1041, 764)  # normal, anomalous
+PUBLISHED = {("train", 0): 4297, ("valid", 0): VALID[0], ("valid", 1): VALID[1], ("test", 0): TEST[0],
+             ("test", 1): TEST[1]}
+LOOKED_FOR = ("a training and a validation part like Edema_trainingset/original_images/<cube>.img/1.bmp with "
+              "Edema_trainingset/label_images/<cube>_labelMark/1.bmp")
+CHUNK = 128  # slices a process works on at a time
+
+
+@dataclass
+class Args(prepare.Args):
+    patients: str | None = None
+    """CSV file with the columns case,split (valid or test) that divides the patients of the validation part"""
+
+
+def find_slices(raw):
+    """{name: (part, patient, cube, k, image or None, label or None)} by part, cube and k."""
+    found = {}
+    for file in sorted(raw.rglob("*")):
+        if file.suffix.lower() not in {".png", ".bmp"} or file.name.startswith("."):
+            continue
+        folders = [folder.lower() for folder in file.relative_to(raw).parts[:-1]]
+        part = next((match[1] for folder in reversed(folders) if (match := PART.search(folder))), "test")
+        stem, parent = (re.sub(r"_labelmark|\.img", "", n, flags=re.IGNORECASE) for n in (file.stem, file.parent.name))
+        match = re.fullmatch(r"(.+)_(\d+)", f"{parent}_{stem}" if stem.isdigit() else stem)
+        if part == "test" or not match:
+            continue
+        files = found.setdefault(({"val": "valid"}.get(part, part), match[1], int(match[2])), {})
+        kind = "label" if any(LABEL.search(folder) for folder in folders) else "image"
+        if kind in files:
+            common.fail(f"{files[kind]} and {file} are the same slice; keep one of them under --raw")
+        files[kind] = str(file)
+    return {f"{part}_{cube}_{k}": (part, patient_of(part, cube), cube, k, files.get("image"), files.get("label"))
+            for (part, cube, k), files in sorted(found.items())}
+
+
+def patient_of(part, cube):
+    patient, *rest = re.split("_macular", cube, flags=re.IGNORECASE)
+    return patient if rest else f"{part}_{cube}"
+
+
+def has_lesion(item, folder):
+    image, label = item
+    if image is None or label is None:
+        raise prepare.Damaged(f"{image or label} has no {'label' if image else 'image'} of the same slice; "
+                              "unpack the source again")
+    return bool((prepare.read_grey(label) > 0).any())
+
+
+def plan(slices, seed=0, fixed=None):
+    """{name: split} from {name: (part, patient, has a lesion)}. fixed: {patient: split} of the validation part."""
+    if fixed is None:
+        counts = {}
+        for part, patient, lesion in slices.values():
+            if part == "valid":
+                counts.setdefault(patient, [0, 0])[lesion] += 1
+        total = [sum(c[label] for c in counts.values()) for label in (0, 1)]
+        wanted = [max(1, round(t * v / (v + w))) for t, v, w in zip(total, VALID, TEST, strict=True)]
+        chosen = prepare.divide(counts, wanted, seed) if counts else []
+        if not chosen:
+            common.fail(f"{len(counts)} usable patients in the validation part cannot be divided: valid needs one, and "
+                        "test needs slices with and without lesion of another")
+        fixed = {patient: "valid" if patient in chosen else "test" for patient in counts}
+    planned = {}
+    for name, (part, patient, lesion) in slices.items():
+        if part == "valid" and patient in fixed:
+            planned[name] = fixed[patient]
+        elif part == "train" and not lesion:
+            planned[name] = "train"
+    return planned
+
+
+def write_slice(item, folder):
+    """A slice as PNG; its manifest row."""
+    (_, patient, cube, k, file, label), split, lesion = item
+    image, mask = prepare.read_grey(file), prepare.read_grey(label) > 0 if lesion else None  # (512, 1024)
+    if lesion and mask.shape != image.shape:
+        raise prepare.Damaged(f"{label} is {mask.shape}, its image {file} {image.shape} pixels; unpack both again")
+    return prepare.save(folder, split, int(lesion), f"{cube}_{k}", image, mask, case=patient, cube=cube, slice=k)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    raw = prepare.raw_folder(args, LOOKED_FOR)
+    slices = find_slices(raw)
+    if {part for part, *_ in slices.values()} != {"train", "valid"}:
+        prepare.wrong_folder(raw, LOOKED_FOR)
+    fixed = args.patients and prepare.read_split(
+        args.patients, {patient for part, patient, *_ in slices.values() if part == "valid"}, ["valid", "test"])
+    preparation = prepare.Preparation("resc", "resc", ["train", "valid", "test"], args)
+    files = {name: (image, label) for name, (*_, image, label) in slices.items()}
+    lesions = preparation.map(has_lesion, files, "looking for lesions", CHUNK)
+    planned = plan({name: (*slices[name][:2], lesion) for name, lesion in lesions.items()}, args.seed, fixed)
+    items = {name: (slices[name], split, lesions[name]) for name, split in planned.items()}
+    preparation.finish(list(preparation.map(write_slice, items, "writing", CHUNK).values()), PUBLISHED)

@@ -1,0 +1,122 @@
+"""chest: the chest X-ray benchmark from the RSNA Pneumonia Detection Challenge (stage 2, training set).
+
+Where: kaggle.com/c/rsna-pneumonia-detection-challenge, after accepting its rules; for research, education and other
+non-commercial use. 26,684 radiographs, 1024x1024 pixels, 8 bit, JPEG in DICOM, 3.7 GB packed.
+--raw: the folder that holds stage_2_train_images/<patientId>.dcm and stage_2_detailed_class_info.csv
+(patientId,class; 30,227 rows, several for one patient), at any depth. Nothing else of it is read.
+
+The rule:
+1. class Normal is normal; Lung Opacity and No Lung Opacity / Not Normal are anomalous;
+2. the normal patients (8,851), in seeded order of their ids: 8,000 train, 70 valid, 781 test; the others (17,833)
+   likewise: 1,420 valid, 16,413 test. A source of another size is divided in the same shares, at least one patient in
+   each. --patients FILE (CSV: case,split) fixes it instead;
+3. pixels are written unchanged; those of photometric interpretation MONOCHROME1 (black is the greatest value) inverted.
+Published: train 8,000; valid 70 + 1,420; test 781 + 16,413 (the thesis calls valid 1:1).
+"""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import prepare
+from prepare import common
+
+CLASSES = {"Normal": 0, "Lung Opacity": 1, "No Lung Opacity / Not Normal": 1}
+PARTS = {0: dict(train=8000, valid=70, test=781), 1: dict(valid=1420, test=16413)}  # patients by label
+PUBLISHED = {(split, label): count for label, parts in PARTS.items() for split, count in parts.items()}
+LIST = "stage_2_detailed_class_info.csv"
+LOOKED_FOR = f"stage_2_train_images/<patientId>.dcm and {LIST}"
+CHUNK = 100  # images a process works on at a time
+
+
+@dataclass
+class Args(prepare.Args):
+    patients: str | None = None
+    """CSV file with the columns case,split that says which patients go where, instead of the seed"""
+
+
+def labels_of(rows):
+    """{patient: label} from the rows of the list; the rows of one patient must agree."""
+    classes = {}
+    for row in rows:
+        patient, kind = row["patientId"], row["class"]
+        if kind not in CLASSES:
+            common.fail(f"{LIST}: {patient} has class {kind}; known are {', '.join(CLASSES)}")
+        if classes.setdefault(patient, kind) != kind:
+            common.fail(f"{LIST}: {patient} has two classes, {classes[patient]} and {kind}; download it again")
+    return {patient: CLASSES[kind] for patient, kind in classes.items()}
+
+
+def plan(labels, seed=0):
+    """{patient: split} from {patient: label}."""
+    rng, planned = np.random.default_rng(seed), {}
+    for label, parts in PARTS.items():
+        patients = sorted(patient for patient in labels if labels[patient] == label)
+        if len(patients) < len(parts):
+            common.fail(f"{len(patients)} {('normal', 'anomalous')[label]} patients; {', '.join(parts)} need one each")
+        order = [patients[i] for i in rng.permutation(len(patients))]
+        splits = np.repeat(list(parts), prepare.shares(len(patients), list(parts.values()))).tolist()
+        planned |= dict(zip(order, splits, strict=True))
+    return planned
+
+
+def read_radiograph(file):
+    """The image of a DICOM file as (H, W) uint8, black being 0; Damaged if it cannot be used."""
+    try:
+        dataset = pydicom.dcmread(file)
+        syntax = dataset.file_meta.TransferSyntaxUID
+    except Exception as e:  # pydicom raises many kinds, also where it trusts a damaged header
+        raise prepare.Damaged(f"{file} is not a readable DICOM file ({e}); download it again") from e
+    try:
+        decoder = pydicom.pixels.get_decoder(syntax)
+        needed = [] if decoder.is_available else [d.rpartition("requires ")[2] for d in decoder.missing_dependencies]
+    except NotImplementedError:
+        needed = ["to be converted: pydicom knows no package for it"]
+    if needed:
+        raise prepare.Damaged(f"{file} has the transfer syntax {syntax.name} ({syntax}), which needs "
+                              f"{', or '.join(needed)}")
+    try:
+        image = dataset.pixel_array
+        inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+    except Exception as e:  # as above, and of every decoder
+        why = " ".join(str(e).split())  # a line for each decoder that was tried
+        raise prepare.Damaged(f"{file} has no readable pixels ({why}); download it again") from e
+    if image.ndim != 2 or image.dtype != np.uint8:
+        raise prepare.Damaged(f"{file} holds {image.dtype} pixels of shape {image.shape}; one 8-bit grey image was "
+                              "expected, download it again")
+    return 255 - image if inverted else image
+
+
+def write_image(item, folder):
+    """A radiograph as PNG; its manifest row."""
+    patient, label, split, file = item
+    if file is None:
+        raise prepare.Damaged(f"{patient}.dcm is missing, though {LIST} names it; download it again")
+    with warnings.catch_warnings(action="ignore"):  # pydicom's, of headers; what has no pixels is damaged
+        image = read_radiograph(file)  # (1024, 1024)
+    return prepare.save(folder, split, label, patient, image, case=patient)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    raw = prepare.raw_folder(args, LOOKED_FOR)
+    files = {file.stem: str(file) for file in sorted(raw.rglob("*.dcm"))}
+    if not files or not (lists := sorted(raw.rglob(LIST))):
+        prepare.wrong_folder(raw, LOOKED_FOR)
+    labels = labels_of(prepare.read_list(lists[0], ["patientId", "class"]))
+    if args.patients:
+        planned = prepare.read_split(args.patients, labels, ["train", "valid", "test"])
+        for patient, split in planned.items():
+            if split not in PARTS[labels[patient]]:
+                common.fail(f"{args.patients}: {patient} is anomalous and cannot be in {split}")
+    else:
+        planned = plan(labels, args.seed)
+    preparation = prepare.Preparation("rsna", "chest", ["train", "valid", "test"], args)
+    items = {patient: (patient, labels[patient], planned[patient], files.get(patient)) for patient in sorted(planned)}
+    preparation.finish(list(preparation.map(write_image, items, "writing", CHUNK).values()), PUBLISHED)
