@@ -282,16 +282,61 @@ class Split:
         image = torch.from_numpy(self.images[indices]).to(device)  # an index array copies, so nothing mapped escapes
         return (image.float() / 255).expand(-1, 3, -1, -1)
 
+    def order(self, batch_size, shuffle=None, drop_last=False):
+        """Yield the indices (b,) of each batch; the arguments of `batches`."""
+        order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
+        if drop_last and len(self) >= batch_size:
+            order = order[: len(self) // batch_size * batch_size]
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
+
     def batches(self, batch_size, device="cpu", shuffle=None, drop_last=False):
         """Yield all images as `batch` gives them.
 
         shuffle: None for file order, or a seed (an int or a tuple such as (seed, epoch)) for that seed's order.
         drop_last: leave out an incomplete last batch, unless it is the only one."""
-        order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
-        if drop_last and len(self) >= batch_size:
-            order = order[: len(self) // batch_size * batch_size]
-        for start in range(0, len(order), batch_size):
-            yield self.batch(order[start : start + batch_size], device)
+        for indices in self.order(batch_size, shuffle, drop_last):
+            yield self.batch(indices, device)
+
+
+class Features:
+    """What a frozen network says of a split's images, for training loops that ask it again each epoch.
+
+    Computed once and kept in a file below the run folder if that takes no more than `args.cache_features` GiB ("auto":
+    16, if the disk has twice that to spare), else computed anew for each batch; which of the two is printed."""
+
+    def __init__(self, extract, split, args, run):
+        """extract: images (B, 3, H, W) -> [(B, ...), ...], frozen: constants of each image."""
+        self.extract, self.split, self.device, self.file = extract, split, run.device, None
+        first = [f.cpu() for f in extract(split.batch([0], run.device))]
+        self.shapes, needed = [f.shape[1:] for f in first], sum(f.numel() for f in first) * 4 * len(split) / 2**30
+        free = shutil.disk_usage(run.folder).free / 2**30
+        budget = min(16, free / 2) if args.cache_features == "auto" else args.cache_features
+        run.notes["cached_features_gib"] = round(needed, 3) if needed <= budget else 0
+        print(f"features of {split.name}: {needed:.2f} GiB, " + ("cached" if needed <= budget else
+              f"above the budget of {budget:.2f} (--cache-features), computed anew each epoch"), flush=True)
+        if needed <= budget:
+            self.file = tempfile.TemporaryFile(dir=run.folder)  # noqa: SIM115 (lives as long as this object)
+            try:
+                for image in progress(split.batches(args.batch_size, run.device), "features",
+                                      -(-len(split) // args.batch_size)):
+                    rows = torch.cat([f.flatten(1).float().cpu() for f in extract(image)], dim=1)
+                    self.file.write(rows.numpy().tobytes())
+                self.file.flush()
+            except OSError as e:
+                fail(f"cannot write the features below {run.folder} ({e.strerror}); free some space, or give "
+                     "--cache-features 0")
+
+    def batches(self, batch_size, shuffle=None, drop_last=False):
+        """Yield [(b, ...), ...] on the device, float32, in the order of `Split.batches`."""
+        sizes = [shape.numel() for shape in self.shapes]
+        for indices in self.split.order(batch_size, shuffle, drop_last):
+            if self.file is None:
+                yield self.extract(self.split.batch(indices, self.device))
+                continue
+            rows = np.memmap(self.file, np.float32, "r", shape=(len(self.split), sum(sizes)))  # anew: see `images`
+            parts = torch.from_numpy(rows[indices]).to(self.device).split(sizes, dim=1)
+            yield [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def _thumbnails(split, block=256):
@@ -479,8 +524,9 @@ class PixelMetrics:
     SORTED = 2**21
 
     def __init__(self):
-        # By page: its first bin, and how many of the lower bits it ignores. In PyTorch, which counts faster than NumPy.
-        self.first, self.shift = torch.full((65536,), -1, dtype=torch.int32), torch.zeros(65536, dtype=torch.int32)
+        # By page: how many of the lower bits it ignores, and what to add to a key without them to have its bin; below 0
+        # where there is no page. In PyTorch, which counts faster than NumPy.
+        self.shift, self.start = (torch.full((65536,), v, dtype=torch.int32) for v in (31, -1))
         # By bin: pixels, anomalous ones among them, and the sum over these of 1 / their region's size.
         self.total, self.positive = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         self.overlap, self.bins = torch.zeros(0, dtype=torch.float64), 0  # the arrays are longer than the bins in use
@@ -518,33 +564,37 @@ class PixelMetrics:
 
     def _make_pages(self, count):
         """Bins for the pages (65536,) that are not there yet, finer where more of the pixels are."""
-        new = torch.nonzero((count > 0) & (self.first < 0)).flatten()
+        new = torch.nonzero((count > 0) & (self.shift == 31)).flatten()
         bits = (count[new] / self.pixels * 2**18).log2().ceil().clamp(8, 16).int()
         size = 1 << bits
         self.shift[new] = 16 - bits
-        self.first[new] = self.bins + (size.cumsum(0) - size).int()
+        self.start[new] = self.bins + (size.cumsum(0) - size).int() - self._least_key(new)
         self.bins += int(size.sum())
         if self.bins > len(self.total):  # twice as long as needed, so that few pages copy the counts
             self.total, self.positive, self.overlap = (torch.cat([a, a.new_zeros(2 * self.bins - len(a))])
                                                        for a in (self.total, self.positive, self.overlap))
 
+    def _least_key(self, pages):
+        return ((pages - 32768).int() << 16) >> self.shift[pages]
+
+    def _bins_of(self, key, page, out):
+        # int32 may overflow in between, and comes back
+        return torch.add(self.start.index_select(0, page), key >> self.shift.index_select(0, page), out=out)
+
     def _count_pending(self):
         if not self.bins:
             self._make_pages(sum(torch.bincount(self._key(s)[1], minlength=65536) for s, _ in self.pending))
-        bins, start = torch.empty(sum(len(scores) for scores, _ in self.pending), dtype=torch.int32), 0
+        bins, first = torch.empty(sum(len(scores) for scores, _ in self.pending), dtype=torch.int32), 0
         for scores, share in self.pending:
-            key, page = self._key(scores)
-            first = self.first.index_select(0, page)
-            if first.min() < 0:
+            (key, page), here = self._key(scores), bins[first : first + len(scores)]
+            if self._bins_of(key, page, here).min() < 0:
                 self._make_pages(torch.bincount(page, minlength=65536))
-                first = self.first.index_select(0, page)
-            here = bins[start : start + len(scores)]
-            torch.add(first, (key & 0xFFFF) >> self.shift.index_select(0, page), out=here)
+                self._bins_of(key, page, here)
             if share:
                 where, weight = (torch.from_numpy(a) for a in share)
                 self.positive.index_add_(0, here[where], torch.ones(len(where), dtype=torch.int64))
                 self.overlap.index_add_(0, here[where], weight)
-            start += len(scores)
+            first += len(scores)
         count = torch.bincount(bins)
         self.total[: len(count)] += count
         self.pending = []
@@ -553,11 +603,11 @@ class PixelMetrics:
         """(total, positive, overlap) by distinct score or bin, from the highest down, and the least score's key."""
         if self.bins:
             self._count_pending()
-            pages = torch.nonzero(self.first >= 0).flatten().flip(0)  # from the highest down
+            pages = torch.nonzero(self.shift < 31).flatten().flip(0)  # from the highest down
             size = 1 << (16 - self.shift[pages])
             step = torch.arange(int(size.sum())) - (size.cumsum(0) - size).repeat_interleave(size)
             offset = (size - 1).repeat_interleave(size) - step
-            bins = self.first[pages].repeat_interleave(size) + offset
+            bins = (self.start[pages] + self._least_key(pages)).repeat_interleave(size) + offset
             keys = (pages - 32768 << 16).repeat_interleave(size) + (offset << self.shift[pages].repeat_interleave(size))
             return tuple(a.numpy() for a in (self.total[bins], self.positive[bins], self.overlap[bins], keys))
         values, bins = np.unique(np.concatenate([scores for scores, _ in self.pending]), return_inverse=True)
