@@ -312,7 +312,7 @@ class Features:
         self.shapes, needed = [f.shape[1:] for f in first], sum(f.numel() for f in first) * 4 * len(split) / 2**30
         free = shutil.disk_usage(run.folder).free / 2**30
         budget = min(16, free / 2) if args.cache_features == "auto" else args.cache_features
-        run.notes["cached_features_gib"] = round(needed, 3) if needed <= budget else 0
+        run.notes["features_cached"] = needed <= budget
         print(f"features of {split.name}: {needed:.2f} GiB, " + ("cached" if needed <= budget else
               f"above the budget of {budget:.2f} (--cache-features), computed anew each epoch"), flush=True)
         if needed <= budget:
@@ -679,7 +679,8 @@ def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
 # ------------------------------------------------------------------------------------------------------- the run folder
 # What may differ from the training run when a checkpoint is given, beside --weights that now lie elsewhere; every other
 # argument is taken from the checkpoint.
-FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "checkpoint", "predict"}
+FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "checkpoint", "predict",
+        "cache_features"}
 
 
 def start_run(script, args):

@@ -27,6 +27,7 @@ Cost, measured on one CPU thread at 256 pixels: mobilenet_v2, an epoch of 200 im
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,8 @@ class Args:
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
     """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    cache_features: float | Literal["auto"] = "auto"
+    """GiB of disk for the frozen features of the training images; auto: 16; 0: they are computed anew each epoch"""
     weight_decay: float = 5e-4
     """AdamW's weight decay (thesis, Table 3.4)"""
     neighbors: int = 3
@@ -160,11 +163,11 @@ class CFA(nn.Module):
 
     @torch.no_grad()
     def fill_memory_bank(self, batches):
-        """The descriptor's mean at each position over all normal images; to be called before it is trained."""
+        """The descriptor's mean at each position over all normal images, batches of whose `features` are given; to be
+        called before it is trained."""
         n, mean = 0, None
-        for image in batches:
-            features = self.features(image)
-            n += len(image)
+        for features in batches:
+            n += len(features[0])
             mean = mean or [torch.zeros_like(f[:1]) for f in features]
             for m, f in zip(mean, features, strict=True):
                 m += (f - m).sum(0) / n
@@ -214,14 +217,14 @@ if __name__ == "__main__":
     model = CFA(args.backbone, args.weights, args.image_size, args.neighbors, args.hard_negatives, args.radius,
                 args.learn_radius).to(run.device)
     if not args.checkpoint:
-        model.fill_memory_bank(common.progress(train.batches(args.batch_size, run.device), "memory bank",
-                                               -(-len(train) // args.batch_size)))
+        frozen = common.Features(model.features, train, args, run)
+        model.fill_memory_bank(frozen.batches(args.batch_size))
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, amsgrad=True)
         for epoch in range(1, args.epochs + 1):
             losses = []
-            for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch), drop_last=True):
-                loss = model.loss(model.features(image))
+            for features in frozen.batches(args.batch_size, shuffle=(args.seed, epoch), drop_last=True):
+                loss = model.loss(features)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -81,6 +81,8 @@ class Args:
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
     """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    cache_features: float | Literal["auto"] = "auto"
+    """GiB of disk for the frozen features of the training images; auto: 16; 0: they are computed anew each epoch"""
     blocks: int = 8
     """coupling blocks of each flow (official code)"""
     condition: int = 128
@@ -95,8 +97,6 @@ class Args:
 
 def rotate(image, degrees):
     """Turn each image (B, 3, H, W) by its own random angle, nearest pixel, black outside, as torchvision does it."""
-    if degrees == 0:
-        return image
     angle = torch.empty(len(image)).uniform_(-degrees, degrees).deg2rad()
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3).to(image.device)
@@ -195,10 +195,11 @@ class CFlow(nn.Module):
 
     @torch.inference_mode()
     def find_likeliest(self, batches):
-        """Set what `predict` compares to, from all training images; to be called when the flows have changed."""
+        """Set what `predict` compares to, from the `features` of all training images, in batches; to be called when the
+        flows have changed."""
         self.likeliest.fill_(-torch.inf)
-        for image in batches:
-            found = torch.stack([found.max() for found in self.log_likelihoods(self.features(image))])
+        for features in batches:
+            found = torch.stack([found.max() for found in self.log_likelihoods(features)])
             self.likeliest.copy_(torch.maximum(self.likeliest, found))
 
     @torch.inference_mode()
@@ -229,19 +230,24 @@ if __name__ == "__main__":
     train, valid, test = common.load_benchmark(args)
     model = CFlow(args.backbone, args.weights, args.image_size, args.blocks, args.condition).to(run.device)
     if not args.checkpoint:
+        frozen = common.Features(model.features, train, args, run)
         optimizers = [torch.optim.Adam(flow.parameters(), args.lr, fused=True) for flow in model.flows]
         step, steps = 0, args.epochs * max(1, len(train) // args.batch_size)
         for epoch in range(1, args.epochs + 1):
             losses = []
-            for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch), drop_last=True):
-                features = model.features(rotate(image, args.augment_degrees))
+            order = dict(shuffle=(args.seed, epoch), drop_last=True)
+            batches = frozen.batches(args.batch_size, **order)
+            if args.augment_degrees:  # other images each epoch
+                images = train.batches(args.batch_size, run.device, **order)
+                batches = (model.features(rotate(image, args.augment_degrees)) for image in images)
+            for features in batches:
                 for l, (flow, optimizer, x) in enumerate(zip(model.flows, optimizers, features, strict=True)):
                     if args.schedule == "cosine":
                         optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
                     x, code = x.flatten(0, 1), model.get_buffer(f"code{l}")  # (B*P, C)
-                    order = torch.randperm(len(x)).to(run.device)
+                    shuffled = torch.randperm(len(x)).to(run.device)
                     whole = len(x) // args.fiber_batch * args.fiber_batch  # the rest is left out
-                    for rows in order[: whole or len(x)].split(args.fiber_batch):
+                    for rows in shuffled[: whole or len(x)].split(args.fiber_batch):
                         loss = -F.logsigmoid(flow.log_likelihood(x[rows], code[rows % len(code)])).mean()
                         optimizer.zero_grad()
                         loss.backward()
@@ -249,6 +255,6 @@ if __name__ == "__main__":
                         losses.append(loss.detach())
                 step += 1
             if epoch % args.eval_every == 0 or epoch == args.epochs:
-                model.find_likeliest(train.batches(args.batch_size, run.device))
+                model.find_likeliest(frozen.batches(args.batch_size))
             run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
     common.finish(run, model, (train, valid, test))

@@ -96,6 +96,8 @@ class Args:
     """image tower: clip (CLIP's own), resnet18, resnet50 (thesis, Table 4.1), mobilenet_v2"""
     weights: str = "imagenet"
     """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    cache_features: float | Literal["auto"] = "auto"
+    """GiB of disk for the frozen features of the training images; auto: 16; 0: they are computed anew each epoch"""
     prompt_tokens: int = 16
     """M, learned words at each patch location (thesis, 4.3.3)"""
     layers: tuple[int, ...] = (1, 2, 3, 4)
@@ -357,11 +359,11 @@ if __name__ == "__main__":
     train, valid, test = common.load_benchmark(args)
     model = ClipRecon(args).to(run.device)
     if not args.checkpoint:
+        frozen = common.Features(model.image_features, train, args, run)
         optimizer = torch.optim.AdamW([model.prompts, *model.adapter.parameters()], args.lr)
         for epoch in range(1, args.epochs + 1):
             losses = []
-            for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)):
-                features = model.image_features(image)
+            for features in frozen.batches(args.batch_size, shuffle=(args.seed, epoch)):
                 where = torch.randperm(len(model.prompts))[: args.patches_per_step].to(run.device)
                 loss = sum(d.mean() for d in model.distances(features, where))  # Eq. 4.5: all layers weigh the same
                 optimizer.zero_grad()

@@ -14,8 +14,8 @@ Differences from the thesis: none that is known; its tables give image scores on
 anomalib 2.7 differs: its loss multiplies the log-determinant by the batch size, betas are (0.5, 0.9), one permutation
 serves all scales, the map is the product of three scales.
 
-Parameters: 275,227,288 in the flow, of 304 channels (mobilenet_v2: 289,711,640, of 320). The features of the training
-images are computed once and lie in a temporary file of the run folder, 0.1 MB an image at 256 pixels.
+Parameters: 275,227,288 in the flow, of 304 channels (mobilenet_v2: 289,711,640, of 320). The features of a
+training image, computed once, are 0.1 MB at 256 pixels.
 It starts slowly, as gamma is 0 and Adam's eps large: after 100 steps at 2e-4 the scores are still those of the
 untrained flow (phantom, 128 pixels, mobilenet_v2: image AUROC 0.60 before and after).
 Cost, measured on one busy CPU thread: 200 images of 128 pixels, mobilenet_v2, --hidden 256, batches of 8: 27 s an
@@ -23,9 +23,9 @@ epoch, 49 ms an image to score, 2.2 GiB. With 1,024, a step of 8 images of 256 p
 """
 
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -79,6 +79,8 @@ class Args:
     """torchvision network: efficientnet_b5, mobilenet_v2"""
     weights: str = "imagenet"
     """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    cache_features: float | Literal["auto"] = "auto"
+    """GiB of disk for the frozen features of the training images; auto: 16; 0: they are computed anew each epoch"""
     hidden: int = 1024
     """channels inside the coupling networks (official code, config.py); 256 trains on a CPU"""
 
@@ -187,45 +189,23 @@ class CSFlow(nn.Module):
         return anomaly_map, torch.cat([v.flatten(1) for v in z], dim=1).square().mean(1) / 2
 
 
-def store_features(model, batches, file):
-    """Write the features of all training images, which never change: for each image one row (dim,) float32."""
-    try:
-        for image in batches:
-            file.write(torch.cat([f.flatten(1) for f in model.features(image)], dim=1).cpu().numpy().tobytes())
-        file.flush()
-    except OSError as e:
-        common.fail(f"cannot write the training features to --out ({e.strerror}); free some space or choose another")
-
-
-def stored_features(model, file, batch_size, device, shuffle):
-    """Yield the stored features, batches of three scales, in an order that `shuffle` seeds."""
-    sizes = [shape.numel() for shape in model.shapes]
-    count = file.tell() // (4 * sum(sizes))
-    for indices in torch.from_numpy(np.random.default_rng(shuffle).permutation(count)).split(batch_size):
-        rows = np.memmap(file, np.float32, "r", shape=(count, sum(sizes)))  # mapped anew: pages are soon given back
-        parts = torch.from_numpy(rows[indices.numpy()]).to(device).split(sizes, dim=1)
-        yield [part.unflatten(1, shape) for part, shape in zip(parts, model.shapes, strict=True)]
-
-
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = CSFlow(args.backbone, args.weights, args.hidden, args.image_size).to(run.device)
     if not args.checkpoint:
-        with tempfile.TemporaryFile(dir=run.folder) as file:
-            batches = train.batches(args.batch_size, run.device)
-            store_features(model, common.progress(batches, "features", -(-len(train) // args.batch_size)), file)
-            # eps 1e-4 matters: the loss is divided by dim, so many gradients are smaller (official code, train.py)
-            optimizer = torch.optim.Adam(model.flow.parameters(), args.lr, eps=1e-4, weight_decay=1e-5, fused=True)
-            for epoch in range(1, args.epochs + 1):
-                losses = []
-                for features in stored_features(model, file, args.batch_size, run.device, (args.seed, epoch)):
-                    loss = model.loss(features)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(model.flow.parameters(), 1)  # thesis: gradients are clamped to 1
-                    optimizer.step()
-                    losses.append(loss.detach())
-                run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
+        frozen = common.Features(model.features, train, args, run)
+        # eps 1e-4 matters: the loss is divided by dim, so many gradients are smaller (official code, train.py)
+        optimizer = torch.optim.Adam(model.flow.parameters(), args.lr, eps=1e-4, weight_decay=1e-5, fused=True)
+        for epoch in range(1, args.epochs + 1):
+            losses = []
+            for features in frozen.batches(args.batch_size, shuffle=(args.seed, epoch)):
+                loss = model.loss(features)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.flow.parameters(), 1)  # thesis: gradients are clamped to 1
+                optimizer.step()
+                losses.append(loss.detach())
+            run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
     common.finish(run, model, (train, valid, test))

@@ -21,6 +21,7 @@ Cost, measured, of the default on one busy CPU thread: 1.1 s a training image, 0
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,8 @@ class Args:
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
     """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    cache_features: float | Literal["auto"] = "auto"
+    """GiB of disk for the frozen features of the training images; auto: 16; 0: they are computed anew each epoch"""
     noise: float | None = None
     """deviation of the Gaussian noise; None is 0.015 (run.sh) with wide_resnet50_2, a share of their own with others"""
 
@@ -161,13 +164,14 @@ if __name__ == "__main__":
             features = model.features(train.batch(range(min(args.batch_size, len(train))), run.device))
             noise = RELATIVE_NOISE * float(features.flatten(0, 2).std(0).mean())
         run.notes["noise"] = noise
+        frozen = common.Features(lambda image: [model.features(image)], train, args, run)
         optimizers = [torch.optim.Adam(model.discriminator.parameters(), args.lr, weight_decay=1e-5),
                       torch.optim.AdamW(model.adaptor.parameters(), args.lr_adaptor)]  # decay 0.01, PyTorch's default
         for epoch in range(1, args.epochs + 1):
             model.train()
             losses = []
-            for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)):
-                loss = model.loss(model.features(image).flatten(0, 2), noise)
+            for (features,) in frozen.batches(args.batch_size, shuffle=(args.seed, epoch)):
+                loss = model.loss(features.flatten(0, 2), noise)
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 loss.backward()

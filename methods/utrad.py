@@ -90,6 +90,8 @@ class Args:
     """torchvision network: resnet18, mobilenet_v2"""
     weights: str = "imagenet"
     """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    cache_features: float | Literal["auto"] = "auto"
+    """GiB of disk for the frozen features of the training images; auto: 16; 0: they are computed anew each epoch"""
     activation: Literal["relu", "gelu"] = "relu"
     """of the transformers (thesis, Table 3.6); the thesis' and the official code ran gelu"""
     width: int = 512
@@ -211,12 +213,12 @@ if __name__ == "__main__":
     if not args.checkpoint:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, args.lr, BETAS)
+        frozen = common.Features(lambda image: [model.features(image)], train, args, run)
         for epoch in range(1, args.epochs + 1):
             logged = []
             model.train()
-            for image in common.progress(train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)),
-                                         f"epoch {epoch}", -(-len(train) // args.batch_size)):
-                features = model.features(image)
+            for (features,) in common.progress(frozen.batches(args.batch_size, shuffle=(args.seed, epoch)),
+                                               f"epoch {epoch}", -(-len(train) // args.batch_size)):
                 loss_recon, loss_std = losses(features, *model(features))
                 optimizer.zero_grad()
                 (loss_recon + loss_std).backward()

@@ -21,7 +21,7 @@ def smooth_images(n, seed=0):
 def untrained(learn_radius=True):
     torch.manual_seed(0)
     model = cfa.CFA("mobilenet_v2", "none", 64, 3, 3, 1e-5, learn_radius)
-    model.fill_memory_bank(smooth_images(10).split(4))  # the last batch is smaller
+    model.fill_memory_bank(map(model.features, smooth_images(10).split(4)))  # the last batch is smaller
     return model
 
 

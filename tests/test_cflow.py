@@ -106,14 +106,13 @@ def test_images_are_turned_as_torchvision_turns_them():
     angles = torch.empty(3).uniform_(-5, 5)
     for i, angle in enumerate(angles.tolist()):
         assert (turned[i] != rotate(image[i], angle)).float().mean() < 0.01  # pixels half-way between two
-    assert cflow.rotate(image, 0) is image
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     model = cflow.CFlow("mobilenet_v2", "none", 64, 2, 8)
-    model.find_likeliest(smooth_images(6).split(4))
+    model.find_likeliest(map(model.features, smooth_images(6).split(4)))
     return model
 
 

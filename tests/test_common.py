@@ -311,6 +311,30 @@ def test_shuffled_batches_are_a_permutation_that_the_seed_decides(tmp_path):
     assert [len(b) for b in train.batches(64, drop_last=True)] == [10]
 
 
+# ------------------------------------------------------------------------------------------------------ frozen features
+def halves(image):
+    """Two 'layers' of an image, (B, 2, h, w) and (B, 3)."""
+    return [image[:, :2, ::2, ::2] + 1, image.mean(dim=(2, 3))]
+
+
+@pytest.mark.parametrize("budget, said", [("auto", "cached"), (0, "anew each epoch")])
+def test_frozen_features_come_back_whole_and_in_the_order_of_the_images(budget, said, tmp_path, capsys):
+    build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}", count=9)
+    train = common.load_benchmark(arguments(tmp_path, str(tmp_path / "b")))[0]
+    asked, run = [], SimpleNamespace(device=torch.device("cpu"), folder=tmp_path, notes={})
+    features = common.Features(lambda image: asked.append(len(image)) or halves(image), train,
+                               SimpleNamespace(cache_features=budget, batch_size=4), run)
+    assert said in capsys.readouterr().out and run.notes["features_cached"] == (budget != 0)
+    before = sum(asked)
+    for shuffle in ((0, 1), (0, 2), None):
+        found = list(features.batches(4, shuffle=shuffle, drop_last=True))
+        expected = [halves(image) for image in train.batches(4, shuffle=shuffle, drop_last=True)]
+        assert [len(f[0]) for f in found] == [4, 4]
+        for one, other in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert (sum(asked) > before) == (budget == 0)  # the network is asked once, or each time
+
+
 # ---------------------------------------------------------------------------------------------------------- error lines
 def damage_image(base):
     file = base / "test/Ungood/img/Ungood1.png"

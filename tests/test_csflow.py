@@ -1,7 +1,6 @@
 """CS-Flow: the flow against autograd and its inverse, the scores by hand, what is trained and what is not."""
 
 import math
-import tempfile
 
 import numpy as np
 import pytest
@@ -145,18 +144,6 @@ def test_small_scales_see_every_second_and_fourth_pixel(model):
         small = F.interpolate(image, (128 // step, 128 // step))  # nearest, as in the official code
         assert torch.equal(whole[s], model.backbone(csflow.common.normalize(small))[model.layer])
         assert whole[s].shape == (2, 320, 4 // step, 4 // step)
-
-
-def test_stored_features_come_back_whole_and_in_the_seeded_order(model):
-    images = torch.rand(5, 3, 128, 128)
-    with tempfile.TemporaryFile() as file:
-        csflow.store_features(model, images.split(2), file)
-        for shuffle in ((0, 1), (0, 2)):
-            found = list(csflow.stored_features(model, file, 2, "cpu", shuffle))
-            assert [len(f[0]) for f in found] == [2, 2, 1]
-            order = np.random.default_rng(shuffle).permutation(5)
-            for s, expected in enumerate(model.features(images[order])):
-                assert torch.allclose(torch.cat([f[s] for f in found]), expected, atol=1e-5)
 
 
 def test_a_step_changes_the_flow_and_not_the_backbone(model):

@@ -22,6 +22,7 @@ SHORT = {  # the budgets of these tests
     "cfa": [*NET, *BRIEF, "--image-size", 64],
     "cflow": [*NET, *BRIEF, "--image-size", 64, "--blocks", 2, "--batch-size", 4],
     "clip_recon": [*NET, *BRIEF, "--image-size", 64, "--model", "tiny", "--clip-weights", "none"],
+    "clip_zeroshot": ["--model", "tiny", "--clip-weights", "none", "--image-size", 64, "--clip-size", 64],
     "csflow": [*NET, *BRIEF, "--image-size", 128, "--hidden", 16],
     "cutpaste": [*NET, *BRIEF, "--image-size", 64, "--batch-size", 4],
     "deepsvdd": [*BRIEF, "--ae-epochs", 2, "--image-size", 64],
@@ -35,6 +36,7 @@ SHORT = {  # the budgets of these tests
     "simplenet": [*NET, *BRIEF, "--image-size", 64],
     "stfpm": [*NET, *BRIEF, "--image-size", 64, "--batch-size", 4],
     "utrad": [*NET, *BRIEF, "--image-size", 64, "--width", 64, "--layers", 1],
+    "winclip": ["--model", "tiny", "--clip-weights", "none", "--image-size", 64, "--clip-size", 64, "--shots", 2],
 }
 RANDOM = set(METHODS)  # methods whose scores depend on the seed
 IMAGE_ONLY = {"cutpaste", "deepsvdd", "fanogan", "ganomaly"}  # methods that give no anomaly map
@@ -75,7 +77,7 @@ def test_a_run_leaves_complete_results(finished):
     results = json.loads((folder / "results.json").read_text())
     assert set(results) == {"method", "data", "seed", "metrics", "images", "epoch", "train_seconds",
                             "test_ms_per_image", "peak_memory_gib", "parameters", "weights", "notes", "args",
-                            "changed", "versions", "device", "threads", "commit", "finished"}
+                            "leaks", "changed", "versions", "device", "threads", "commit", "finished"}
     assert (results["method"], results["data"], results["seed"]) == (method, "phantom", 0)
     metrics = results["metrics"]
     assert list(metrics) == ["image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "dice"]

@@ -31,7 +31,7 @@ def compare(args, train, test):
         peer.descriptor.layer = peer_script.CoordConv2d(width, width, 1)
         ours.descriptor.conv.load_state_dict(peer.descriptor.layer.conv2d.state_dict())
         batches = [train.batch(range(i, i + 4)) for i in (0, 4)]  # of one size: anomalib weighs batches, not images
-        ours.fill_memory_bank(batches)
+        ours.fill_memory_bank(map(ours.features, batches))
         peer.initialize_centroid([SimpleNamespace(image=common.normalize(b)) for b in batches])
     yield "memory bank", ours.memory_bank, peer.memory_bank.T
     image = train.batch([0, 3, 5]).double()
