@@ -11,6 +11,7 @@ Shapes: N images of a split, B of a batch, C channels, H W image. Scores: higher
 import csv
 import ctypes
 import dataclasses
+import fcntl
 import glob
 import hashlib
 import json
@@ -531,6 +532,7 @@ class PixelMetrics:
         self.total, self.positive = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         self.overlap, self.bins = torch.zeros(0, dtype=torch.float64), 0  # the arrays are longer than the bins in use
         self.pending, self.pixels, self.regions, self.low, self.high = [], 0, 0, math.inf, -math.inf
+        self.curve = []
 
     def update(self, anomaly_maps, masks):
         """anomaly_maps: (B, H, W) floats; masks: (B, H, W) bools. ValueError on other shapes or scores not finite."""
@@ -633,6 +635,9 @@ class PixelMetrics:
             return dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
         tpr, fpr = np.append(0, tp / tp[-1]), np.append(0, fp / fp[-1])
         pro = np.append(0, np.cumsum(overlap) / self.regions)
+        places = np.concatenate([np.linspace(0, 0.01, 50), np.linspace(0.01, 0.3, 100), np.linspace(0.3, 1, 50)])
+        shown = np.unique(np.searchsorted(fpr, places).clip(max=len(fpr) - 1))
+        self.curve = [dict(fpr=fpr[i], tpr=tpr[i], pro=pro[i]) for i in shown.tolist()]  # for figures
         inside = fpr <= 0.3
         x, y = np.append(fpr[inside], 0.3), np.append(pro[inside], np.interp(0.3, fpr, pro))
         return dict(
@@ -646,7 +651,8 @@ class PixelMetrics:
 @torch.no_grad()
 def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
     """Score a split: an object with metrics {image_auroc, ..., dice}, scores (N,), ms_per_image (from the image on the
-    device to score and map) and map_range, the (least, greatest) value of all maps, None without maps.
+    device to score and map), map_range, the (least, greatest) value of all maps, None without maps, and curve, [{fpr, tpr,
+    pro}, ...] of the pixels.
 
     predict: images (B, 3, H, W) in [0, 1] -> anomaly maps (B, H, W) or None, anomaly scores (B,); higher is more
     anomalous. The maps at `map_indices` (sorted) are written to `map_file` as they come, float32."""
@@ -673,13 +679,14 @@ def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
     scores = np.concatenate(scores)
     nothing = dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
     metrics = image_metrics(split.labels, scores) | (pixel.compute() if map_range and split.has_masks else nothing)
-    return SimpleNamespace(metrics=metrics, scores=scores, ms_per_image=1000 * seconds / done, map_range=map_range)
+    return SimpleNamespace(metrics=metrics, scores=scores, ms_per_image=1000 * seconds / done, map_range=map_range,
+                           curve=pixel.curve)
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
 # What may differ from the training run when a checkpoint is given, beside --weights that now lie elsewhere; every other
 # argument is taken from the checkpoint.
-FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "checkpoint", "predict",
+FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "overwrite", "checkpoint", "predict",
         "cache_features"}
 
 
@@ -718,10 +725,52 @@ def start_run(script, args):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         fail(f"cannot write {folder}: {e.strerror}; choose another --out")
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except OSError:
+        fail(f"another process is at work in {folder}; wait for it, or choose another --out")
+    for left in folder.glob(".tmp-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    resumed = None
     if args.predict and (folder / "results.json").exists():
         fail(f"{folder} holds a finished run, whose scores.csv --predict would replace; choose another --out")
+    if not args.checkpoint and not args.overwrite:
+        resumed = _earlier_run(folder, args, method)
     print(f"{method} on {data}, seed {args.seed}, {device}: {folder}", flush=True)
-    return Run(script, args, device, folder, restored)
+    return Run(script, args, device, folder, lock, restored, resumed)
+
+
+def _earlier_run(folder, args, method):
+    """What a killed run of the same arguments left, or None; ends the program where that run is finished already."""
+    done, begun = folder / "results.json", folder / "resume.pt"
+    if not done.exists() and not begun.exists():
+        return None
+    kept = json.loads(done.read_text()) if done.exists() else _read_checkpoint(begun, method)
+    asked = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples are lists there
+    theirs = json.loads(json.dumps(kept["args"]))
+    if changed := [k for k in asked if k not in FREE - {"limit", "batch_size"} and asked[k] != theirs.get(k)]:
+        k = changed[0]
+        fail(f"{folder} holds a run with --{k.replace('_', '-')} {theirs.get(k)} instead of {asked[k]}; give "
+             "--overwrite to replace it, or another --out")
+    if done.exists():
+        print(f"{folder} is finished already, with these arguments; nothing to do (--overwrite does it again)")
+        raise SystemExit(0)
+    return kept
+
+
+def _random_state(device, state=None):
+    """The state of all random generators, as torch.save takes it; with `state`, put it back."""
+    if state is None:
+        name, keys, *rest = np.random.get_state()
+        return dict(python=random.getstate(), numpy=(name, keys.tolist(), *rest), torch=torch.get_rng_state(),
+                    cuda=torch.cuda.get_rng_state() if device.type == "cuda" else None)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    return None
 
 
 class Run:
@@ -729,11 +778,29 @@ class Run:
 
     notes: what else a script wants in results.json (a dict that JSON can hold); kept with the checkpoint."""
 
-    def __init__(self, script, args, device, folder, restored):
+    def __init__(self, script, args, device, folder, lock, restored, resumed):
         self.script, self.args, self.device, self.folder = Path(script), args, device, folder
-        self.method, self.restored = self.script.stem, restored  # restored: what --checkpoint holds, or None
+        self.method, self.lock, self.restored = self.script.stem, lock, restored  # what --checkpoint holds, or None
+        self.resumed = resumed  # what a stopped run left at its last evaluation, or None
         self.history, self.best, self.epoch, self.notes = [], -math.inf, None, {}
-        self.started = time.perf_counter()
+        self.started, self.stateful = time.perf_counter(), ()
+
+    def epochs(self, model, *stateful):
+        """1, 2, ..., args.epochs; where a run was killed, what follows its last evaluation, with everything as it was.
+
+        stateful: what else training changes: optimizers, schedules, networks outside of the model."""
+        self.stateful, done = stateful, 0
+        if kept := self.resumed:
+            done, seconds = kept["epoch"], kept["train_seconds"]
+            self.history, self.best, self.epoch = kept["history"], kept["best"], kept["best_epoch"]
+            self.notes |= kept["notes"]
+            self._put(kept, model, self.folder / "resume.pt")
+            for item, state in zip(stateful, kept["stateful"], strict=True):
+                item.load_state_dict(state)
+            _random_state(self.device, kept["random"])
+            self.started = time.perf_counter() - seconds
+            print(f"going on after epoch {done}, the last evaluation of a run that was stopped", flush=True)
+        yield from range(done + 1, self.args.epochs + 1)
 
     def validate(self, model, epoch, valid, **losses):
         """Log the epoch; at every args.eval_every-th and the last one score valid and keep the state that is best yet.
@@ -759,21 +826,31 @@ class Run:
         print(f"epoch {epoch}/{self.args.epochs}  {shown}" + "  (best)" * (self.epoch == epoch), flush=True)
         keys = list(dict.fromkeys(k for r in self.history for k in r))
         write_csv(self.folder / "log.csv", [{k: r.get(k) for k in keys} for r in self.history])
+        self._save("resume.pt", model, epoch, history=self.history, best=float(self.best), best_epoch=self.epoch,
+                   stateful=[item.state_dict() for item in self.stateful], random=_random_state(self.device))
 
     def keep(self, model, epoch=None):
         """Write the model's state, without frozen networks, as checkpoint.pt: the state that `finish` evaluates."""
         self.epoch = epoch
         (self.folder / "results.json").unlink(missing_ok=True)  # from here on the folder is not a finished run
+        self._save("checkpoint.pt", model, epoch)
+
+    def _save(self, name, model, epoch, **more):
         state = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(_frozen(model))}
-        with atomic(self.folder / "checkpoint.pt") as tmp:
+        with atomic(self.folder / name) as tmp:
             torch.save(dict(method=self.method, args=dataclasses.asdict(self.args), epoch=epoch, notes=self.notes,
-                            train_seconds=time.perf_counter() - self.started, weights=_weights(model), state=state),
-                       tmp)
+                            train_seconds=time.perf_counter() - self.started, weights=_weights(model), state=state,
+                            **more), tmp)
 
     def load(self, model):
         """Put the kept (with --checkpoint: the given) state into `model`; returns its epoch and train seconds."""
         source = self.args.checkpoint or self.folder / "checkpoint.pt"
         kept = self.restored or _read_checkpoint(source, self.method)
+        self._put(kept, model, source)
+        self.notes = kept["notes"]
+        return kept["epoch"], kept["train_seconds"]
+
+    def _put(self, kept, model, source):
         theirs, ours = (", ".join(f"{w['name']} {w['sha256'][:12]}" for w in weights)
                         for weights in (kept["weights"], _weights(model)))
         if theirs != ours:
@@ -784,8 +861,6 @@ class Run:
                 raise RuntimeError(f"{(unknown + missing)[0]} is {'unknown' if unknown else 'missing'}")
         except RuntimeError as e:
             fail(f"{source} does not fit this model: {str(e).splitlines()[-1].strip()}; use the arguments of its run")
-        self.notes = kept["notes"]
-        return kept["epoch"], kept["train_seconds"]
 
 
 def _frozen(model):
@@ -826,6 +901,7 @@ def finish(run, model, splits):
     write_csv(run.folder / "scores.csv",
               [dict(path=p, label="" if y < 0 else int(y), score=repr(float(s))) for p, y, s in rows])
     if args.predict:
+        os.close(run.lock)
         print(f"{len(test)} scores, {count if result.map_range else 0} heat maps: {run.folder}")
         return
     packages = ("torch", "torchvision", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow")
@@ -847,18 +923,41 @@ def finish(run, model, splits):
         threads=torch.get_num_threads(), commit=_commit(run.script.parent),
         finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+    if result.curve:
+        write_csv(run.folder / "curves.csv", result.curve)
+    if run.history:
+        _draw_history(run.folder / "log.png", run.history)
     if run.restored is None:
         os.replace(run.folder / "checkpoint.pt", run.folder / "model.pt")
     with atomic(run.folder / run.script.name) as tmp:
         shutil.copyfile(run.script, tmp)
     with atomic(run.folder / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1))
+    (run.folder / "resume.pt").unlink(missing_ok=True)
+    os.close(run.lock)
     for name in [w["name"] for w in results["weights"] if not w["trained"]]:
         print(f"NOTE: {name} ran with UNTRAINED weights; the figures show that the code runs, no more")
     for name, value in result.metrics.items():
         print(f"  {name:<11}  " + ("-" if value is None else f"{value:.4f}"))
     print(f"  epoch {epoch or '-'}, train {train_seconds:.1f} s, test {result.ms_per_image:.1f} ms/image, "
           f"peak {results['peak_memory_gib']['ram']:.2f} GiB: {run.folder}")
+
+
+def _draw_history(file, history):
+    """The losses and the metrics on valid by epoch, as a PNG; log.csv has their values."""
+    from matplotlib.figure import Figure  # here, since a run without epochs needs none of it
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    names = dict.fromkeys(k for row in history for k in row if k not in ("epoch", "seconds"))
+    for axes, what in zip(figure.subplots(1, 2), ("loss", "valid"), strict=True):
+        for name in [n for n in names if n.startswith("valid_") == (what == "valid")]:
+            points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), ".-", label=name.removeprefix("valid_"))
+        axes.set(xlabel="epoch", title=what)
+        if axes.lines:
+            axes.legend()
+    with atomic(file) as tmp:
+        figure.savefig(tmp, format="png")
 
 
 def _write_panels(folder, split, indices, maps, low, high):

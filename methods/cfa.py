@@ -67,6 +67,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -221,7 +223,7 @@ if __name__ == "__main__":
         model.fill_memory_bank(frozen.batches(args.batch_size))
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, amsgrad=True)
-        for epoch in range(1, args.epochs + 1):
+        for epoch in run.epochs(model, optimizer):
             losses = []
             for features in frozen.batches(args.batch_size, shuffle=(args.seed, epoch), drop_last=True):
                 loss = model.loss(features)

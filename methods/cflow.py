@@ -67,6 +67,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -232,18 +234,18 @@ if __name__ == "__main__":
     if not args.checkpoint:
         frozen = common.Features(model.features, train, args, run)
         optimizers = [torch.optim.Adam(flow.parameters(), args.lr, fused=True) for flow in model.flows]
-        step, steps = 0, args.epochs * max(1, len(train) // args.batch_size)
-        for epoch in range(1, args.epochs + 1):
+        per_epoch = max(1, len(train) // args.batch_size)
+        for epoch in run.epochs(model, *optimizers):
             losses = []
             order = dict(shuffle=(args.seed, epoch), drop_last=True)
             batches = frozen.batches(args.batch_size, **order)
             if args.augment_degrees:  # other images each epoch
                 images = train.batches(args.batch_size, run.device, **order)
                 batches = (model.features(rotate(image, args.augment_degrees)) for image in images)
-            for features in batches:
+            for step, features in enumerate(batches, (epoch - 1) * per_epoch):
                 for l, (flow, optimizer, x) in enumerate(zip(model.flows, optimizers, features, strict=True)):
                     if args.schedule == "cosine":
-                        optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, steps)
+                        optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, args.epochs * per_epoch)
                     x, code = x.flatten(0, 1), model.get_buffer(f"code{l}")  # (B*P, C)
                     shuffled = torch.randperm(len(x)).to(run.device)
                     whole = len(x) // args.fiber_batch * args.fiber_batch  # the rest is left out
@@ -253,7 +255,6 @@ if __name__ == "__main__":
                         loss.backward()
                         optimizer.step()
                         losses.append(loss.detach())
-                step += 1
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 model.find_likeliest(frozen.batches(args.batch_size))
             run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))

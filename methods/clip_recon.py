@@ -78,6 +78,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -361,7 +363,7 @@ if __name__ == "__main__":
     if not args.checkpoint:
         frozen = common.Features(model.image_features, train, args, run)
         optimizer = torch.optim.AdamW([model.prompts, *model.adapter.parameters()], args.lr)
-        for epoch in range(1, args.epochs + 1):
+        for epoch in run.epochs(model, optimizer):
             losses = []
             for features in frozen.batches(args.batch_size, shuffle=(args.seed, epoch)):
                 where = torch.randperm(len(model.prompts))[: args.patches_per_step].to(run.device)

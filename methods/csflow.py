@@ -65,6 +65,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -198,7 +200,7 @@ if __name__ == "__main__":
         frozen = common.Features(model.features, train, args, run)
         # eps 1e-4 matters: the loss is divided by dim, so many gradients are smaller (official code, train.py)
         optimizer = torch.optim.Adam(model.flow.parameters(), args.lr, eps=1e-4, weight_decay=1e-5, fused=True)
-        for epoch in range(1, args.epochs + 1):
+        for epoch in run.epochs(model, optimizer):
             losses = []
             for features in frozen.batches(args.batch_size, shuffle=(args.seed, epoch)):
                 loss = model.loss(features)

@@ -65,6 +65,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -269,10 +271,13 @@ class CutPaste(nn.Module):
         return None, ((self.embed(image) - self.mean) @ self.whiten.T).norm(dim=1)
 
 
-def endless(train, batch_size, device, seed):
-    """Batches without end; each pass over the images has an order of its own."""
-    for number in itertools.count(1):
-        yield from train.batches(batch_size, device, shuffle=(seed, number), drop_last=True)
+def endless(train, batch_size, device, seed, start):
+    """Batches without end, from the start-th on; each pass over the images has an order of its own."""
+    passes, skip = divmod(start, max(1, len(train) // batch_size))
+    for number in itertools.count(passes + 1):
+        for indices in itertools.islice(train.order(batch_size, (seed, number), drop_last=True), skip, None):
+            yield train.batch(indices, device)
+        skip = 0
 
 
 if __name__ == "__main__":
@@ -287,10 +292,11 @@ if __name__ == "__main__":
             common.fail(f"{len(train)} training images have no covariance: give at least 3")
         optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
-        source = endless(train, args.batch_size, run.device, args.seed)
         freeze_epochs = args.freeze_epochs if model.backbone.weights_used["trained"] else 0
-        shares = []
-        for epoch in range(1, args.epochs + 1):
+        source, shares = None, []
+        for epoch in run.epochs(model, optimizer, schedule):
+            source = source or endless(train, args.batch_size, run.device, args.seed,
+                                       (epoch - 1) * args.steps_per_epoch)
             model.train()  # all of it: the statistics of batch norm move in the frozen backbone too (Runinho)
             model.backbone.requires_grad_(epoch > freeze_epochs)
             losses = []
@@ -304,7 +310,8 @@ if __name__ == "__main__":
                 losses.append(loss.detach())
                 shares.append(unchanged)
             if epoch % args.eval_every == 0 or epoch == args.epochs:
-                run.notes["pasted_without_change"] = float(torch.stack(shares).mean())
+                run.notes["pasted_without_change"] = float(torch.stack(shares).mean())  # since the last evaluation
+                shares = []
                 model.fit(train.batches(args.batch_size, run.device))
             run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
     common.finish(run, model, (train, valid, test))

@@ -60,6 +60,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -216,7 +218,7 @@ if __name__ == "__main__":
         if len(train) < 2 or min(args.batch_size, args.ae_batch_size) < 2:
             common.fail("batch norm needs two images a batch: give more training images, or greater batch sizes")
         images = model.load(train.batches(256, run.device))
-        if args.ae_epochs:
+        if args.ae_epochs and not run.resumed:
             autoencoder = Autoencoder(model.encoder).to(run.device)
             optimizer, schedule = adam(autoencoder, args.ae_lr, args.ae_weight_decay, args.ae_milestone)
             for _ in common.progress(range(args.ae_epochs), "pre-training"):
@@ -232,7 +234,7 @@ if __name__ == "__main__":
             print(f"autoencoder: loss {run.notes['ae_loss']:.4f} after {args.ae_epochs} epochs", flush=True)
         run.notes["center_raised"] = model.init_center(images)
         optimizer, schedule = adam(model.encoder, args.lr, args.weight_decay, args.milestone)
-        for epoch in range(1, args.epochs + 1):
+        for epoch in run.epochs(model, optimizer, schedule):
             model.train()
             losses = []
             for image in batches(images, args.batch_size):

@@ -64,6 +64,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -372,7 +374,7 @@ if __name__ == "__main__":
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
         steps = [-(-args.epochs * tenths // 10) for tenths in (8, 9)]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, gamma=0.2)
-        for epoch in range(1, args.epochs + 1):
+        for epoch in run.epochs(model, optimizer, schedule):
             losses = []
             for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)):
                 model.train()

@@ -60,6 +60,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -187,7 +189,7 @@ if __name__ == "__main__":
     if not args.checkpoint:
         optimizer_g, optimizer_d, optimizer_e = (torch.optim.Adam(m.parameters(), args.lr, BETAS)
                                                  for m in (generator, critic, encoder))
-        for epoch in range(1, args.gan_epochs + 1):
+        for epoch in range(1, 0 if run.resumed else args.gan_epochs + 1):
             losses_d, losses_g = [], []
             for step, image in enumerate(train.batches(args.batch_size, run.device, shuffle=(args.seed, 1, epoch))):
                 real = 2 * augment(image) - 1
@@ -210,7 +212,7 @@ if __name__ == "__main__":
             if epoch % args.eval_every == 0 or epoch == args.gan_epochs:
                 print(f"GAN, epoch {epoch}/{args.gan_epochs}  critic {run.notes['critic']:.4f}  "
                       f"generator {run.notes['generator']:.4f}", flush=True)
-        for epoch in range(1, args.epochs + 1):
+        for epoch in run.epochs(model, optimizer_e):
             model.eval()  # the GAN's running statistics, no dropout in the critic
             encoder.train()
             losses = []

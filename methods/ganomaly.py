@@ -59,6 +59,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -190,7 +192,7 @@ if __name__ == "__main__":
         discriminator = Discriminator(args.image_size, args.features).to(run.device)
         optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, BETAS)
         optimizer_d = torch.optim.Adam(discriminator.parameters(), args.lr, BETAS)
-        for epoch in range(1, args.epochs + 1):
+        for epoch in run.epochs(generator, discriminator, optimizer_g, optimizer_d):
             generator.train()
             total = []
             for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch), drop_last=True):

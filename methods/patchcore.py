@@ -60,6 +60,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None

@@ -68,6 +68,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -218,7 +220,7 @@ if __name__ == "__main__":
     model = RD4AD(args.backbone, args.weights, args.combine).to(run.device)
     if not args.checkpoint:
         optimizer = torch.optim.Adam([*model.bottleneck.parameters(), *model.decoder.parameters()], args.lr, BETAS)
-        for epoch in range(1, args.epochs + 1):
+        for epoch in run.epochs(model, optimizer):
             model.train()  # batch norm of bottleneck and decoder: the teacher stays in eval mode
             losses = []
             for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)):

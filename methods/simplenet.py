@@ -64,6 +64,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -167,7 +169,7 @@ if __name__ == "__main__":
         frozen = common.Features(lambda image: [model.features(image)], train, args, run)
         optimizers = [torch.optim.Adam(model.discriminator.parameters(), args.lr, weight_decay=1e-5),
                       torch.optim.AdamW(model.adaptor.parameters(), args.lr_adaptor)]  # decay 0.01, PyTorch's default
-        for epoch in range(1, args.epochs + 1):
+        for epoch in run.epochs(model, *optimizers):
             model.train()
             losses = []
             for (features,) in frozen.batches(args.batch_size, shuffle=(args.seed, epoch)):

@@ -76,6 +76,8 @@ class Args:
     """at most this many images of each split and class, for quick looks"""
     maps: int = 50
     """how many test images get a picture; 0 none, -1 all"""
+    overwrite: bool = False
+    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
@@ -214,7 +216,7 @@ if __name__ == "__main__":
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, args.lr, BETAS)
         frozen = common.Features(lambda image: [model.features(image)], train, args, run)
-        for epoch in range(1, args.epochs + 1):
+        for epoch in run.epochs(model, optimizer):
             logged = []
             model.train()
             for (features,) in common.progress(frozen.batches(args.batch_size, shuffle=(args.seed, epoch)),

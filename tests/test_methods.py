@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -41,7 +42,7 @@ SHORT = {  # the budgets of these tests
 RANDOM = set(METHODS)  # methods whose scores depend on the seed
 IMAGE_ONLY = {"cutpaste", "deepsvdd", "fanogan", "ganomaly"}  # methods that give no anomaly map
 SHARED = {"data": str, "root": str, "out": str, "seed": int, "device": str, "image_size": int, "batch_size": int,
-          "limit": int, "maps": int, "checkpoint": str, "predict": str}
+          "limit": int, "maps": int, "overwrite": bool, "checkpoint": str, "predict": str}
 
 
 def run_here(method, *arguments):
@@ -67,9 +68,13 @@ def finished(request, phantom, tmp_path_factory):
     return request.param, out / "phantom" / request.param / "seed0", arguments, done.stdout
 
 
-def read_scores(folder):
-    with open(folder / "scores.csv", newline="") as f:
+def read_csv(file):
+    with open(file, newline="") as f:
         return list(csv.DictReader(f))
+
+
+def read_scores(folder):
+    return read_csv(folder / "scores.csv")
 
 
 def test_a_run_leaves_complete_results(finished):
@@ -90,7 +95,12 @@ def test_a_run_leaves_complete_results(finished):
                                      test=dict(normal=6, anomalous=6))
     assert "train 12 normal" in stdout and f"{metrics['image_auroc']:.4f}" in stdout
     assert {p.name for p in folder.iterdir()} <= {"results.json", "scores.csv", "model.pt", "maps", f"{method}.py",
-                                                  "log.csv"}
+                                                  "log.csv", "log.png", "curves.csv"}
+    assert ("epochs" in results["args"]) == (folder / "log.png").exists()
+    if metrics["aupro"] is not None:
+        fpr, tpr, pro = (np.array([float(r[k]) for r in read_csv(folder / "curves.csv")]) for k in ("fpr", "tpr", "pro"))
+        assert np.trapezoid(tpr, fpr) == pytest.approx(metrics["pixel_auroc"], abs=0.01)
+        assert 0 <= pro.min() and pro[-1] == fpr[-1] == 1 and (np.diff(fpr) >= 0).all()
     assert (folder / f"{method}.py").read_text() == (ROOT / f"methods/{method}.py").read_text()
 
 
@@ -129,6 +139,63 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(finished, tmp_p
     again, other = (tmp_path / "phantom" / method / f"seed{seed}/scores.csv" for seed in (0, 1))
     assert again.read_bytes() == (folder / "scores.csv").read_bytes()
     assert (other.read_bytes() != again.read_bytes()) == (method in RANDOM)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_run_stopped_after_an_evaluation_goes_on_and_ends_with_the_same_bytes(finished, tmp_path, monkeypatch):
+    method, folder, arguments, _ = finished
+    if "--epochs" not in arguments:
+        return  # nothing is trained: such a run starts anew
+    validate, stop = common.Run.validate, arguments[arguments.index("--epochs") + 1] // 2
+
+    def and_stop(run, model, epoch, *rest, **losses):
+        validate(run, model, epoch, *rest, **losses)
+        if epoch == stop:
+            raise Stopped
+
+    monkeypatch.setattr(common.fcntl, "flock", lambda *_: None)  # this process stops, but does not end
+    arguments = [*arguments, "--eval-every", stop, "--out", tmp_path, "--maps", 0]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(common.Run, "validate", and_stop)
+        run_here(method, *arguments)
+    stopped = tmp_path / "phantom" / method / "seed0"
+    assert not (stopped / "results.json").exists()
+    torch.manual_seed(99)  # whatever the next process draws before
+    run_here(method, *arguments)
+    assert (stopped / "scores.csv").read_bytes() == (folder / "scores.csv").read_bytes()
+    assert [row["epoch"] for row in read_csv(stopped / "log.csv")] == [r["epoch"] for r in read_csv(folder / "log.csv")]
+    assert not (stopped / "resume.pt").exists()
+
+
+def test_a_finished_run_is_kept_and_other_arguments_ask_for_overwrite(finished, capsys, monkeypatch):
+    monkeypatch.setattr(common.fcntl, "flock", lambda *_: None)  # this process leaves, but does not end
+    method, folder, arguments, _ = finished
+    written = (folder / "results.json").stat().st_mtime_ns
+    arguments = [*arguments, "--out", folder.parents[2], "--maps", 3]
+    with pytest.raises(SystemExit) as left:
+        run_here(method, *arguments)
+    assert not left.value.code and "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        run_here(method, *arguments, "--image-size", 96)
+    assert left.value.code == 2 and "--image-size" in (error := capsys.readouterr().err) and "--overwrite" in error
+    assert (folder / "results.json").stat().st_mtime_ns == written
+
+
+def test_two_processes_do_not_work_on_one_run_folder(phantom, tmp_path, capsys):
+    folder = tmp_path / "phantom/padim/seed0"
+    folder.mkdir(parents=True)
+    held = os.open(folder, os.O_RDONLY)
+    common.fcntl.flock(held, common.fcntl.LOCK_EX)
+    arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT["padim"]]
+    with pytest.raises(SystemExit) as left:
+        run_here("padim", *arguments)
+    assert left.value.code == 2 and "another process is at work" in capsys.readouterr().err
+    os.close(held)
+    run_here("padim", *arguments)
+    assert (folder / "results.json").exists()
 
 
 def test_a_checkpoint_gives_the_metrics_of_its_run_without_its_arguments(finished, phantom, tmp_path):
@@ -226,23 +293,3 @@ def test_copying_one_script_and_common_is_enough(phantom, tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     done = run_script(tmp_path / "methods/padim.py", "--root", phantom, "--out", tmp_path / "runs", *SHORT["padim"])
     assert done.returncode == 0, done.stderr
-
-
-def test_report_shows_mean_and_deviation_and_marks_what_is_not_as_published(phantom, tmp_path):
-    results = dict(method="padim", data="phantom", seed=0, train_seconds=1.0, test_ms_per_image=2.0,
-                   args=dict(limit=None), weights=[dict(name="x", trained=False)],
-                   leaks=dict(valid=0, test=3, examples=[["test/good/a.png", "train/good/b.png"]]),
-                   changed=dict(backbone="mobilenet_v2"),
-                   metrics=dict(image_auroc=0.5, image_ap=0.5, pixel_auroc=None, pixel_ap=None, aupro=None, dice=None))
-    for seed, auroc in enumerate((0.5, 0.6)):
-        folder = tmp_path / f"phantom/padim/seed{seed}"
-        folder.mkdir(parents=True)
-        results["metrics"]["image_auroc"] = auroc
-        (folder / "results.json").write_text(json.dumps(results | dict(seed=seed)))
-    done = run_script("report.py", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "padim (u) (c)" in done.stdout and "55.00 ± 7.07" in done.stdout
-    assert "--backbone mobilenet_v2" in done.stdout and "no benchmark" in done.stdout
-    assert "3 images of test stand in train, too, e.g. test/good/a.png = train/good/b.png" in done.stdout
-    assert "55.00 ± 7.07" in (tmp_path / "report.md").read_text()
-    assert run_script("report.py", tmp_path / "nothing").returncode == 2
