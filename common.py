@@ -636,7 +636,7 @@ class PixelMetrics:
         tpr, fpr = np.append(0, tp / tp[-1]), np.append(0, fp / fp[-1])
         pro = np.append(0, np.cumsum(overlap) / self.regions)
         places = np.concatenate([np.linspace(0, 0.01, 50), np.linspace(0.01, 0.3, 100), np.linspace(0.3, 1, 50)])
-        shown = np.unique(np.searchsorted(fpr, places).clip(max=len(fpr) - 1))
+        shown = np.unique([*np.searchsorted(fpr, places), len(fpr) - 1])
         self.curve = [dict(fpr=fpr[i], tpr=tpr[i], pro=pro[i]) for i in shown.tolist()]  # for figures
         inside = fpr <= 0.3
         x, y = np.append(fpr[inside], 0.3), np.append(pro[inside], np.interp(0.3, fpr, pro))
@@ -651,8 +651,8 @@ class PixelMetrics:
 @torch.no_grad()
 def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
     """Score a split: an object with metrics {image_auroc, ..., dice}, scores (N,), ms_per_image (from the image on the
-    device to score and map), map_range, the (least, greatest) value of all maps, None without maps, and curve, [{fpr, tpr,
-    pro}, ...] of the pixels.
+    device to score and map), map_range, the (least, greatest) value of all maps, None without maps, and curve of the
+    pixels, [{fpr, tpr, pro}, ...].
 
     predict: images (B, 3, H, W) in [0, 1] -> anomaly maps (B, H, W) or None, anomaly scores (B,); higher is more
     anomalous. The maps at `map_indices` (sorted) are written to `map_file` as they come, float32."""

@@ -98,9 +98,10 @@ def test_a_run_leaves_complete_results(finished):
                                                   "log.csv", "log.png", "curves.csv"}
     assert ("epochs" in results["args"]) == (folder / "log.png").exists()
     if metrics["aupro"] is not None:
-        fpr, tpr, pro = (np.array([float(r[k]) for r in read_csv(folder / "curves.csv")]) for k in ("fpr", "tpr", "pro"))
+        rows = read_csv(folder / "curves.csv")
+        fpr, tpr, pro = (np.array([float(r[k]) for r in rows]) for k in ("fpr", "tpr", "pro"))
         assert np.trapezoid(tpr, fpr) == pytest.approx(metrics["pixel_auroc"], abs=0.01)
-        assert 0 <= pro.min() and pro[-1] == fpr[-1] == 1 and (np.diff(fpr) >= 0).all()
+        assert pro.min() >= 0 and pro[-1] == pytest.approx(1) and fpr[-1] == 1 and (np.diff(fpr) >= 0).all()
     assert (folder / f"{method}.py").read_text() == (ROOT / f"methods/{method}.py").read_text()
 
 
