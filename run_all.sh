@@ -1,20 +1,28 @@
 #!/usr/bin/env bash
-# Every method on every benchmark found under data/, five seeds, with the published settings; then the table.
-#   bash run_all.sh                                                    everything (finished runs are passed over)
+# Every method on every benchmark found under data/, five seeds, with the published settings; then the report.
+#   bash run_all.sh                                                    everything (finished runs are passed over,
+#                                                                      stopped ones go on from their last evaluation)
 #   DATA="brain liver" METHODS="padim patchcore" SEEDS="0 1" bash run_all.sh    a part of it
+#   JOBS=4 bash run_all.sh                                             four runs at a time, dealt out over the GPUs
+#   bash run_all.sh --list                                             only prints the commands, one a line
+#   sbatch --array=1-480 run_all.sh                                    Slurm: array task n runs line n of the list
 #   bash run_all.sh setup                                              only makes .venv and installs requirements.txt
 # Where data/ holds no benchmark it makes the phantom and runs a short demonstration there (flags: `demo` below).
 # A failing run is named at the end, does not stop the rest, and makes the exit status 1.
 set -u
-cd "$(dirname "$0")" || exit 1
-python=.venv/bin/python
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1  # Slurm runs a copy of this script from elsewhere
+export python=.venv/bin/python
 
-if ! cmp -s requirements.txt .venv/installed.txt; then
-    echo "installing requirements.txt into .venv (several GB, a few minutes)"
+setup() {
+    cmp -s requirements.txt .venv/installed.txt && return
+    echo "installing requirements.txt into .venv (several GB, a few minutes)" >&2
     { [ -x $python ] || python3 -m venv .venv; } && $python -m pip install -q --disable-pip-version-check \
         -r requirements.txt && cp requirements.txt .venv/installed.txt ||
-        { echo "error: .venv could not be made (see above); Python 3.11 or newer with venv is needed" >&2; exit 1; }
-fi
+        { echo "error: .venv could not be made (see above); Python 3.11 or newer with venv is needed" >&2; return 1; }
+}
+exec 9< requirements.txt
+flock 9  # of several tasks that start at once one makes .venv, and the phantom
+setup || exit 1
 [ "${1:-}" = setup ] && exit 0
 
 demo() { # the budgets of the demonstration: untrained or ImageNet weights, whichever can be had, and few epochs
@@ -32,6 +40,8 @@ demo() { # the budgets of the demonstration: untrained or ImageNet weights, whic
         utrad) echo "$net --image-size 64 --width 64 --layers 1 --batch-size 2 --lr 3e-3 --epochs 3" ;;
         clip_recon) echo "$net --model tiny --clip-weights none --image-size 128 --da-levels 0 --prompt-tokens 4 --epochs 6 \
             --lr 1e-2 --patches-per-step 32" ;;
+        clip_zeroshot) echo --model tiny --clip-weights none --image-size 128 --clip-size 128 ;;
+        winclip) echo --model tiny --clip-weights none --image-size 128 --clip-size 128 --shots 4 ;;
         deepsvdd) echo --ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --epochs 10 --batch-size 20 ;;
         draem) echo --textures images --image-size 64 --width 16 --epochs 3 --lr 1e-3 ;;
         fanogan) echo --image-size 32 --gan-epochs 8 --epochs 8 ;;
@@ -41,25 +51,47 @@ demo() { # the budgets of the demonstration: untrained or ImageNet weights, whic
 
 benchmarks='import common, pathlib
 print(*[n for n, folders in common.NAMES.items() if n != "phantom" and common._child(pathlib.Path("data"), *folders)])'
-: "${DATA:=$($python -c "$benchmarks")}" "${METHODS:=$(basename -s .py methods/*.py | xargs)}"
+: "${DATA:=$($python -c "$benchmarks")}" "${METHODS:=$(basename -s .py methods/*.py | xargs)}" "${JOBS:=1}"
 if [ -z "$DATA" ]; then
-    echo "no benchmark under data/ (see datasets/): a short demonstration on the phantom, one seed"
-    $python datasets/phantom.py || exit 1
+    echo "no benchmark under data/ (see datasets/): a short demonstration on the phantom, one seed" >&2
+    $python datasets/phantom.py >&2 || exit 1
     DATA=phantom
 fi
+exec 9<&-
 [ "$DATA" = phantom ] && : "${SEEDS:=0}"
 : "${SEEDS:=0 1 2 3 4}"
 
-failed=()
-for data in $DATA; do
-    for method in $METHODS; do
-        for seed in $SEEDS; do
-            [ -e "runs/$data/$method/seed$seed/results.json" ] && continue
-            flags=$([ "$data" = phantom ] && demo "$method")
-            # shellcheck disable=SC2086 # the flags are words
-            $python "methods/$method.py" --data "$data" --seed "$seed" $flags || failed+=("$data/$method/seed$seed")
+list() {
+    for data in $DATA; do
+        for method in $METHODS; do
+            for seed in $SEEDS; do
+                echo "$python methods/$method.py --data $data --seed $seed$([ "$data" = phantom ] && echo " $(demo "$method" | xargs)")"
+            done
         done
     done
-done
-$python report.py runs || failed+=(report)
-[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }
+}
+
+one() { # runs one line of the list, and notes it in the file $failed if it fails
+    read -r _ script _ data _ seed _ <<< "$1"
+    [ -e "runs/$data/$(basename -s .py "$script")/seed$seed/results.json" ] && return
+    [ "$gpus" -gt 1 ] && export CUDA_VISIBLE_DEVICES=$((SLOT % gpus))
+    $1 || { echo "$1" >> "$failed"; return 1; }
+}
+export -f one
+gpus=$(nvidia-smi -L 2> /dev/null | wc -l) failed=$(mktemp)
+export gpus failed SLOT=0
+trap 'rm -f "$failed"' EXIT
+trap 'exit 130' INT
+[ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + JOBS - 1) / JOBS))}
+
+if [ "${1:-}" = --list ]; then
+    list
+elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    line=$(list | sed -n "${SLURM_ARRAY_TASK_ID}p")
+    [ -n "$line" ] || { echo "error: the list has $(list | wc -l) lines, none $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
+    gpus=0 one "$line" # Slurm deals out the GPUs
+else
+    list | xargs -d '\n' -P "$JOBS" -I{} --process-slot-var=SLOT bash -c 'one "$1"' _ {}
+    $python report.py runs || echo "$python report.py runs" >> "$failed"
+    [ ! -s "$failed" ] || { echo "failed:"; cat "$failed"; exit 1; } >&2
+fi
