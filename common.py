@@ -547,9 +547,12 @@ class PixelMetrics:
             share = None
             if (rows := np.flatnonzero(mask.any(axis=1))).size:
                 band = mask[rows[0] : rows[-1] + 1]
-                region, count = ndimage.label(band, np.ones((3, 3)))  # 8-connected
-                region = region[band] - 1
-                where = np.flatnonzero(band) + rows[0] * mask.shape[1]
+                columns = np.flatnonzero(band.any(axis=0))
+                box = band[:, columns[0] : columns[-1] + 1]
+                region, count = ndimage.label(box, np.ones((3, 3)))  # 8-connected
+                y, x = np.nonzero(region)
+                region = region[y, x] - 1
+                where = (y + rows[0]) * mask.shape[1] + x + columns[0]
                 share = where, 1 / np.bincount(region)[region]  # thesis, Eq. 3.2: |A n C_k| / |C_k|
                 self.regions += count
             self.pending.append((anomaly_map.ravel() + np.float32(0), share))  # a copy; -0 and 0 are one score
@@ -564,9 +567,10 @@ class PixelMetrics:
             key = key ^ ((key >> 31) & 0x7FFFFFFF)  # two's complement for negative floats
         return key, (key >> 16).add_(32768)
 
-    def _make_pages(self, count):
-        """Bins for the pages (65536,) that are not there yet, finer where more of the pixels are."""
-        new = torch.nonzero((count > 0) & (self.shift == 31)).flatten()
+    def _make_pages(self, pages):
+        """Bins for the pages (n,) of scores that have none yet, finer where more of the pixels are."""
+        count = torch.bincount(pages)
+        new = torch.nonzero(count).flatten()
         bits = (count[new] / self.pixels * 2**18).log2().ceil().clamp(8, 16).int()
         size = 1 << bits
         self.shift[new] = 16 - bits
@@ -585,12 +589,12 @@ class PixelMetrics:
 
     def _count_pending(self):
         if not self.bins:
-            self._make_pages(sum(torch.bincount(self._key(s)[1], minlength=65536) for s, _ in self.pending))
+            self._make_pages(torch.cat([self._key(scores)[1] for scores, _ in self.pending]))
         bins, first = torch.empty(sum(len(scores) for scores, _ in self.pending), dtype=torch.int32), 0
         for scores, share in self.pending:
             (key, page), here = self._key(scores), bins[first : first + len(scores)]
             if self._bins_of(key, page, here).min() < 0:
-                self._make_pages(torch.bincount(page, minlength=65536))
+                self._make_pages(page[here < 0])
                 self._bins_of(key, page, here)
             if share:
                 where, weight = (torch.from_numpy(a) for a in share)
@@ -605,12 +609,13 @@ class PixelMetrics:
         """(total, positive, overlap) by distinct score or bin, from the highest down, and the least score's key."""
         if self.bins:
             self._count_pending()
-            pages = torch.nonzero(self.shift < 31).flatten().flip(0)  # from the highest down
+            pages = torch.nonzero(self.shift < 31).flatten()
             size = 1 << (16 - self.shift[pages])
-            step = torch.arange(int(size.sum())) - (size.cumsum(0) - size).repeat_interleave(size)
-            offset = (size - 1).repeat_interleave(size) - step
+            offset = torch.arange(int(size.sum())) - (size.cumsum(0) - size).repeat_interleave(size)
             bins = (self.start[pages] + self._least_key(pages)).repeat_interleave(size) + offset
             keys = (pages - 32768 << 16).repeat_interleave(size) + (offset << self.shift[pages].repeat_interleave(size))
+            used = torch.nonzero(self.total[bins]).flatten().flip(0)  # from the highest down
+            bins, keys = bins[used], keys[used]
             return tuple(a.numpy() for a in (self.total[bins], self.positive[bins], self.overlap[bins], keys))
         values, bins = np.unique(np.concatenate([scores for scores, _ in self.pending]), return_inverse=True)
         shares = np.zeros(len(bins))

@@ -8,6 +8,7 @@
 #   sbatch --array=1-480 run_all.sh                                    Slurm: array task n runs line n of the list
 #   bash run_all.sh setup                                              only makes .venv and installs requirements.txt
 # Where data/ holds no benchmark it makes the phantom and runs a short demonstration there (flags: `demo` below).
+# DEMO=1 runs the short budgets on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" gives their weights.
 # A failing run is named at the end, does not stop the rest, and makes the exit status 1.
 set -u
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1  # Slurm runs a copy of this script from elsewhere
@@ -26,7 +27,7 @@ setup || exit 1
 [ "${1:-}" = setup ] && exit 0
 
 demo() { # the budgets of the demonstration: untrained or ImageNet weights, whichever can be had, and few epochs
-    local net="--backbone mobilenet_v2 --weights auto" small="--image-size 128 --batch-size 8"
+    local net="${NET:---backbone mobilenet_v2 --weights auto}" small="--image-size 128 --batch-size 8"
     case $1 in
         padim | patchcore) echo "$net" ;;
         cfa) echo "$net --image-size 128 --epochs 2" ;;
@@ -65,7 +66,7 @@ list() {
     for data in $DATA; do
         for method in $METHODS; do
             for seed in $SEEDS; do
-                echo "$python methods/$method.py --data $data --seed $seed$([ "$data" = phantom ] && echo " $(demo "$method" | xargs)")"
+                echo "$python methods/$method.py --data $data --seed $seed$([ "$data" = phantom ] || [ -n "${DEMO:-}" ] && echo " $(demo "$method" | xargs)")"
             done
         done
     done
@@ -73,7 +74,7 @@ list() {
 
 one() { # runs one line of the list, and notes it in the file $failed if it fails
     read -r _ script _ data _ seed _ <<< "$1"
-    [ -e "runs/$data/$(basename -s .py "$script")/seed$seed/results.json" ] && return
+    [ -e "runs/$(basename "$data")/$(basename -s .py "$script")/seed$seed/results.json" ] && return
     [ "$gpus" -gt 1 ] && export CUDA_VISIBLE_DEVICES=$((SLOT % gpus))
     $1 || { echo "$1" >> "$failed"; return 1; }
 }
