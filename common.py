@@ -32,6 +32,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel
 import numpy as np
 import torch
 from PIL import Image
@@ -174,6 +175,58 @@ def list_split(base, split):
             masks = _masks_of(images, next(filter(None, folders), None), split)
         entries += [(image, int(name != "good"), mask) for image, mask in zip(images, masks, strict=True)]
     return sorted(entries, key=lambda e: (e[1], str(e[0])))
+
+
+# ------------------------------------------------------------------------------------------------------- NIfTI volumes
+class Damaged(ValueError):
+    """A file that cannot be used: the message says which, what is wrong, and what to do."""
+
+
+class Volume:
+    """A NIfTI volume read by axial slices, the same way up whatever its affine: rows run from front to back, columns
+    from the patient's right to the left (as radiologists look at it), slices upwards. Damaged if it cannot be used."""
+
+    def __init__(self, file):
+        self.file = file
+        try:
+            self.image = nibabel.load(file)
+        except (OSError, EOFError, nibabel.filebasedimages.ImageFileError) as e:
+            raise Damaged(f"{file} is not a readable NIfTI volume ({e}); download it again") from e
+        if len(self.image.shape) != 3:
+            raise Damaged(f"{file} has {len(self.image.shape)} dimensions {self.image.shape}; one volume has 3")
+        orientation = nibabel.io_orientation(self.image.affine)  # by voxel axis: the axis of the body, and its sign
+        if np.isnan(orientation).any():
+            raise Damaged(f"{file} has an affine that names no orientation; convert the source again")
+        self.axes = [int(np.flatnonzero(orientation[:, 0] == a)[0]) for a in range(3)]  # right, front, up
+        self.signs = [orientation[a, 1] for a in self.axes]
+        self.shape = tuple(self.image.shape[a] for a in self.axes)
+
+    def axial(self, start=0, stop=None):
+        """Slices start to stop as (n, H, W) floats, rescaled as the header says; Damaged if one is not finite."""
+        depth = self.shape[2]
+        stop = depth if stop is None else stop
+        if not 0 <= start < stop <= depth:
+            raise Damaged(f"{self.file} has {depth} axial slices; the rule reads {start} to {stop - 1}")
+        window = slice(start, stop) if self.signs[2] > 0 else slice(depth - stop, depth - start)
+        where = [slice(None)] * 3
+        where[self.axes[2]] = window
+        try:
+            voxels = np.asarray(self.image.dataobj[tuple(where)], np.float32)  # reads no more than it needs
+        except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as e:
+            raise Damaged(f"{self.file} is damaged ({e}); download it again") from e
+        if not np.isfinite(voxels).all():
+            raise Damaged(f"{self.file} has voxels that are not finite; download or convert it again")
+        return voxels.transpose(self.axes[::-1])[self._turned()]  # from up, front, right
+
+    def _turned(self):
+        return tuple(slice(None, None, int(sign)) for sign in (self.signs[2], -self.signs[1], -self.signs[0]))
+
+    def save(self, slices, file):
+        """Write what was made of all axial slices, (D, H, W), as a volume that lies on this one in every viewer."""
+        voxels = slices[self._turned()].transpose(np.argsort(self.axes[::-1]))
+        with atomic(file) as tmp:
+            nibabel.save(nibabel.Nifti1Image(voxels.astype(np.float32), self.image.affine), f"{tmp}.nii.gz")
+            os.replace(f"{tmp}.nii.gz", tmp)
 
 
 # -------------------------------------------------------------------------------------------- benchmarks: decoding once
@@ -340,6 +393,28 @@ class Features:
             yield [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
+def is_volume(path):
+    return Path(path).name.lower().endswith((".nii", ".nii.gz"))
+
+
+def _slices_as_images(file, cache):
+    """The folder of a NIfTI volume's axial slices as 8-bit PNG, each scaled by its own range as in `brain`."""
+    try:
+        folder = cache / f"{file.name}-{sha256(file)[:12]}"
+        if not folder.exists():
+            with atomic(folder) as tmp:
+                tmp.mkdir()
+                for z, image in enumerate(Volume(file).axial()):
+                    low, high = image.min(), image.max()
+                    image = np.rint((image - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+                    Image.fromarray(image).save(tmp / f"{z:04}.png")
+    except Damaged as e:
+        fail(e)
+    except OSError as e:
+        fail(f"cannot read {file} ({e.strerror}); give a NIfTI volume")
+    return folder
+
+
 def _thumbnails(split, block=256):
     """The images' 32x32 means, each of zero mean and unit length, (N, 1024): their products are correlations."""
     found = []
@@ -389,10 +464,14 @@ def load_benchmark(args):
     cache = Path(args.root) / ".cache"
     if args.predict:
         base = Path(args.predict)
-        entries = [(p, -1, None) for p in images_in(base, "**/*")]
+        if is_volume(base):
+            base = _slices_as_images(base, cache)
+        found = [base] if base.is_file() and base.suffix.lower() in SUFFIXES else images_in(base, "**/*")
+        entries, base = [(p, -1, None) for p in found], base.parent if base.is_file() else base
         if not entries:
-            fail(f"--predict {base}: no folder with images ({', '.join(sorted(SUFFIXES))})")
-        print(f"{base}: {len(entries)} images to score")
+            fail(f"--predict {base}: no image, no folder with images ({', '.join(sorted(SUFFIXES))}), and no NIfTI "
+                 "volume")
+        print(f"{args.predict}: {len(entries)} images to score")
         return None, None, Split("predict", entries, args.image_size, base, cache)
     base = _benchmark_folder(args.data, args.root)
     splits, counts = [], []
@@ -724,7 +803,7 @@ def start_run(script, args):
         for option in (-3, -1):  # new pages cost more than the arithmetic: keep up to 1 GiB (M_MMAP_, M_TRIM_THRESHOLD)
             libc.mallopt(option, 2**30)
     asked = args.predict or args.data
-    data = Path(asked).resolve().name if Path(asked).is_dir() else asked
+    data = Path(asked).resolve().name if Path(asked).is_dir() else Path(asked).name.split(".")[0]
     folder = Path(args.out) / data / method / f"seed{args.seed}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -888,20 +967,25 @@ def finish(run, model, splits):
     """Evaluate the kept state on the test split, once, and write the run folder; the last file is results.json.
 
     splits: (train, valid, test) of `load_benchmark`. scores.csv: path, label, score. maps/: panels of image, ground
-    truth and heat map, min-max over the test set (thesis, 3.4.1). With --predict: scores.csv and maps/ only."""
+    truth and heat map, min-max over the test set (thesis, 3.4.1). With --predict: scores.csv and maps/ only, and for a
+    NIfTI volume anomaly_map.nii.gz."""
     args, test = run.args, splits[2]
     epoch, train_seconds = run.load(model)
     if not args.predict:
         (run.folder / "results.json").unlink(missing_ok=True)  # until scores.csv and maps/ are new, too
     model.to(run.device)
+    volume = args.predict and is_volume(args.predict)
     count = len(test) if args.maps < 0 else min(args.maps, len(test))
     shown = [i * len(test) // count for i in range(count)]  # the same images for all methods
+    kept = range(len(test)) if volume else shown
     with tempfile.TemporaryFile(dir=run.folder) as raw:
-        result = evaluate(model.predict, test, args.batch_size, run.device, shown, raw)
-        if result.map_range and count:
+        result = evaluate(model.predict, test, args.batch_size, run.device, kept, raw)
+        if result.map_range and kept:
             raw.flush()
-            maps = np.memmap(raw, np.float32, "r", shape=(count, test.size, test.size))
-            _write_panels(run.folder / "maps", test, shown, maps, *result.map_range)
+            maps = np.memmap(raw, np.float32, "r", shape=(len(kept), test.size, test.size))
+            if volume:
+                _write_volume(run.folder / "anomaly_map.nii.gz", Volume(args.predict), maps)
+            _write_panels(run.folder / "maps", test, shown, maps[shown] if volume else maps, *result.map_range)
     rows = zip(test.paths, test.labels, result.scores, strict=True)
     write_csv(run.folder / "scores.csv",
               [dict(path=p, label="" if y < 0 else int(y), score=repr(float(s))) for p, y, s in rows])
@@ -963,6 +1047,13 @@ def _draw_history(file, history):
             axes.legend()
     with atomic(file) as tmp:
         figure.savefig(tmp, format="png")
+
+
+def _write_volume(file, volume, maps):
+    """Anomaly maps (D, S, S) of a volume's axial slices, enlarged to its grid, on top of it."""
+    size = volume.shape[1::-1]  # (H, W)
+    found = torch.nn.functional.interpolate(torch.from_numpy(maps.copy())[:, None], size, mode="bilinear")
+    volume.save(found[:, 0].numpy(), file)
 
 
 def _write_panels(folder, split, indices, maps, low, high):

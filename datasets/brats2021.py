@@ -58,8 +58,8 @@ def tumour_free(files, folder):
     flair, seg = files
     if seg is None:
         raise prepare.Damaged(f"{flair} has no segmentation beside it (_seg.nii.gz); download the training set")
-    label = prepare.Volume(seg)
-    prepare.same_shape(prepare.Volume(flair), label)
+    label = common.Volume(seg)
+    prepare.same_shape(common.Volume(flair), label)
     return (FIRST + np.flatnonzero(~(label.axial(FIRST, LAST + 1) > 0).any(axis=(1, 2)))).tolist()
 
 
@@ -98,7 +98,7 @@ def read_groups(file, cases):
 def write_case(item, folder):
     """The slices of one case as PNG; their manifest rows."""
     case, (flair, seg), (split, slices) = item
-    volume, tumour = prepare.Volume(flair).axial(FIRST, LAST + 1), prepare.Volume(seg).axial(FIRST, LAST + 1) > 0
+    volume, tumour = common.Volume(flair).axial(FIRST, LAST + 1), common.Volume(seg).axial(FIRST, LAST + 1) > 0
     rows = []
     for label, z in [(label, z) for label, chosen in slices.items() for z in chosen]:
         image, mask = volume[z - FIRST], tumour[z - FIRST] if label else None

@@ -19,12 +19,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
+from common import Damaged
 
 
 @dataclass
@@ -44,10 +44,6 @@ class Args:
 
 
 FREE = {"raw", "root", "workers", "strict", "allow_duplicates"}  # what does not change the benchmark
-
-
-class Damaged(Exception):
-    """A source file that cannot be used: the message says which, what is wrong, and what to do."""
 
 
 def raw_folder(args, looked_for):
@@ -102,46 +98,6 @@ def read_grey(file):
             return np.asarray(image.convert("L"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # SyntaxError: a broken PNG chunk
         raise Damaged(f"{file} is not a readable image ({e}); download it again") from e
-
-
-# ------------------------------------------------------------------------------------------------------- NIfTI volumes
-class Volume:
-    """A NIfTI volume read by axial slices, the same way up whatever its affine: rows run from front to back, columns
-    from the patient's right to the left (as radiologists look at it), slices upwards. Damaged if it cannot be used."""
-
-    def __init__(self, file):
-        self.file = file
-        try:
-            self.image = nibabel.load(file)
-        except (OSError, EOFError, nibabel.filebasedimages.ImageFileError) as e:
-            raise Damaged(f"{file} is not a readable NIfTI volume ({e}); download it again") from e
-        if len(self.image.shape) != 3:
-            raise Damaged(f"{file} has {len(self.image.shape)} dimensions {self.image.shape}; one volume has 3")
-        orientation = nibabel.io_orientation(self.image.affine)  # by voxel axis: the axis of the body, and its sign
-        if np.isnan(orientation).any():
-            raise Damaged(f"{file} has an affine that names no orientation; convert the source again")
-        self.axes = [int(np.flatnonzero(orientation[:, 0] == a)[0]) for a in range(3)]  # right, front, up
-        self.signs = [orientation[a, 1] for a in self.axes]
-        self.shape = tuple(self.image.shape[a] for a in self.axes)
-
-    def axial(self, start=0, stop=None):
-        """Slices start to stop as (n, H, W) floats, rescaled as the header says; Damaged if one is not finite."""
-        depth = self.shape[2]
-        stop = depth if stop is None else stop
-        if not 0 <= start < stop <= depth:
-            raise Damaged(f"{self.file} has {depth} axial slices; the rule reads {start} to {stop - 1}")
-        window = slice(start, stop) if self.signs[2] > 0 else slice(depth - stop, depth - start)
-        where = [slice(None)] * 3
-        where[self.axes[2]] = window
-        try:
-            voxels = np.asarray(self.image.dataobj[tuple(where)], np.float32)  # reads no more than it needs
-        except (OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError) as e:
-            raise Damaged(f"{self.file} is damaged ({e}); download it again") from e
-        if not np.isfinite(voxels).all():
-            raise Damaged(f"{self.file} has voxels that are not finite; download or convert it again")
-        voxels = voxels.transpose(self.axes[2], self.axes[1], self.axes[0])  # up, front, right
-        return voxels[:: 1 if self.signs[2] > 0 else -1, :: -1 if self.signs[1] > 0 else 1,
-                      :: -1 if self.signs[0] > 0 else 1]
 
 
 def same_shape(volume, label):

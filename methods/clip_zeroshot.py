@@ -95,7 +95,7 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
-    """with --checkpoint: score the images of this folder, no labels needed"""
+    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
     model: str = "ViT-B-16-plus-240"
     """CLIP: an open_clip model with a ViT as image tower, or tiny, which has no published weights"""
     clip_weights: str = TAG

@@ -70,7 +70,7 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
-    """with --checkpoint: score the images of this folder, no labels needed"""
+    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
     epochs: int = 256
     """epochs of `steps_per_epoch` updates (thesis' code, paper)"""
     steps_per_epoch: int = 1

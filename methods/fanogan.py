@@ -65,7 +65,7 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
-    """with --checkpoint: score the images of this folder, no labels needed"""
+    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
     gan_epochs: int = 200
     """stage 1, the GAN: passes over the normal training images (BMAD)"""
     epochs: int = 200

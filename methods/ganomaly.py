@@ -64,7 +64,7 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
-    """with --checkpoint: score the images of this folder, no labels needed"""
+    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
     epochs: int = 100
     """passes over the normal training images (BMAD; the official code makes 15)"""
     lr: float = 2e-4

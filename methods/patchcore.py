@@ -65,7 +65,7 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
-    """with --checkpoint: score the images of this folder, no labels needed"""
+    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"

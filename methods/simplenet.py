@@ -69,7 +69,7 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
-    """with --checkpoint: score the images of this folder, no labels needed"""
+    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
     epochs: int = 160
     """passes over the normal training images (run.sh: 40 meta epochs of 4)"""
     lr: float = 2e-4

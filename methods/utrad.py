@@ -81,7 +81,7 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it"""
     predict: str | None = None
-    """with --checkpoint: score the images of this folder, no labels needed"""
+    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
     epochs: int = 150
     """passes over the normal training images (thesis' code, official code)"""
     lr: float = 1e-4

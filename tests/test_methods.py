@@ -8,10 +8,11 @@ import runpy
 import shutil
 import sys
 
+import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_script, run_script
+from conftest import ROOT, load_script, run_script, write_nifti
 from PIL import Image
 
 import common
@@ -20,6 +21,7 @@ METHODS = sorted(p.stem for p in (ROOT / "methods").glob("*.py"))
 NET = ["--backbone", "mobilenet_v2", "--weights", "none"]
 BRIEF = ["--epochs", 2, "--eval-every", 1]
 SHORT = {  # the budgets of these tests
+    "anogan": [*BRIEF, "--image-size", 32, "--batch-size", 4, "--width", 8, "--steps", 5],
     "cfa": [*NET, *BRIEF, "--image-size", 64],
     "cflow": [*NET, *BRIEF, "--image-size", 64, "--blocks", 2, "--batch-size", 4],
     "clip_recon": [*NET, *BRIEF, "--image-size", 64, "--model", "tiny", "--clip-weights", "none"],
@@ -33,6 +35,7 @@ SHORT = {  # the budgets of these tests
     "mkd": [*NET, *BRIEF, "--image-size", 64],
     "padim": [*NET, "--image-size", 64],
     "patchcore": [*NET, "--image-size", 64],
+    "patchsvdd": [*BRIEF, "--image-size", 96, "--batch-size", 4, "--repeat", 1],
     "rd4ad": [*NET, *BRIEF, "--image-size", 64],
     "simplenet": [*NET, *BRIEF, "--image-size", 64],
     "stfpm": [*NET, *BRIEF, "--image-size", 64, "--batch-size", 4],
@@ -40,7 +43,7 @@ SHORT = {  # the budgets of these tests
     "winclip": ["--model", "tiny", "--clip-weights", "none", "--image-size", 64, "--clip-size", 64, "--shots", 2],
 }
 RANDOM = set(METHODS) - {"clip_zeroshot"}  # methods whose scores depend on the seed
-IMAGE_ONLY = {"cutpaste", "deepsvdd", "fanogan", "ganomaly"}  # methods that give no anomaly map
+IMAGE_ONLY = {"anogan", "cutpaste", "deepsvdd", "fanogan", "ganomaly"}  # methods that give no anomaly map
 SHARED = {"data": str, "root": str, "out": str, "seed": int, "device": str, "image_size": int, "batch_size": int,
           "limit": int, "maps": int, "overwrite": bool, "checkpoint": str, "predict": str}
 
@@ -220,6 +223,26 @@ def test_predict_scores_any_folder_of_images_one_by_one_as_in_a_batch(finished, 
     tolerance = 5e-3 if method == "cutpaste" else 1e-4
     assert scores == pytest.approx(known, rel=tolerance) and not (found / "results.json").exists()
     assert method in IMAGE_ONLY or len(list((found / "maps").iterdir())) == 6
+
+
+@pytest.mark.parametrize("axes", ["LAS", "PIR"])
+def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom, tmp_path):
+    arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 2]
+    run_here("padim", *arguments, *SHORT["padim"])
+    volume = np.random.default_rng(0).uniform(0, 300, (40, 32, 6)).astype(np.float32)  # right, front, up
+    write_nifti(tmp_path / "case.nii.gz", volume, axes)
+    run_here("padim", *arguments, "--checkpoint", tmp_path / "phantom/padim/seed0/model.pt", "--predict",
+             tmp_path / "case.nii.gz")
+    folder = tmp_path / "case/padim/seed0"
+    scores = [float(r["score"]) for r in read_scores(folder)]  # from the lowest slice up
+    source, found = (nibabel.load(f) for f in (tmp_path / "case.nii.gz", folder / "anomaly_map.nii.gz"))
+    assert found.shape == source.shape and np.array_equal(found.affine, source.affine)
+    upright = np.asarray(nibabel.as_closest_canonical(found).dataobj)
+    assert upright.shape == (40, 32, 6) and len(list((folder / "maps").iterdir())) == 2
+    assert np.argsort(upright.max(axis=(0, 1))).tolist() == np.argsort(scores).tolist()
+    panel = np.asarray(Image.open(sorted((folder / "maps").iterdir())[0]), float)[:, :64, 0]  # the image, front on top
+    lowest = np.asarray(Image.fromarray(volume[::-1, ::-1, 0].T).resize((64, 64), Image.Resampling.BILINEAR))
+    assert np.corrcoef(panel.ravel(), lowest.ravel())[0, 1] > 0.99
 
 
 def test_predict_does_not_replace_the_scores_of_a_finished_run(phantom, tmp_path, capsys):
