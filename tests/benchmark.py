@@ -1,12 +1,21 @@
-"""Speed beside the peers, in one run: `python tests/benchmark.py metrics`.
+"""Speed beside the peers, in one run: `python tests/benchmark.py metrics|padim|patchcore|cache`. CPU seconds.
 
 Needs the peers in the same environment (no dependency of ours): `pip install anomalib adeval`.
 
 metrics: pixel AUROC and AUPRO of 800 maps of 256x256 with blobs, one thread: ours (which gives pixel AP and Dice too)
-    against anomalib's AUPRO and AUROC, and ADEval's streaming accumulator."""
+    against anomalib's AUPRO and AUROC, and ADEval's streaming accumulator.
+padim: fitting and scoring on the same made-up features of mobilenet_v2's shapes at 256 pixels (features excluded);
+    peak memory of ours for two numbers of images.
+patchcore: the coreset of 1,024 patches an image and the search in one bank; anomalib's coreset is measured for a few
+    steps, which all cost the same, and scaled.
+cache: seconds of an epoch with and without --cache-features, default settings but 16 images and untrained backbones."""
 
+import csv
+import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +26,17 @@ import torch
 import tyro
 from scipy import ndimage
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 import common
 
 
 @dataclass
 class Args:
-    what: Annotated[Literal["metrics"], tyro.conf.Positional]
-    """the comparison to run"""
-    images: int = 800
-    """anomaly maps"""
+    what: Annotated[Literal["metrics", "padim", "patchcore", "cache", "padim-memory"], tyro.conf.Positional]
+    """the comparison to run (padim-memory: what padim calls for each number of images)"""
+    images: int | None = None
+    """anomaly maps (800) or training images (200)"""
     repeats: int = 3
     """timings of each side; medians are printed"""
     threads: int = 1
@@ -81,17 +91,152 @@ def adeval(maps, masks):
     return found["p_auroc"], found["p_aupro"]
 
 
+def cpu_seconds(work, repeats):
+    """Median over repeats, and the last result."""
+    taken = []
+    for _ in range(repeats):
+        started = time.process_time()
+        result = work()
+        taken.append(time.process_time() - started)
+    return statistics.median(taken), result
+
+
+def beside(what, ours, peer, note=""):
+    print(f"{what:<28} ours {ours:9.3f} s   anomalib {peer:9.3f} s   {peer / ours:7.1f} times ours{note}", flush=True)
+
+
+def compare_metrics(args):
+    maps, masks = blob_maps(args.images or 800)
+    seconds = {}
+    for side in (ours, adeval, anomalib):
+        seconds[side.__name__], (auroc, aupro) = cpu_seconds(lambda side=side: side(maps, masks), args.repeats)
+        print(f"{side.__name__:<9} {seconds[side.__name__]:8.2f} s   pixel AUROC {auroc:.6f}   AUPRO {aupro:.6f}   "
+              f"{seconds[side.__name__] / seconds['ours']:6.1f} times ours", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- PaDiM
+LAYERS = {"features.3": (24, 64), "features.6": (32, 32), "features.13": (96, 16)}  # channels and grid at 256 pixels
+
+
+def made_up_features(start, count):
+    """Features of images start to start + count, [(count, C, h, h)] as LAYERS lists them; always the same."""
+    draw = torch.Generator().manual_seed(start)
+    return [torch.randn(count, c, h, h, generator=draw).relu_() for c, h in LAYERS.values()]
+
+
+def our_padim():
+    import padim
+
+    torch.manual_seed(0)
+    model = padim.PaDiM("mobilenet_v2", "none", 100, 256)
+    model.features = lambda image: made_up_features(int(image[0, 0]), len(image))[::-1]  # coarsest first
+    return model
+
+
+def padim_batches(images, batch=32):
+    """Instead of images their numbers, from which `our_padim` makes the features."""
+    for start in range(0, images, batch):
+        yield torch.full((min(batch, images - start), 1), start)
+
+
+def padim_memory(args):
+    torch.set_num_threads(1)
+    our_padim().fit(padim_batches(args.images))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def compare_padim(args):
+    from anomalib.models.image.padim.torch_model import PadimModel
+    from torchvision.models import mobilenet_v2
+
+    n, model = args.images or 200, our_padim()
+    peer = PadimModel(backbone=mobilenet_v2(weights=None), layers=list(LAYERS), pre_trained=False, n_features=100)
+    batches = [made_up_features(int(b[0, 0]), len(b)) for b in padim_batches(n)]
+    stored = {int(b[0, 0]): f[::-1] for b, f in zip(padim_batches(n), batches, strict=True)}
+
+    def their_fit():
+        peer.memory_bank = [peer.generate_embedding(dict(zip(LAYERS, f, strict=True))) for f in batches]
+        peer.fit()
+
+    def their_score():
+        for f in batches[:2]:
+            embedding = peer.generate_embedding(dict(zip(LAYERS, f, strict=True)))
+            peer.anomaly_map_generator(embedding=embedding, mean=peer.gaussian.mean,
+                                       inv_covariance=peer.gaussian.inv_covariance, image_size=(256, 256))
+
+    def our_score():
+        for batch in list(padim_batches(n))[:2]:
+            model.predict(batch.view(-1, 1, 1, 1).expand(-1, -1, 256, 256).float())
+
+    model.features = lambda image: stored[int(image.flatten(1)[0, 0])]
+    with torch.no_grad():
+        beside(f"fit, {n} images", cpu_seconds(lambda: model.fit(padim_batches(n)), args.repeats)[0],
+               cpu_seconds(their_fit, 1)[0])
+        beside("score, 64 images", cpu_seconds(our_score, args.repeats)[0], cpu_seconds(their_score, args.repeats)[0])
+    peaks = {}
+    for count in (2 * n, 10 * n):
+        command = [sys.executable, __file__, "padim-memory", "--images", str(count)]
+        peaks[count] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    print("peak memory of ours: " + ", ".join(f"{p:.3f} GiB for {c} images" for c, p in peaks.items()))
+
+
+# ------------------------------------------------------------------------------------------------------------ PatchCore
+def compare_patchcore(args):
+    import patchcore
+    from anomalib.models.components.sampling import KCenterGreedy
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+    from torchvision.models import mobilenet_v2
+
+    n, steps = 1024 * (args.images or 200), 40
+    draw = torch.Generator().manual_seed(0)
+    patches = torch.randn(n, 8, generator=draw) @ torch.randn(8, 128, generator=draw)  # of low dimension, as features
+    patches += 0.3 * torch.randn(n, 128, generator=draw)
+    count = n // 10
+    torch.manual_seed(0)
+    with torch.no_grad():
+        mine, chosen = cpu_seconds(lambda: patchcore.greedy_coreset(patches.half(), count), 1)
+        few = KCenterGreedy(embedding=patches, sampling_ratio=steps / n)
+        theirs = cpu_seconds(few.select_coreset_idxs, 1)[0]
+        least = cpu_seconds(KCenterGreedy(embedding=patches, sampling_ratio=2 / n).select_coreset_idxs, 1)[0]
+        beside(f"coreset, {count} of {n} patches", mine, (theirs - least) / (steps - 2) * count,
+               f" (anomalib: {steps} steps, scaled)")
+        model = PatchcoreModel(backbone=mobilenet_v2(weights=None), layers=["features.6"], pre_trained=False)
+        model.memory_bank = bank = patches[chosen]
+        query = patches[: 8 * 1024] + 0.1
+        mine, distance = cpu_seconds(lambda: patchcore.nearest(query, bank).sqrt(), args.repeats)
+        theirs, (found, _) = cpu_seconds(lambda: model.nearest_neighbors(query, 1), args.repeats)
+        beside(f"search, 8 images, bank {len(bank)}", mine, theirs,
+               f", distances differ by {float((found.flatten() - distance).abs().max()):.1e}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+CACHED = {  # one epoch of each must take seconds on a CPU
+    "cfa": [], "csflow": ["--hidden", 64, "--batch-size", 8], "simplenet": [], "utrad": ["--image-size", 128],
+    "cflow": ["--augment-degrees", 0, "--batch-size", 8],
+    "clip_recon": ["--model", "tiny", "--clip-weights", "none", "--backbone", "resnet50", "--patches-per-step", 8],
+}
+
+
+def compare_cache(args):
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, ROOT / "datasets/phantom.py", "--root", folder], check=True)
+        for method, flags in CACHED.items():
+            seconds = []
+            for budget in ("auto", 0):
+                out = Path(folder) / f"runs{budget}"
+                command = [sys.executable, ROOT / f"methods/{method}.py", "--root", folder, "--out", out, "--weights",
+                           "none", "--limit", args.images or 16, "--maps", 0, "--epochs", 3, "--eval-every", 3,
+                           "--device", "cpu", "--cache-features", budget, *flags]
+                subprocess.run(list(map(str, command)), check=True, capture_output=True)
+                with open(out / "phantom" / method / "seed0/log.csv", newline="") as f:
+                    first, *_, last = (float(row["seconds"]) for row in csv.DictReader(f))
+                seconds.append((last - first) / 2)
+            print(f"{method:<10} {' '.join(map(str, flags)):<60} an epoch: cached {seconds[0]:6.2f} s, anew "
+                  f"{seconds[1]:6.2f} s, {seconds[1] / seconds[0]:5.1f} times", flush=True)
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.threads)
-    maps, masks = blob_maps(args.images)
-    seconds = {}
-    for side in (ours, adeval, anomalib):
-        taken = []
-        for _ in range(args.repeats):
-            started = time.process_time()
-            auroc, aupro = side(maps, masks)
-            taken.append(time.process_time() - started)
-        seconds[side.__name__] = statistics.median(taken)
-        print(f"{side.__name__:<9} {seconds[side.__name__]:8.2f} s   pixel AUROC {auroc:.6f}   AUPRO {aupro:.6f}   "
-              f"{seconds[side.__name__] / seconds['ours']:6.1f} times ours", flush=True)
+    {"metrics": compare_metrics, "padim": compare_padim, "padim-memory": padim_memory, "patchcore": compare_patchcore,
+     "cache": compare_cache}[args.what](args)
