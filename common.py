@@ -774,6 +774,13 @@ FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "overwri
         "cache_features"}
 
 
+def keep_memory():
+    """glibc returns large freed blocks to the system; on a CPU their new pages cost more than the arithmetic."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: up to 1 GiB stays here
+            libc.mallopt(option, 2**30)
+
+
 def start_run(script, args):
     """Seeds Python, NumPy and PyTorch, picks the device, makes `<out>/<data>/<method>/seed<k>`; returns the `Run`.
 
@@ -799,9 +806,7 @@ def start_run(script, args):
     torch.manual_seed(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for on a GPU
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc returns large freed blocks to the system; on a CPU their
-        for option in (-3, -1):  # new pages cost more than the arithmetic: keep up to 1 GiB (M_MMAP_, M_TRIM_THRESHOLD)
-            libc.mallopt(option, 2**30)
+    keep_memory()
     asked = args.predict or args.data
     data = Path(asked).resolve().name if Path(asked).is_dir() else Path(asked).name.split(".")[0]
     folder = Path(args.out) / data / method / f"seed{args.seed}"

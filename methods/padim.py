@@ -120,9 +120,11 @@ class PaDiM(nn.Module):
         for image in batches:
             b = len(image)
             for l, x in enumerate(self.embed(image)):
-                delta = x.mean(1) - means[l]  # (P_l, D_l)
-                extra = (n * b / (n + b)) ** 0.5 * delta  # Chan et al. 1979: the two means' scatter, as one more row
-                z = torch.cat([x - x.mean(1, keepdim=True), extra[:, None]], dim=1)  # (P_l, B + 1, D_l)
+                mean = x.permute(1, 2, 0).mean(0).T  # (P_l, D_l); in the order in which x lies in memory
+                delta = mean - means[l]
+                z = x.new_empty(len(x), b + 1, x.shape[2])
+                torch.sub(x, mean[:, None], out=z[:, :b])
+                z[:, b] = (n * b / (n + b)) ** 0.5 * delta  # Chan et al. 1979: the two means' scatter, as one more row
                 scatter[l].baddbmm_(z[:, :, z.shape[2] - scatter[l].shape[1] :].mT, z)
                 means[l] += delta * (b / (n + b))
             n += b

@@ -140,7 +140,6 @@ def padim_batches(images, batch=32):
 
 
 def padim_memory(args):
-    torch.set_num_threads(1)
     our_padim().fit(padim_batches(args.images))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
@@ -238,5 +237,6 @@ def compare_cache(args):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.threads)
+    common.keep_memory()  # for both sides, as in a run
     {"metrics": compare_metrics, "padim": compare_padim, "padim-memory": padim_memory, "patchcore": compare_patchcore,
      "cache": compare_cache}[args.what](args)
