@@ -45,6 +45,8 @@ demo() { # the budgets of the demonstration: untrained or ImageNet weights, whic
         winclip) echo --model tiny --clip-weights none --image-size 128 --clip-size 128 --shots 4 ;;
         ddpm) echo --image-size 32 --base-channels 16 --multipliers 1 1 2 --attention 8 --noise-level 100 --sample-steps 4 \
             --lr 2e-3 --batch-size 4 --epochs 2 ;;
+        anogan) echo --image-size 32 --width 16 --batch-size 16 --epochs 8 --lr 1e-3 --steps 30 --search-lr 0.02 ;;
+        patchsvdd) echo --image-size 96 --batch-size 2 --repeat 1 --epochs 1 --bank 2000 ;;
         deepsvdd) echo --ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --epochs 10 --batch-size 20 ;;
         draem) echo --textures images --image-size 64 --width 16 --epochs 3 --lr 1e-3 ;;
         fanogan) echo --image-size 32 --gan-epochs 8 --epochs 8 ;;
