@@ -61,7 +61,7 @@ def run_here(method, *arguments):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=[pytest.param(m, marks=pytest.mark.xdist_group(m)) for m in METHODS])
 def finished(request, phantom, tmp_path_factory):
     """(method, run folder, common arguments, stdout) of a finished run, started from the shell."""
     out = tmp_path_factory.mktemp("runs")
