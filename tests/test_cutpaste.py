@@ -150,15 +150,24 @@ def test_parameters_are_as_many_as_the_peers():
     assert cutpaste.CutPaste("mobilenet_v2", "none").head[0].in_features == 1280
 
 
-def test_passes_have_their_own_order_and_whole_batches():
+def test_passes_have_their_own_order_and_whole_batches_and_can_start_later():
     class Train:
-        def batches(self, batch_size, device, shuffle, drop_last):
+        def __len__(self):
+            return 5
+
+        def order(self, batch_size, shuffle, drop_last):
             order = np.random.default_rng(shuffle).permutation(5)
             return (order[i : i + 2].tolist() for i in (0, 2))
 
-    source = cutpaste.endless(Train(), 2, "cpu", 0)
-    first, second = ([next(source) for _ in range(2)] for _ in range(2))
-    assert first != second and len(sum(first + second, [])) == 8
+        def batch(self, indices, device):
+            return indices
+
+    source = cutpaste.endless(Train(), 2, "cpu", 0, 0)
+    batches = [next(source) for _ in range(6)]
+    assert batches[:2] != batches[2:4] and len(sum(batches[:4], [])) == 8
+    for start in (1, 2, 3):
+        later = cutpaste.endless(Train(), 2, "cpu", 0, start)
+        assert [next(later) for _ in range(6 - start)] == batches[start:]
 
 
 def test_only_what_is_thawed_is_trained(images):
