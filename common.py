@@ -229,6 +229,12 @@ class Volume:
             os.replace(f"{tmp}.nii.gz", tmp)
 
 
+def stretched(image):
+    """(H, W) floats as uint8, the least value black and the greatest white."""
+    low, high = image.min(), image.max()
+    return np.rint((image - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+
+
 # -------------------------------------------------------------------------------------------- benchmarks: decoding once
 def _decode(path, size=None):
     """uint8 (C, size, size), C = 1 where the image is grey, else 3, and the file's own (width, height).
@@ -405,9 +411,7 @@ def _slices_as_images(file, cache):
             with atomic(folder) as tmp:
                 tmp.mkdir()
                 for z, image in enumerate(Volume(file).axial()):
-                    low, high = image.min(), image.max()
-                    image = np.rint((image - low) * (255 / ((high - low) or 1))).astype(np.uint8)
-                    Image.fromarray(image).save(tmp / f"{z:04}.png")
+                    Image.fromarray(stretched(image)).save(tmp / f"{z:04}.png")
     except Damaged as e:
         fail(e)
     except OSError as e:
@@ -836,9 +840,10 @@ def _earlier_run(folder, args, method):
     if not done.exists() and not begun.exists():
         return None
     kept = json.loads(done.read_text()) if done.exists() else _read_checkpoint(begun, method)
-    asked = json.loads(json.dumps(dataclasses.asdict(args)))  # tuples are lists there
-    theirs = json.loads(json.dumps(kept["args"]))
-    if changed := [k for k in asked if k not in FREE - {"limit", "batch_size"} and asked[k] != theirs.get(k)]:
+    asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(args), kept["args"]))  # tuples as lists
+    for a in (asked, theirs):  # two folders of one name are not one benchmark
+        a["data"] = str(Path(a["data"]).resolve()) if Path(a["data"]).is_dir() else a["data"]
+    if changed := [k for k in asked if k not in FREE - {"data", "limit", "batch_size"} and asked[k] != theirs.get(k)]:
         k = changed[0]
         fail(f"{folder} holds a run with --{k.replace('_', '-')} {theirs.get(k)} instead of {asked[k]}; give "
              "--overwrite to replace it, or another --out")

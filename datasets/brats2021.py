@@ -101,9 +101,7 @@ def write_case(item, folder):
     volume, tumour = common.Volume(flair).axial(FIRST, LAST + 1), common.Volume(seg).axial(FIRST, LAST + 1) > 0
     rows = []
     for label, z in [(label, z) for label, chosen in slices.items() for z in chosen]:
-        image, mask = volume[z - FIRST], tumour[z - FIRST] if label else None
-        low, high = image.min(), image.max()
-        image = np.rint((image - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+        image, mask = common.stretched(volume[z - FIRST]), tumour[z - FIRST] if label else None
         rows.append(prepare.save(folder, split, label, f"{case}_{z}", image, mask, case=case, slice=z))
     return rows
 

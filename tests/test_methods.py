@@ -189,6 +189,15 @@ def test_a_finished_run_is_kept_and_other_arguments_ask_for_overwrite(finished, 
     assert (folder / "results.json").stat().st_mtime_ns == written
 
 
+def test_a_finished_run_on_another_folder_of_the_same_name_is_not_taken_for_this_one(phantom, tmp_path, capsys):
+    arguments = ["--root", tmp_path, "--out", tmp_path / "runs", "--device", "cpu", "--maps", 0, *SHORT["padim"]]
+    shutil.copytree(phantom / "phantom", tmp_path / "other/phantom")
+    run_here("padim", *arguments, "--data", phantom / "phantom")
+    with pytest.raises(SystemExit) as left:
+        run_here("padim", *arguments, "--data", tmp_path / "other/phantom")
+    assert left.value.code == 2 and "--data" in capsys.readouterr().err
+
+
 def test_two_processes_do_not_work_on_one_run_folder(phantom, tmp_path, capsys):
     folder = tmp_path / "phantom/padim/seed0"
     folder.mkdir(parents=True)
