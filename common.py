@@ -601,28 +601,29 @@ class PixelMetrics:
     """Pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps, one batch at a time, in constant memory.
 
     Up to two million pixels are sorted. More are counted in bins of their float32 bits, whose order is the order of the
-    values: the upper 16 bits name a page, made when a score first falls there, and 8 or more of the lower 16 bits a bin
-    in it, up to all 16 where scores crowd (probabilities near 1, a large offset). Equal scores share a bin, so ties
-    count as ties. The error is below 1e-6 (tests/test_common.py)."""
+    values: the upper 16 bits name a page, made when a score first falls there, and 8 of the lower 16 bits a bin in it,
+    up to all 16 where scores crowd (probabilities near 1, a large offset). Equal scores share a bin, so ties count as
+    ties. The error is below 1e-6 (tests/test_common.py)."""
 
     SORTED = 2**21
 
     def __init__(self):
-        # By page: how many of the lower bits it ignores, and what to add to a key without them to have its bin; below 0
-        # where there is no page. In PyTorch, which counts faster than NumPy.
-        self.shift, self.start = (torch.full((65536,), v, dtype=torch.int32) for v in (31, -1))
+        # By page: how many of the lower bits it ignores (31: no page yet); what to add to a key without them to have
+        # its bin; the same where these bits are 8, else too little for any key. PyTorch counts faster than NumPy.
+        self.shift, self.start, self.quick = (torch.full((65536,), v, dtype=torch.int32) for v in (31, 0, -(2**24)))
         # By bin: pixels, anomalous ones among them, and the sum over these of 1 / their region's size.
         self.total, self.positive = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         self.overlap, self.bins = torch.zeros(0, dtype=torch.float64), 0  # the arrays are longer than the bins in use
+        self.waiting, self.filled = torch.empty(0, dtype=torch.int32), 0  # bins of pixels not yet in total
         self.pending, self.pixels, self.regions, self.low, self.high = [], 0, 0, math.inf, -math.inf
         self.curve = []
 
     def update(self, anomaly_maps, masks):
         """anomaly_maps: (B, H, W) floats; masks: (B, H, W) bools. ValueError on other shapes or scores not finite."""
-        maps, masks = np.asarray(anomaly_maps, np.float32), np.asarray(masks, bool)
+        maps, masks = np.ascontiguousarray(anomaly_maps, np.float32), np.asarray(masks, bool)
         if maps.shape != masks.shape or maps.ndim != 3:
             raise ValueError(f"anomaly maps {maps.shape} and masks {masks.shape} must both be (B, H, W)")
-        low, high = float(maps.min()), float(maps.max())
+        low, high = (float(v) for v in torch.from_numpy(maps).aminmax())
         if not math.isfinite(low) or not math.isfinite(high):
             raise ValueError("anomaly maps hold values that are not finite")
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -633,31 +634,42 @@ class PixelMetrics:
                 columns = np.flatnonzero(band.any(axis=0))
                 box = band[:, columns[0] : columns[-1] + 1]
                 region, count = ndimage.label(box, np.ones((3, 3)))  # 8-connected
-                y, x = np.nonzero(region)
-                region = region[y, x] - 1
+                where = np.flatnonzero(region)
+                y, x = np.divmod(where, box.shape[1])
+                region = region.ravel()[where] - 1
                 where = (y + rows[0]) * mask.shape[1] + x + columns[0]
                 share = where, 1 / np.bincount(region)[region]  # thesis, Eq. 3.2: |A n C_k| / |C_k|
                 self.regions += count
-            self.pending.append((anomaly_map.ravel() + np.float32(0), share))  # a copy; -0 and 0 are one score
-            self.pixels += anomaly_map.size
-        if sum(len(scores) for scores, _ in self.pending) > self.SORTED:
-            self._count_pending()
+            scores = torch.from_numpy(anomaly_map.reshape(-1))
+            self.pixels += len(scores)
+            if self.bins:
+                self._count(scores, share)
+            else:
+                self.pending.append((scores + 0, share))  # a copy; -0 and 0 are one score
+        if not self.bins and self.pixels > self.SORTED:
+            self._make_pages(torch.cat([self._key(scores)[1] for scores, _ in self.pending]))
+            for scores, share in self.pending:
+                self._count(scores, share)
+            self.pending = []
 
-    def _key(self, scores):
+    def _key(self, scores, out=None):
         """float32 (n,) -> int32 (n,) that order as the scores do, and the page of each (0 to 65535)."""
-        key = torch.from_numpy(scores).view(torch.int32)
+        key = torch.add(scores, 0, out=out).view(torch.int32)  # -0 and 0 are one score
         if self.low < 0:
-            key = key ^ ((key >> 31) & 0x7FFFFFFF)  # two's complement for negative floats
+            key ^= (key >> 31) & 0x7FFFFFFF  # two's complement for negative floats
         return key, (key >> 16).add_(32768)
 
     def _make_pages(self, pages):
-        """Bins for the pages (n,) of scores that have none yet, finer where more of the pixels are."""
-        count = torch.bincount(pages)
-        new = torch.nonzero(count).flatten()
-        bits = (count[new] / self.pixels * 2**18).log2().ceil().clamp(8, 16).int()
+        """Bins for the pages (n,) of scores that have none yet."""
+        count = torch.bincount(pages, minlength=65536)
+        beside = (count.view(-1, 32).amax(dim=1) > 0).repeat_interleave(32)  # 32 neighbours at once
+        new = torch.nonzero(beside & (self.shift > 16)).flatten()
+        share = count[new] / self.pixels
+        bits = (share * 2**18).log2().ceil().clamp(8, 16).where(share > 2**-6, 8).int()
         size = 1 << bits
         self.shift[new] = 16 - bits
         self.start[new] = self.bins + (size.cumsum(0) - size).int() - self._least_key(new)
+        self.quick[new] = self.start[new].where(bits == 8, self.quick[new])
         self.bins += int(size.sum())
         if self.bins > len(self.total):  # twice as long as needed, so that few pages copy the counts
             self.total, self.positive, self.overlap = (torch.cat([a, a.new_zeros(2 * self.bins - len(a))])
@@ -666,32 +678,35 @@ class PixelMetrics:
     def _least_key(self, pages):
         return ((pages - 32768).int() << 16) >> self.shift[pages]
 
-    def _bins_of(self, key, page, out):
-        # int32 may overflow in between, and comes back
-        return torch.add(self.start.index_select(0, page), key >> self.shift.index_select(0, page), out=out)
+    def _count(self, scores, share):
+        if self.filled + len(scores) > len(self.waiting):
+            self._count_waiting()
+            self.waiting = self.waiting.new_empty(max(self.SORTED, len(scores)))
+        # In place, since writing new arrays of a map's size costs more than the arithmetic.
+        bins, page = self._key(scores, self.waiting[self.filled : self.filled + len(scores)].view(torch.float32))
+        bins >>= 8
+        bins += self.quick.index_select(0, page)
+        if bins.min() < 0:
+            other = torch.nonzero(bins < 0).flatten()
+            key, page = self._key(scores[other])
+            if len(unknown := page[self.shift[page] > 16]):
+                self._make_pages(unknown)
+            bins[other] = self.start[page] + (key >> self.shift[page])  # int32 may overflow, and comes back
+        if share:
+            where, weight = (torch.from_numpy(a) for a in share)
+            self.positive.index_add_(0, bins[where], torch.ones(len(where), dtype=torch.int64))
+            self.overlap.index_add_(0, bins[where], weight)
+        self.filled += len(scores)
 
-    def _count_pending(self):
-        if not self.bins:
-            self._make_pages(torch.cat([self._key(scores)[1] for scores, _ in self.pending]))
-        bins, first = torch.empty(sum(len(scores) for scores, _ in self.pending), dtype=torch.int32), 0
-        for scores, share in self.pending:
-            (key, page), here = self._key(scores), bins[first : first + len(scores)]
-            if self._bins_of(key, page, here).min() < 0:
-                self._make_pages(page[here < 0])
-                self._bins_of(key, page, here)
-            if share:
-                where, weight = (torch.from_numpy(a) for a in share)
-                self.positive.index_add_(0, here[where], torch.ones(len(where), dtype=torch.int64))
-                self.overlap.index_add_(0, here[where], weight)
-            first += len(scores)
-        count = torch.bincount(bins)
+    def _count_waiting(self):
+        count = torch.bincount(self.waiting[: self.filled])
         self.total[: len(count)] += count
-        self.pending = []
+        self.filled = 0
 
     def _ordered(self):
         """(total, positive, overlap) by distinct score or bin, from the highest down, and the least score's key."""
         if self.bins:
-            self._count_pending()
+            self._count_waiting()
             pages = torch.nonzero(self.shift < 31).flatten()
             size = 1 << (16 - self.shift[pages])
             offset = torch.arange(int(size.sum())) - (size.cumsum(0) - size).repeat_interleave(size)
@@ -700,14 +715,15 @@ class PixelMetrics:
             used = torch.nonzero(self.total[bins]).flatten().flip(0)  # from the highest down
             bins, keys = bins[used], keys[used]
             return tuple(a.numpy() for a in (self.total[bins], self.positive[bins], self.overlap[bins], keys))
-        values, bins = np.unique(np.concatenate([scores for scores, _ in self.pending]), return_inverse=True)
+        values, bins = np.unique(torch.cat([scores for scores, _ in self.pending]).numpy(), return_inverse=True)
         shares = np.zeros(len(bins))
         start = 0
         for scores, share in self.pending:
             if share:
                 shares[start + share[0]] = share[1]
             start += len(scores)
-        found = np.bincount(bins), np.bincount(bins, shares > 0), np.bincount(bins, shares), self._key(values)[0]
+        keys = self._key(torch.from_numpy(values))[0]
+        found = np.bincount(bins), np.bincount(bins, shares > 0), np.bincount(bins, shares), keys
         return tuple(np.asarray(a)[::-1] for a in found)
 
     def compute(self):
@@ -717,7 +733,7 @@ class PixelMetrics:
         divided by 0.3 (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5 of the maps scaled to [0, 1] by the least
         and greatest value of the whole set; greater is anomalous (thesis, Eq. 3.3, Table 3.11)."""
         total, positive, overlap, keys = self._ordered()
-        above = keys > int(self._key(np.array([self.low / 2 + self.high / 2], np.float32))[0])
+        above = keys > int(self._key(torch.tensor([self.low / 2 + self.high / 2]))[0])
         tp, fp = np.cumsum(positive), np.cumsum(total - positive)
         if tp[-1] == 0 or fp[-1] == 0:
             return dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
