@@ -1,4 +1,4 @@
-"""What sixteen method scripts must share to be comparable: benchmarks, pretrained weights, metrics, the run folder.
+"""What the method scripts must share to be comparable: benchmarks, pretrained weights, metrics, the run folder.
 
 A script calls, in this order: `start_run` (seeds, device, folder), `load_benchmark` (train, valid, test), then trains
 on `Split.batches`, calls `Run.validate` after each epoch, which keeps the state that is best on valid (or `Run.keep`
@@ -287,7 +287,8 @@ class Split:
         self.paths = [image.relative_to(base).as_posix() for image, _, _ in entries]
         self.labels = np.array([label for _, label, _ in entries], int)
         self.has_masks = any(mask for _, _, mask in entries)
-        state = [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for e in entries for p in (e[0], e[2]) if p]
+        state = [(str(p.relative_to(base)), (s := p.stat()).st_size, s.st_mtime_ns)
+                 for e in entries for p in (e[0], e[2]) if p]
         where, what = (hashlib.sha256(repr(x).encode()).hexdigest()[:12] for x in (base.resolve(), (state, size)))
         stem = f"{base.resolve().name}-{where}-{name}-{size}-{len(entries)}"
         self.files = [cache / f"{stem}-{what}.{kind}.npy" for kind in ("images", "masks")]
@@ -304,7 +305,7 @@ class Split:
             array, original = _decode(entry[0], self.size)
             return array, _decode_mask(entry[2], original, self.size) if self.has_masks else None
 
-        def write(channels, f, g):
+        def write(channels, f, g):  # False: an image has more channels
             # written, not mapped: on a full disk a mapped write kills the process without a word
             shape = len(entries), channels, self.size, self.size
             np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
@@ -608,8 +609,8 @@ class PixelMetrics:
     SORTED = 2**21
 
     def __init__(self):
-        # By page: how many of the lower bits it ignores (31: no page yet); what to add to a key without them to have
-        # its bin; the same where these bits are 8, else too little for any key. PyTorch counts faster than NumPy.
+        # A key's bin is start[page] + (key >> shift[page]); shift 31: no page yet. Most pages shift by 8: quick has
+        # their start, and of all others a number so low that no key leads to a bin. PyTorch counts faster than NumPy.
         self.shift, self.start, self.quick = (torch.full((65536,), v, dtype=torch.int32) for v in (31, 0, -(2**24)))
         # By bin: pixels, anomalous ones among them, and the sum over these of 1 / their region's size.
         self.total, self.positive = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
@@ -664,7 +665,7 @@ class PixelMetrics:
         count = torch.bincount(pages, minlength=65536)
         beside = (count.view(-1, 32).amax(dim=1) > 0).repeat_interleave(32)  # 32 neighbours at once
         new = torch.nonzero(beside & (self.shift > 16)).flatten()
-        share = count[new] / self.pixels
+        share = count[new] / self.pixels  # where they crowd, a bin is to hold a 2**18th of the pixels
         bits = (share * 2**18).log2().ceil().clamp(8, 16).where(share > 2**-6, 8).int()
         size = 1 << bits
         self.shift[new] = 16 - bits
@@ -682,7 +683,8 @@ class PixelMetrics:
         if self.filled + len(scores) > len(self.waiting):
             self._count_waiting()
             self.waiting = self.waiting.new_empty(max(self.SORTED, len(scores)))
-        # In place, since writing new arrays of a map's size costs more than the arithmetic.
+        # One place holds the scores, then their keys, then their bins: new arrays of a map's size cost more than the
+        # arithmetic.
         bins, page = self._key(scores, self.waiting[self.filled : self.filled + len(scores)].view(torch.float32))
         bins >>= 8
         bins += self.quick.index_select(0, page)
@@ -732,11 +734,14 @@ class PixelMetrics:
         aupro: the mean overlap per region against the false positive rate, one curve over all images, area to 30%
         divided by 0.3 (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5 of the maps scaled to [0, 1] by the least
         and greatest value of the whole set; greater is anomalous (thesis, Eq. 3.3, Table 3.11)."""
+        nothing = dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
+        if not self.regions:
+            return nothing
         total, positive, overlap, keys = self._ordered()
         above = keys > int(self._key(torch.tensor([self.low / 2 + self.high / 2]))[0])
         tp, fp = np.cumsum(positive), np.cumsum(total - positive)
-        if tp[-1] == 0 or fp[-1] == 0:
-            return dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
+        if fp[-1] == 0:
+            return nothing
         tpr, fpr = np.append(0, tp / tp[-1]), np.append(0, fp / fp[-1])
         pro = np.append(0, np.cumsum(overlap) / self.regions)
         places = np.concatenate([np.linspace(0, 0.01, 50), np.linspace(0.01, 0.3, 100), np.linspace(0.3, 1, 50)])
@@ -759,7 +764,7 @@ def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
     pixels, [{fpr, tpr, pro}, ...].
 
     predict: images (B, 3, H, W) in [0, 1] -> anomaly maps (B, H, W) or None, anomaly scores (B,); higher is more
-    anomalous. The maps at `map_indices` (sorted) are written to `map_file` as they come, float32."""
+    anomalous. The maps at `map_indices` are written to `map_file` as they come, float32."""
     scores, pixel, map_range, seconds, wanted, done = [], PixelMetrics(), None, 0.0, set(map_indices), 0
     for image in progress(split.batches(batch_size, device), f"scoring {split.name}", -(-len(split) // batch_size)):
         started = time.perf_counter()
@@ -776,20 +781,18 @@ def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
             map_range = min(low, float(anomaly_map.min())), max(high, float(anomaly_map.max()))
             if split.has_masks:
                 pixel.update(anomaly_map, split.masks[done : done + len(score)])
-            for i in wanted.intersection(range(done, done + len(score))):
-                map_file.seek(4 * sorted(wanted).index(i) * split.size**2)
+            for i in sorted(wanted.intersection(range(done, done + len(score)))):
                 map_file.write(anomaly_map[i - done].tobytes())
         done += len(score)
     scores = np.concatenate(scores)
-    nothing = dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
-    metrics = image_metrics(split.labels, scores) | (pixel.compute() if map_range and split.has_masks else nothing)
+    metrics = image_metrics(split.labels, scores) | pixel.compute()
     return SimpleNamespace(metrics=metrics, scores=scores, ms_per_image=1000 * seconds / done, map_range=map_range,
                            curve=pixel.curve)
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
 # What may differ from the training run when a checkpoint is given, beside --weights that now lie elsewhere; every other
-# argument is taken from the checkpoint.
+# argument is taken from the checkpoint. A run that goes on must have the same data, limit and batch size, too.
 FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "overwrite", "checkpoint", "predict",
         "cache_features"}
 
@@ -842,8 +845,9 @@ def start_run(script, args):
     for left in folder.glob(".tmp-*"):  # of a run that was killed while it wrote
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     resumed = None
-    if args.predict and (folder / "results.json").exists():
-        fail(f"{folder} holds a finished run, whose scores.csv --predict would replace; choose another --out")
+    if args.checkpoint and (folder / "results.json").exists() and (args.predict or not args.overwrite):
+        fail(f"{folder} holds a finished run, which this would replace; choose another --out"
+             + ", or give --overwrite" * (not args.predict))
     if not args.checkpoint and not args.overwrite:
         resumed = _earlier_run(folder, args, method)
     print(f"{method} on {data}, seed {args.seed}, {device}: {folder}", flush=True)
@@ -886,6 +890,7 @@ def _random_state(device, state=None):
 class Run:
     """A run's folder, device and bookkeeping, made by `start_run`; results.json and its neighbours come from `finish`.
 
+    checkpoint.pt is the best state yet, model.pt the same of a finished run; resume.pt is all of the last evaluation.
     notes: what else a script wants in results.json (a dict that JSON can hold); kept with the checkpoint."""
 
     def __init__(self, script, args, device, folder, lock, restored, resumed):
@@ -1003,12 +1008,12 @@ def finish(run, model, splits):
     volume = args.predict and is_volume(args.predict)
     count = len(test) if args.maps < 0 else min(args.maps, len(test))
     shown = [i * len(test) // count for i in range(count)]  # the same images for all methods
-    kept = range(len(test)) if volume else shown
+    wanted = range(len(test)) if volume else shown
     with tempfile.TemporaryFile(dir=run.folder) as raw:
-        result = evaluate(model.predict, test, args.batch_size, run.device, kept, raw)
-        if result.map_range and kept:
+        result = evaluate(model.predict, test, args.batch_size, run.device, wanted, raw)
+        if result.map_range and wanted:
             raw.flush()
-            maps = np.memmap(raw, np.float32, "r", shape=(len(kept), test.size, test.size))
+            maps = np.memmap(raw, np.float32, "r", shape=(len(wanted), test.size, test.size))
             if volume:
                 _write_volume(run.folder / "anomaly_map.nii.gz", Volume(args.predict), maps)
             _write_panels(run.folder / "maps", test, shown, maps[shown] if volume else maps, *result.map_range)

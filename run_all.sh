@@ -6,9 +6,12 @@
 #   JOBS=4 bash run_all.sh                                             four runs at a time, dealt out over the GPUs
 #   bash run_all.sh --list                                             only prints the commands, one a line
 #   sbatch --array=1-480 run_all.sh                                    Slurm: array task n runs line n of the list
+#   bash run_all.sh ablation [--list]                                  clip_recon's variants (thesis, Figures 4.6 to 4.8, and
+#                                                                      'Ours' of Tables 4.1 to 4.4): runs/ablation/<variant>/
 #   bash run_all.sh setup                                              only makes .venv and installs requirements.txt
 # Where data/ holds no benchmark it makes the phantom and runs a short demonstration there (flags: `demo` below).
 # DEMO=1 runs the short budgets on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" gives their weights.
+# FLAGS="--device cuda:1" adds flags to every command.
 # A failing run is named at the end, does not stop the rest, and makes the exit status 1.
 set -u
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1  # Slurm runs a copy of this script from elsewhere
@@ -25,6 +28,8 @@ exec 9< requirements.txt
 flock 9  # of several tasks that start at once one makes .venv, and the phantom
 setup || exit 1
 [ "${1:-}" = setup ] && exit 0
+ablation=
+[ "${1:-}" = ablation ] && ablation=variants METHODS=clip_recon && shift
 
 demo() { # the budgets of the demonstration: untrained or ImageNet weights, whichever can be had, and few epochs
     local net="${NET:---backbone mobilenet_v2 --weights auto}" small="--image-size 128 --batch-size 8"
@@ -66,19 +71,31 @@ exec 9<&-
 [ "$DATA" = phantom ] && : "${SEEDS:=0}"
 : "${SEEDS:=0 1 2 3 4}"
 
+variants() { # of clip_recon, a line each
+    printf -- '%s\n' --base --prompt-tokens\ {8,24,32} --layers\ {1,2,3,4,'1 2','1 2 3','2 3 4','3 4'} --da-levels\ {0,1,2,4} \
+        '--frame bare' --adapter-reduction\ {4,1,0.25} --backbone\ resnet{18,50}
+}
+
 list() {
+    local data method seed variant demo
     for data in $DATA; do
         for method in $METHODS; do
-            for seed in $SEEDS; do
-                echo "$python methods/$method.py --data $data --seed $seed$([ "$data" = phantom ] || [ -n "${DEMO:-}" ] && echo " $(demo "$method" | xargs)")"
-            done
+            demo=$([ "$data" = phantom ] || [ -n "${DEMO:-}" ] && demo "$method")
+            while read -r variant; do
+                out=${variant#--} out=${ablation:+--out runs/ablation/${out// /_}}
+                for seed in $SEEDS; do # unquoted: one space between words
+                    echo $python methods/$method.py --data $data --seed $seed $out $demo ${FLAGS:-} ${variant#--base}
+                done
+            done < <(${ablation:-echo})
         done
     done
 }
 
 one() { # runs one line of the list, and notes it in the file $failed if it fails
     read -r _ script _ data _ seed _ <<< "$1"
-    [ -e "runs/$(basename "$data")/$(basename -s .py "$script")/seed$seed/results.json" ] && return
+    local out=runs
+    [[ $1 =~ --out\ ([^ ]+) ]] && out=${BASH_REMATCH[1]}
+    [ -e "$out/$(basename "$data")/$(basename -s .py "$script")/seed$seed/results.json" ] && return
     [ "$gpus" -gt 1 ] && export CUDA_VISIBLE_DEVICES=$((SLOT % gpus))
     $1 || { echo "$1" >> "$failed"; return 1; }
 }

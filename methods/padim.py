@@ -59,7 +59,7 @@ class Args:
     overwrite: bool = False
     """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it"""
+    """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
     backbone: str = "wide_resnet50_2"

@@ -1,8 +1,10 @@
 """RD4AD (Deng, Li: Anomaly Detection via Reverse Distillation from One-Class Embedding, CVPR 2022, arXiv:2201.10703).
 
-A frozen, pretrained teacher gives features at three layers; a bottleneck fuses them into one small embedding, from
-which a student decoder, the teacher's mirror image, has to give the same features again. Trained on normal images
-only, neither of the two carries an anomaly through: where the features differ, a position is anomalous.
+A frozen, pretrained teacher E gives features f_E^k at three layers; a bottleneck fuses them into one small embedding
+phi, from which the student, a decoder D with the teacher's kind of blocks, has to give the same features f_D^k again.
+Trained on normal images only, neither of the two carries an anomaly through: where the features differ, a position is
+anomalous. Map of a layer (Eq. 2): M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)); anomaly map: the M^k, enlarged,
+summed and smoothed; score: its maximum.
 
 Settings: thesis, Table 3.6: wide_resnet50_2, Adam with learning rate 0.005 and betas 0.5 and 0.99 (the official code
 has 0.5 and 0.999). Epochs, batch and image size: hq-deng/RD4AD (6554076).
@@ -21,7 +23,7 @@ grid changes, as in the ResNets. They end without ReLU, since the features to gi
 Parameters of bottleneck, decoder and frozen teacher: wide_resnet50_2 58,885,120, 24,917,504 and 24,862,528 (the sizes
 of the official ones), resnet18 11,680,000, 3,703,168 and 2,782,784, mobilenet_v2 1,545,984, 696,544 and 542,528.
 Cost, measured: mobilenet_v2, 128 pixels, batches of 8, one CPU thread: 38 s for 3 epochs of 200 images with three looks
-at valid, 20 ms to score an image, 1.2 GiB. The default was not timed.
+at valid (--eval-every 1), 20 ms to score an image, 1.2 GiB. The default was not timed.
 """
 
 import sys
@@ -38,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 # Layers of strides 4, 8 and 16; their channels and the embedding's (of stride 32); the kind of block; how many blocks
-# the bottleneck has, and the decoder's stages from the coarsest to the finest.
+# the bottleneck has, and the decoder's stages from the coarsest to the finest (the official order: no mirror image).
 BACKBONES = {
     "resnet18": (["layer1", "layer2", "layer3"], (64, 128, 256, 512), "basic", (2, 2, 2, 2)),
     "resnet50": (["layer1", "layer2", "layer3"], (256, 512, 1024, 2048), "bottleneck", (3, 3, 4, 6)),
@@ -71,7 +73,7 @@ class Args:
     overwrite: bool = False
     """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it"""
+    """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
     epochs: int = 200
@@ -89,7 +91,7 @@ class Args:
 
 
 def conv(inputs, outputs, kernel, resize=None, groups=1):
-    """resize: "down" halves the grid, "up" doubles it with a transposed convolution of 2x2."""
+    """resize: "down" halves the grid, "up" doubles it with a transposed convolution, whose kernel is always 2x2."""
     if resize == "up":
         return nn.ConvTranspose2d(inputs, outputs, 2, 2, groups=groups, bias=False)
     return nn.Conv2d(inputs, outputs, kernel, 2 if resize else 1, kernel // 2, groups=groups, bias=False)
@@ -127,7 +129,7 @@ def stage(kind, inputs, outputs, blocks, resize):
     return nn.Sequential(Block(kind, inputs, outputs, resize), *more)
 
 
-class Bottleneck(nn.Module):
+class OneClassBottleneck(nn.Module):
     """Multi-scale feature fusion (MFF) and one-class bottleneck embedding (OCBE): features -> (B, C4, H/32, W/32)."""
 
     def __init__(self, kind, channels, blocks):
@@ -166,7 +168,7 @@ class RD4AD(nn.Module):
         layers, channels, kind, blocks = BACKBONES[backbone]
         self.combine = combine
         self.teacher = common.feature_extractor(backbone, layers, weights)
-        self.bottleneck = Bottleneck(kind, channels, blocks[0])
+        self.bottleneck = OneClassBottleneck(kind, channels, blocks[0])
         self.decoder = Decoder(kind, channels, blocks[1:])
         for module in [*self.bottleneck.modules(), *self.decoder.modules()]:
             if isinstance(module, nn.Conv2d):  # transposed ones keep PyTorch's default, as in the official code

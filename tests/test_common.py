@@ -264,12 +264,15 @@ def test_one_late_coloured_image_turns_the_whole_split_to_three_channels(tmp_pat
     assert images[-1, :, 0, 0].tolist() == [200, 100, 50] and images[1, :, 0, 0].tolist() == [10, 10, 10]
 
 
-def test_the_decoded_cache_is_used_again_and_notices_a_changed_file(tmp_path):
+def test_the_decoded_cache_is_used_again_and_notices_a_changed_file(tmp_path, monkeypatch):
     build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
     ask = arguments(tmp_path, str(tmp_path / "b"))
     first = common.load_benchmark(ask)[0]
     written = os.stat(first.files[0]).st_mtime_ns
-    assert os.stat(common.load_benchmark(ask)[0].files[0]).st_mtime_ns == written
+    monkeypatch.chdir(tmp_path)
+    for spelling in (tmp_path / "b", "b", "../" + tmp_path.name + "/b"):
+        again = common.load_benchmark(arguments(tmp_path, str(spelling)))[0]
+        assert again.files == first.files and os.stat(again.files[0]).st_mtime_ns == written
     save(tmp_path / "b/train/good/n0.png", 222)
     changed = common.load_benchmark(ask)[0]
     assert changed.images[0].max() == 222 and not first.files[0].exists()

@@ -255,7 +255,7 @@ def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom,
     assert np.corrcoef(panel.ravel(), lowest.ravel())[0, 1] > 0.99
 
 
-def test_predict_does_not_replace_the_scores_of_a_finished_run(phantom, tmp_path, capsys):
+def test_a_checkpoint_does_not_replace_the_scores_of_a_finished_run(phantom, tmp_path, capsys):
     arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0]
     run_here("padim", *arguments, *SHORT["padim"])
     folder = tmp_path / "phantom/padim/seed0"
@@ -263,6 +263,11 @@ def test_predict_does_not_replace_the_scores_of_a_finished_run(phantom, tmp_path
     with pytest.raises(SystemExit):
         run_here("padim", *arguments, "--checkpoint", folder / "model.pt", "--predict", phantom / "phantom")
     assert "choose another --out" in capsys.readouterr().err and (folder / "scores.csv").read_bytes() == before
+    with pytest.raises(SystemExit):
+        run_here("padim", *arguments, "--checkpoint", folder / "model.pt", "--limit", 2)
+    assert "--overwrite" in capsys.readouterr().err and (folder / "scores.csv").read_bytes() == before
+    run_here("padim", *arguments, "--checkpoint", folder / "model.pt", "--overwrite")
+    assert (folder / "scores.csv").read_bytes() == before
 
 
 def test_a_wrong_data_folder_leaves_a_finished_run_as_it_is(phantom, tmp_path):
@@ -316,8 +321,8 @@ def test_a_checkpoint_refuses_other_frozen_weights(phantom, tmp_path, capsys):
     net.features[0][0].weight.data += 1
     torch.save(net.state_dict(), tmp_path / "other.pth")
     with pytest.raises(SystemExit):
-        run_here("padim", "--checkpoint", tmp_path / "phantom/padim/seed0/model.pt", *arguments[:6], "--weights",
-                 tmp_path / "other.pth")
+        run_here("padim", "--checkpoint", tmp_path / "phantom/padim/seed0/model.pt", *arguments[:6], "--overwrite",
+                 "--weights", tmp_path / "other.pth")
     assert "trained on the frozen weights" in capsys.readouterr().err
 
 

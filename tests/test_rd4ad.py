@@ -62,7 +62,8 @@ def test_map_combines_the_layers_position_by_position_and_is_smoothed_as_by_scip
 def test_networks_have_their_published_sizes_and_the_decoder_gives_the_teachers_shapes(backbone, sizes):
     _, channels, kind, blocks = rd4ad.BACKBONES[backbone]
     with torch.device("meta"):
-        bottleneck, decoder = rd4ad.Bottleneck(kind, channels, blocks[0]), rd4ad.Decoder(kind, channels, blocks[1:])
+        bottleneck = rd4ad.OneClassBottleneck(kind, channels, blocks[0])
+        decoder = rd4ad.Decoder(kind, channels, blocks[1:])
         features = [torch.zeros(2, c, 64 // s, 64 // s) for c, s in zip(channels, (4, 8, 16), strict=False)]
         embedding = bottleneck(features)
         assert embedding.shape == (2, channels[3], 2, 2)
