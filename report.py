@@ -8,10 +8,12 @@ runs of the row have the published settings, trained weights and the published n
 Marks behind a method's name: (u) untrained weights, (l) limited images, (c) settings changed from the script's
 defaults, which are listed below the table, (d) they differ between seeds.
 
-Intervals and tests: an AUROC is the mean over images of their placement, the share of the other class that an image is
-ranked right against. Placements averaged over seeds have the seeds' mean AUROC as their mean, so DeLong's variance of
-them is that of the very figure in the table, and no scores of different seeds are mixed. It tells what other images
-would change, given these trained networks; what other seeds would change is the standard deviation."""
+Intervals and tests of image AUROC tell what other test images would change, given these trained networks; what other
+seeds would change is the standard deviation. Intervals: the percentiles of a bootstrap that draws the normal and the
+anomalous test images anew, with replacement; a draw's figure is the mean AUROC of all seeds on these images. p-values:
+DeLong's paired test. An AUROC is the mean over images of their placement, the share of the other class that an image is
+ranked right against; placements averaged over seeds have the seeds' mean AUROC as their mean, so the test is of the
+very figure in the table. No scores of different seeds are mixed in either."""
 
 import base64
 import csv
@@ -22,6 +24,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -31,7 +34,7 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from PIL import Image, ImageDraw, ImageFont
-from scipy.special import expit, logit
+from scipy.sparse import csr_array
 from scipy.stats import rankdata
 
 import common
@@ -58,9 +61,16 @@ IMAGES = {  # published counts: train, test normal, test anomalous (README, Benc
     "chest": (8000, 781, 16413),
     "histo": (5088, 1000, 1000),
 }
+OURS = {  # variants of clip_recon that the thesis' Tables 4.1 to 4.4 have: its name, the method, what was changed
+    "base": ("clip_recon", "clip_recon", {}),
+    "da-levels 0": ("clip_recon (ViT, no DA)", "clip_recon", dict(da_levels=0)),
+    "backbone resnet18": ("clip_recon (ResNet-18, DA)", "clip_recon", dict(backbone="resnet18")),
+    "backbone resnet50": ("clip_recon (ResNet-50, DA)", "clip_recon", dict(backbone="resnet50")),
+}
 NUMBER = (int, float)
 NEEDED = dict(method=str, metrics=dict, images=dict, leaks=dict, train_seconds=NUMBER, test_ms_per_image=NUMBER,
               peak_memory_gib=dict, weights=list, args=dict, changed=dict, device=str)  # of results.json
+DRAWS = 2000  # of the test images, for the intervals
 RATES = np.linspace(0, 1, 1001)  # false positive rates at which the curves of the seeds are averaged
 TILE, SHOWN = 128, 5  # pixels of an image in the grid of heat maps; how many anomalous ones, beside one normal
 
@@ -83,16 +93,24 @@ def read_runs(folder):
             if wrong := [m for m in METRICS if not (results["metrics"][m] is None or 0 <= results["metrics"][m] <= 1)]:
                 raise ValueError(f"{wrong[0]} is {results['metrics'][wrong[0]]}")
             common.leak_line(results["leaks"])  # these read the rest
-            as_published(None, results["method"], [results]), marks([results], {""})
+            as_published(None, results["method"], [results], {}), marks([results], {""})
             results["memory"] = {k: float(v) for k, v in results["peak_memory_gib"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
             what = f"no {e}" if isinstance(e, KeyError) else e
             common.fail(f"{file} is not a run's results ({what}); remove it, or run that method again")
         results["folder"] = file.parent
         runs[file.parts[-4], file.parts[-3]].append(results)
-    if not runs:
-        common.fail(f"no finished runs in {folder}: expected {folder}/<data>/<method>/seed<k>/results.json")
     return dict(sorted(runs.items()))
+
+
+def read_ablation(folder):
+    """{data: {variant: [results, ...]}} of `bash run_all.sh ablation`; a variant is named by its flag and value."""
+    found = defaultdict(dict)
+    for variant in sorted({file.parents[3] for file in Path(folder).glob("ablation/*/*/*/seed*/results.json")},
+                          key=lambda folder: (folder.name != "base", folder.name)):
+        for (data, _), results in read_runs(variant).items():
+            found[data][variant.name.replace("_", " ")] = results
+    return found
 
 
 def read_published():
@@ -121,10 +139,10 @@ def read_columns(file, **kinds):
         common.fail(f"{file} cannot be read ({e}); expected the columns {','.join(kinds)}; run that method again")
 
 
-def read_placements(results, known):
-    """(anomalous (N,), placements (S, N) of all S seeds, the images' paths) from scores.csv; None where one is missing,
+def read_scores(results, known):
+    """(anomalous (N,), scores (S, N) of all S seeds, the images' paths) from scores.csv; None where one is missing,
     the seeds have other images, or one class is missing. known: {(paths, labels): ...}, so that equal ones are one."""
-    placements, seen = [], set()
+    found, seen = [], set()
     for r in results:
         if not (file := r["folder"] / "scores.csv").exists():
             return None
@@ -134,43 +152,65 @@ def read_placements(results, known):
         seen.add(id(paths))
         if anomalous.all() or not anomalous.any() or len(seen) > 1:
             return None
-        placements.append(placement(anomalous, np.array(scores)))
-        auroc, told = placements[-1][anomalous].mean(), r["metrics"]["image_auroc"]
+        found.append(np.array(scores))
+        auroc, told = placement(anomalous, found[-1])[anomalous].mean(), r["metrics"]["image_auroc"]
         if told is None or abs(auroc - told) > 1e-6:
             common.fail(f"{file} gives image AUROC {auroc:.6f}, results.json beside it says {told}; run it again")
-    return anomalous, np.array(placements), paths
+    return anomalous, np.array(found), paths
 
 
 # --------------------------------------------------------------------------------------------- intervals and tests
-def placement(anomalous, scores):
-    """(N,): the share of the other class that each image is ranked right against, ties half (DeLong et al. 1988)."""
-    rank, share = rankdata(scores), np.empty(len(scores))
-    for these in (anomalous, ~anomalous):
-        share[these] = (rank[these] - rankdata(scores[these])) / (~these).sum()  # of the others, ranked below
-    return np.where(anomalous, share, 1 - share)
+@lru_cache(maxsize=1)  # methods with the same images share the draws
+def resample(*counts):
+    """How often each image of either class is in each of DRAWS draws with replacement: two of (count, DRAWS)."""
+    rng, drawn = np.random.default_rng(0), [np.empty((n, DRAWS), np.float32) for n in counts]
+    for times in drawn:
+        for i in range(DRAWS):
+            times[:, i] = np.bincount(rng.integers(len(times), size=len(times)), minlength=len(times))
+    return drawn
 
 
-def variance(anomalous, placements):
-    """DeLong's variance of the mean placement (N,) of the anomalous images, which is that of the normal ones, too."""
-    return sum(placements[c].var(ddof=1) / c.sum() if c.sum() > 1 else math.nan for c in (anomalous, ~anomalous))
+def interval(anomalous, scores):
+    """(low, high), 95%, of the mean AUROC of seeds (S, N): percentiles of a bootstrap over the images of either class.
 
-
-def interval(anomalous, placements):
-    """(low, high), 95%, of the AUROC; set up on its logit, to stay in [0, 1]. None where the scores separate perfectly
-    or a class has one image, for then the variance is not known."""
-    auroc = placements[anomalous].mean()
-    if not 1e-12 < auroc < 1 - 1e-12 or not (var := variance(anomalous, placements)) > 0:
+    None where a class has one image or all draws are alike (perfect separation): these tell nothing of the error."""
+    n, m = anomalous.sum(), (~anomalous).sum()
+    if min(n, m) < 2:
         return None, None
-    half = 1.959964 * math.sqrt(var) / (auroc * (1 - auroc))
-    return float(expit(logit(auroc) - half)), float(expit(logit(auroc) + half))
+    drawn, drawn_normal = resample(n, m)
+    auroc = np.zeros(DRAWS)
+    for these in scores:
+        order = np.argsort(these[~anomalous])
+        normal = these[~anomalous][order]
+        below = np.zeros((m + 1, DRAWS), np.float32)  # row k: how many of the draw are among the k lowest
+        np.cumsum(drawn_normal[order], axis=0, out=below[1:])
+        # an anomalous image exceeds the k lowest normal ones; among ties there are two k, which count half
+        k = np.concatenate([np.searchsorted(normal, these[anomalous], side) for side in ("left", "right")])
+        halves = csr_array((np.full(2 * n, 0.5, np.float32), (k, np.tile(np.arange(n), 2))), shape=(m + 1, n))
+        auroc += ((halves @ drawn) * below).sum(axis=0, dtype=float) / (n * m)
+    low, high = np.quantile(auroc / len(scores), [0.025, 0.975])
+    return (float(low), float(high)) if low < high else (None, None)
+
+
+def placement(anomalous, scores):
+    """(..., N): the share of the other class that each image is ranked right against, ties half (DeLong et al. 1988).
+
+    scores: (N,) or (S, N)."""
+    rank, share = rankdata(scores, axis=-1), np.empty(scores.shape)
+    for these in (anomalous, ~anomalous):  # of the others, ranked below
+        share[..., these] = (rank[..., these] - rankdata(scores[..., these], axis=-1)) / (~these).sum()
+    return np.where(anomalous, share, 1 - share)
 
 
 def p_value(anomalous, first, second):
     """Two-sided, that two methods' placements (N,) on the same images have the same AUROC: DeLong's paired test."""
+    if min(anomalous.sum(), (~anomalous).sum()) < 2:
+        return 1.0  # one image of a class tells nothing
     difference = first - second
-    delta, var = difference[anomalous].mean(), variance(anomalous, difference)
-    if abs(delta) < 1e-12 or math.isnan(var):  # one image of a class tells nothing
+    delta = difference[anomalous].mean()
+    if abs(delta) < 1e-12:
         return 1.0
+    var = sum(difference[c].var(ddof=1) / c.sum() for c in (anomalous, ~anomalous))
     return math.erfc(abs(delta) / math.sqrt(2 * var)) if var > 0 else 0.0
 
 
@@ -195,16 +235,17 @@ def marks(results, changed):
     return "".join(f" ({k})" for k, is_so in found.items() if is_so)
 
 
-def as_published(data, method, results):
-    """Whether all these runs have the thesis' method, settings and number of images, and trained weights."""
+def as_published(data, method, results, changed):
+    """Whether all these runs have the thesis' method, settings (with what its table says is `changed`) and number of
+    images, and trained weights."""
     def count(r):
         return r["images"]["train"]["normal"], r["images"]["test"]["normal"], r["images"]["test"]["anomalous"]
 
-    return all(r["method"] == method and not r["changed"] and r["args"]["limit"] is None
+    return all(r["method"] == method and r["changed"] == changed and r["args"]["limit"] is None
                and all(w["trained"] for w in r["weights"]) and IMAGES.get(data) == count(r) for r in results)
 
 
-def rows_of(runs, placements, published):
+def rows_of(runs, scores, published):
     """One dict a benchmark and method: names, marks, seeds, mean and standard deviation (n - 1) of each metric, the
     interval, and what the thesis prints."""
     rows = []
@@ -220,13 +261,13 @@ def rows_of(runs, placements, published):
             known = [v for v in values if v is not None]
             row[name] = float(np.mean(known)) if known else None
             row[f"{name}_std"] = float(np.std(known, ddof=1)) if len(known) > 1 else None
-        known = placements[data, method]
-        low_high = interval(known[0], known[1].mean(axis=0)) if known else (None, None)
+        low_high = interval(*known[:2]) if (known := scores[data, method]) else (None, None)
         row["image_auroc_low"], row["image_auroc_high"] = low_high
         benchmark = next((n for n, folders in common.NAMES.items() if data.lower() in folders), None)
-        printed = published if as_published(benchmark, method, results) else {}
+        printed, script, setting = OURS.get(method, (method, method, {}))
+        same = as_published(benchmark, script, results, setting)
         for metric in METRICS:
-            found = printed.get((method, benchmark, metric), {})
+            found = published.get((printed, benchmark, metric), {}) if same else {}
             for name in ("mean", "std"):
                 row[f"{metric}_thesis_{name}"] = float(found[name]) / 100 if found else None
             row[f"{metric}_thesis_note"] = found["note"] if found.get("suspect") else ""
@@ -303,15 +344,15 @@ def overview(rows, metric):
     return ["Method", *names], lines
 
 
-def compare(data, placements):
+def compare(data, scores):
     """(header, lines) of the p-values of all pairs, methods by falling AUROC; the same as dicts; the methods left out.
 
     Only methods with the images that most of them have; bold: holds after Holm's correction for all pairs."""
-    known = {m: p for (d, m), p in placements.items() if d == data and p}
+    known = {m: p for (d, m), p in scores.items() if d == data and p}
     groups = Counter(id(p[2]) for p in known.values())
     if not groups or (most := groups.most_common(1)[0])[1] < 2:
         return None, [], []
-    same = {m: (p[0], p[1].mean(axis=0)) for m, p in known.items() if id(p[2]) == most[0]}
+    same = {m: (p[0], placement(*p[:2]).mean(axis=0)) for m, p in known.items() if id(p[2]) == most[0]}
     auroc = {m: share[anomalous].mean() for m, (anomalous, share) in same.items()}
     order = sorted(same, key=lambda m: -auroc[m])
     p_values = {(a, b): p_value(*same[a], same[b][1]) for a, b in itertools.combinations(order, 2)}
@@ -327,7 +368,7 @@ def compare(data, placements):
         lines.append(line)
     rows = [dict(data=data, method=a, other=b, difference=auroc[a] - auroc[b], p=p, holm_5_percent=(a, b) in held)
             for (a, b), p in p_values.items()]
-    return (["Method", "AUROC", *order], lines), rows, sorted({m for d, m in placements if d == data} - set(same))
+    return (["Method", "AUROC", *order], lines), rows, sorted({m for d, m in scores if d == data} - set(same))
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -336,10 +377,10 @@ def style(i):
     return dict(color=f"C{i % 10}", linestyle=["-", "--", ":"][i // 10 % 3])
 
 
-def roc(anomalous, placements):
+def roc(anomalous, scores):
     """Mean true positive rate (1001,) of the seeds at RATES. A normal image's placement is 1 - (rates above it)."""
     found = []
-    for share in placements:  # (N,)
+    for share in placement(anomalous, scores):  # (N,)
         # an anomalous image is found at the false positive rate 1 - its placement: the curve counts these
         rate = np.sort(1 - share[anomalous])
         found.append(np.searchsorted(rate, RATES + 1e-9, side="right") / len(rate))
@@ -358,13 +399,13 @@ def pixel_curves(results):
     return np.mean(found, axis=0) if found else None
 
 
-def curves_figure(data, methods, runs, placements):
+def curves_figure(data, methods, runs, scores):
     """Image ROC, pixel ROC and PRO curve (to 30%) of a benchmark's methods, means over seeds; None without any."""
     panels = [("ROC, images", "true positive rate", 1), ("ROC, pixels", "true positive rate", 1),
               ("PRO", "mean overlap per region", 0.3)]
     lines = [{}, {}, {}]
     for method in methods:
-        if known := placements.get((data, method)):
+        if known := scores.get((data, method)):
             lines[0][method] = roc(*known[:2])
         if (known := pixel_curves(runs.get((data, method), []))) is not None:
             lines[1][method], lines[2][method] = known
@@ -396,7 +437,7 @@ def panels_of(file):
         common.fail(f"{file} is no panel of image, ground truth and heat map ({e}); run that method again")
 
 
-def maps_figure(data, methods, runs, placements):
+def maps_figure(data, methods, runs, scores):
     """Rows: test images, the same for all; columns: image, ground truth, each method's heat map (thesis, Figure 3.8).
 
     Of the images that all methods have: SHOWN anomalous ones, evenly spread, and the first normal one."""
@@ -404,7 +445,7 @@ def maps_figure(data, methods, runs, placements):
                for m in methods}
     folders = {m: f for m, f in folders.items() if f}
     names = sorted(set.intersection(*({p.name for p in f.glob("*.png")} for f in folders.values()))) if folders else []
-    normal = {path.rsplit(".", 1)[0].replace("/", "_") + ".png" for (d, _), known in placements.items()
+    normal = {path.rsplit(".", 1)[0].replace("/", "_") + ".png" for (d, _), known in scores.items()
               if d == data and known for path, is_so in zip(known[2], ~known[0], strict=True) if is_so}
     anomalous = [n for n in names if n not in normal]
     count = min(SHOWN, len(anomalous))
@@ -455,6 +496,32 @@ def cost_figure(rows, methods):
                    fontsize=10)
     figure.draw_without_rendering()
     place_labels(axes, x, y, area, [r["method"] for r in rows])
+    return figure
+
+
+def ablation_figure(variants):
+    """Image AUROC against each flag's value (thesis, Figures 4.6 to 4.8): mean and deviation of the seeds, with the
+    base (hollow) among them at its own value of that flag."""
+    found = defaultdict(dict)
+    for name, results in variants.items():
+        if name != "base":
+            flag, _, value = name.partition(" ")
+            found[flag][value] = results
+            own = variants["base"][0]["args"][flag.replace("-", "_")] if "base" in variants else []
+            own = " ".join(map(str, own)) if isinstance(own, list) else f"{own:g}" if isinstance(own, NUMBER) else own
+            found[flag] |= {own: variants["base"]} if own else {}
+    figure = Figure(figsize=(3.2 * len(found), 3.4), layout="constrained", dpi=130)
+    for axes, (flag, values) in zip(figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(),
+                                    strict=True):
+        order = sorted(values, key=lambda v: (len(v.split()), float(v) if re.fullmatch(r"[\d.]+", v) else v))
+        for x, value in enumerate(order):
+            auroc = 100 * np.array([r["metrics"]["image_auroc"] for r in values[value]])
+            axes.errorbar(x, auroc.mean(), auroc.std(ddof=1) if len(auroc) > 1 else 0, fmt="o", color="C0", capsize=3,
+                          mfc="white" if values[value] is variants.get("base") else "C0")
+        axes.set_xticks(range(len(order)), [v.replace(" ", ",") for v in order], rotation=30)
+        axes.set(title=f"--{flag}", xlim=(-0.5, len(order) - 0.5))
+        axes.grid(axis="y", color="0.9")
+    figure.supylabel("image AUROC, %")
     return figure
 
 
@@ -558,12 +625,12 @@ def as_html(sections, notes, folder):
     return "\n".join([*out, "</body></html>\n"])
 
 
-def print_tables(rows):
+def print_tables(rows, what=""):
     for data in dict.fromkeys(r["data"] for r in rows):
         here = [r for r in rows if r["data"] == data]
         header, lines = table(here)
         widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-        print(f"\n{data}")
+        print(f"\n{data}{what}")
         for first, *others in [header, *lines]:
             cells = [f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True)]
             print("  ".join([f"  {first:<{widths[0]}}", *cells]))
@@ -587,19 +654,26 @@ if __name__ == "__main__":
     target = Path(args.runs) / "report"
     if target.exists() and not (target / "index.html").exists():
         common.fail(f"{target} is no report of before, and would be replaced; move it away")
-    runs, known = read_runs(args.runs), {}
-    placements = {key: read_placements(results, known) for key, results in runs.items()}
-    rows = rows_of(runs, placements, read_published())
+    runs, ablation, known = read_runs(args.runs), read_ablation(args.runs), {}
+    if not runs and not ablation:
+        common.fail(f"no finished runs in {args.runs}: expected {args.runs}/<data>/<method>/seed<k>/results.json")
+    scores = {key: read_scores(results, known) for key, results in runs.items()}
+    rows = rows_of(runs, scores, read_published())
     methods = sorted({r["method"] for r in rows})
+    variants = {(data, variant): results for data, found in ablation.items() for variant, results in found.items()}
+    variant_rows = rows_of(variants, {k: read_scores(results, known) for k, results in variants.items()},
+                           read_published())
     print_tables(rows)
-    used = [k for k in MARKS if any(f"({k})" in r["marks"] for r in rows)]
+    print_tables(variant_rows, ": variants of clip_recon")
+    used = [k for k in MARKS if any(f"({k})" in r["marks"] for r in rows + variant_rows)]
     notes = ["Percent, mean ± standard deviation over seeds."] + [f"({k}) {MARKS[k]}." for k in used]
     if any(r["data"] == "phantom" for r in rows):
         notes.append("phantom is one brain, deformed, with painted lesions: a demonstration, no benchmark.")
     print("\n" + "\n".join(notes))
-    notes.append("Intervals and p-values (DeLong) tell what other test images would change, given these networks; they "
-                 "take images as independent, and with several slices of a patient promise too much.")
-    if any(r[f"{m}_thesis_mean"] is not None for r in rows for m in METRICS):
+    notes.append(f"Intervals (bootstrap, {DRAWS:,} draws of the test images) and p-values (DeLong) tell what other "
+                 "test images would change, given these networks; they take images as independent, and with several "
+                 "slices of a patient promise too much.")
+    if any(r[f"{m}_thesis_mean"] is not None for r in rows + variant_rows for m in METRICS):
         notes.append("Thesis: the printed figure (methods/published.csv) and ours less it, where all runs of the row "
                      "have the published settings and number of images; ? marks printed figures that are suspect.")
     names = list(dict.fromkeys(r["data"] for r in rows))
@@ -608,13 +682,13 @@ if __name__ == "__main__":
         tmp.mkdir()
         for data in names:
             here = [r for r in rows if r["data"] == data]
-            matrix, found, left_out = compare(data, placements)
+            matrix, found, left_out = compare(data, scores)
             p_rows += found
             devices = ", ".join(sorted({r["device"] for m in methods for r in runs.get((data, m), [])}))
             figures = []
             for kind, figure, caption in (
-                ("curves", curves_figure(data, methods, runs, placements), "Curves on the test set, means over seeds"),
-                ("maps", maps_figure(data, methods, runs, placements),
+                ("curves", curves_figure(data, methods, runs, scores), "Curves on the test set, means over seeds"),
+                ("maps", maps_figure(data, methods, runs, scores),
                  "Test images and heat maps, each method's scaled by its range over the test set; red is anomalous"),
                 ("cost", cost_figure(here, methods), f"Time, image AUROC and memory on {devices}"),
             ):
@@ -625,10 +699,17 @@ if __name__ == "__main__":
         if len(names) > 1:
             tables = [(METRICS[m], *overview(rows, m)) for m in ("image_auroc", "dice") if any(r[m] for r in rows)]
             sections.insert(0, dict(title="All benchmarks", tables=tables, changed=[], notes=[], figures=[]))
+        for data, variants in ablation.items():
+            figures = [(f"{data}_ablation.png", f"{data}: clip_recon's variants, mean and deviation; hollow: the base")]
+            ablation_figure(variants).savefig(tmp / figures[0][0])
+            here = [r for r in variant_rows if r["data"] == data]
+            base = [f"base: {r['changed'] or 'the published settings'}" for r in here if r["method"] == "base"]
+            part = section_of(f"{data}: variants of clip_recon", here, None, [], figures)
+            sections.append(part | dict(changed=base))
         (tmp / "report.md").write_text(as_markdown(sections, notes), encoding="utf-8")
         (tmp / "report.tex").write_text(as_latex(sections, notes), encoding="utf-8")
         (tmp / "index.html").write_text(as_html(sections, notes, tmp), encoding="utf-8")
-        common.write_csv(tmp / "report.csv", rows)
+        common.write_csv(tmp / "report.csv", rows + variant_rows)
         if p_rows:
             common.write_csv(tmp / "pvalues.csv", p_rows)
     print(f"report: {target / 'index.html'}")

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+import time
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -130,26 +131,38 @@ def test_the_interval_covers_the_true_auroc_in_95_of_100_draws():
     true, covered = 0.7602, 0  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt 2)
     for seed in range(400):
         labels, scores = draw(seed, 60, 50, 1.0)
-        low, high = report.interval(labels == 1, report.placement(labels == 1, scores))
+        low, high = report.interval(labels == 1, scores[None])
         covered += low < true < high
     assert 0.92 < covered / 400 < 0.98
 
 
-def test_the_interval_is_that_of_a_bootstrap():
-    labels, scores = draw(3, 150, 120, 1.0)
-    rng, found = np.random.default_rng(0), []
-    for _ in range(1000):
-        drawn = np.concatenate([rng.choice(np.flatnonzero(labels == c), (labels == c).sum()) for c in (0, 1)])
-        found.append(report.placement(labels[drawn] == 1, scores[drawn])[labels[drawn] == 1].mean())
-    low_high = report.interval(labels == 1, report.placement(labels == 1, scores))
-    assert low_high == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.01)
+def test_the_interval_is_that_of_a_plain_loop_over_the_draws_with_ties_and_seeds():
+    anomalous = np.random.default_rng(0).permutation(40) < 25
+    scores = (np.random.default_rng(1).normal(size=(3, 40)) + 0.5 * anomalous).round(1)  # ties
+    found = []
+    for times, times_normal in zip(*(drawn.T.astype(int) for drawn in report.resample(25, 15)), strict=True):
+        assert times.sum() == 25 and times_normal.sum() == 15
+        a, b = (scores[:, c].repeat(t, axis=1) for c, t in ((anomalous, times), (~anomalous, times_normal)))
+        a, b = a[:, :, None], b[:, None]
+        found.append((a > b).mean() + (a == b).mean() / 2)
+    assert report.interval(anomalous, scores) == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=1e-6)
+
+
+def test_the_interval_agrees_with_delongs_variance_and_is_quick_on_the_largest_test_set():
+    labels, scores = draw(3, 781, 16413, 1.0)  # chest
+    share, anomalous = report.placement(labels == 1, scores), labels == 1
+    error = sum(share[c].var(ddof=1) / c.sum() for c in (anomalous, ~anomalous)) ** 0.5
+    expected = share[anomalous].mean() + 1.96 * error * np.array([-1, 1])
+    start = time.process_time()
+    low_high = report.interval(anomalous, scores[None])
+    assert low_high == pytest.approx(expected, abs=0.1 * error) and time.process_time() - start < 10
 
 
 def test_no_interval_where_scores_separate_perfectly_or_a_class_has_one_image():
     for labels in ([0, 0, 1, 1], [0, 0, 0, 1]):
-        anomalous = np.array(labels) == 1
-        assert report.interval(anomalous, report.placement(anomalous, np.array([1.0, 2, 3, 4]))) == (None, None)
-    assert report.interval(anomalous, report.placement(anomalous, np.array([1.0, 4, 2, 3]))) == (None, None)
+        assert report.interval(np.array(labels) == 1, np.array([[1.0, 2, 3, 4]])) == (None, None)
+    assert report.interval(np.array([0, 0, 0, 1]) == 1, np.array([[1.0, 4, 2, 3]])) == (None, None)
+    assert report.interval(np.array([0, 0, 1, 1]) == 1, np.array([[1.0, 2, 3, 4], [1, 1, 1, 1]])) == (None, None)
 
 
 def test_p_values_are_small_for_different_methods_and_even_for_equal_ones():
@@ -175,8 +188,8 @@ def test_only_methods_with_the_same_images_are_compared(tmp_path):
     make_run(tmp_path, "x", "cflow", 0)
     make_run(tmp_path, "x", "cflow", 1, name="other")  # seeds that saw other images
     known = {}
-    placements = {key: report.read_placements(r, known) for key, r in report.read_runs(tmp_path).items()}
-    matrix, rows, left_out = report.compare("x", placements)
+    scores = {key: report.read_scores(r, known) for key, r in report.read_runs(tmp_path).items()}
+    matrix, rows, left_out = report.compare("x", scores)
     assert {(r["method"], r["other"]) for r in rows} <= {("padim", "cfa"), ("cfa", "padim")} and len(rows) == 1
     assert left_out == ["cflow", "mkd"] and [len(line) for line in matrix[1]] == [4, 4]
 
@@ -225,6 +238,23 @@ def test_the_thesis_figure_stands_only_beside_full_published_settings(difference
     header, (line,) = report.table([row], full=True)
     ours = 100 * row["image_auroc"]
     assert ("Thesis (diff.)" in header) == (f"91.75 ± 0.96 ({ours - 91.75:+.2f})" in line) == (difference == "none")
+
+
+def test_variants_of_clip_recon_have_their_table_and_figure_and_the_thesis_rows(tmp_path):
+    published = dict(limit=None, prompt_tokens=16, layers=[1, 2, 3, 4], backbone="clip")
+    variants = dict(base={}, backbone_resnet18=dict(backbone="resnet18"), layers_1_2=dict(layers=[1, 2]))
+    for variant, changed in variants.items():
+        for seed in (0, 1):
+            make_run(tmp_path / "ablation" / variant, "brain", "clip_recon", seed, counts=(7500, 640, 3075),
+                     args=published | changed, changed=changed)
+    printed, report = run_report(tmp_path)
+    rows = re.findall(r"^  (base|backbone resnet18|layers 1 2)", printed, re.M)
+    assert rows == [v.replace("_", " ") for v in variants]
+    text = (report / "report.md").read_text()
+    assert "## brain: variants of clip_recon" in text and (report / "brain_ablation.png").exists()
+    rows = {line.split(" | ")[0]: line for line in text.splitlines()}
+    assert "92.74 ± 0.84" in rows["| base"] and "87.23 ± 1.34" in rows["| backbone resnet18 (c)"]  # thesis, Table 4.1
+    assert "92.74" not in rows["| layers 1 2 (c)"]
 
 
 def test_a_suspect_thesis_figure_carries_a_question_mark_and_its_note(tmp_path):
@@ -306,8 +336,7 @@ def test_runs_without_maps_and_curves_have_neither_figure(tmp_path):
 
 def test_roc_curves_have_the_auroc_as_their_area():
     labels, scores = draw(5, 300, 200, 1.0)
-    share = report.placement(labels == 1, scores)
-    area = np.trapezoid(report.roc(labels == 1, share[None]), report.RATES)
+    area = np.trapezoid(report.roc(labels == 1, scores[None]), report.RATES)
     assert area == pytest.approx(common.image_metrics(labels, scores)["image_auroc"], abs=0.003)
 
 
