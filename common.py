@@ -824,6 +824,7 @@ def start_run(script, args):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         fail(f"--device {args.device} cannot be used ({str(e).splitlines()[0]}); try --device auto")
+    sys.excepthook = _without_traceback
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -852,6 +853,13 @@ def start_run(script, args):
         resumed = _earlier_run(folder, args, method)
     print(f"{method} on {data}, seed {args.seed}, {device}: {folder}", flush=True)
     return Run(script, args, device, folder, lock, restored, resumed)
+
+
+def _without_traceback(kind, *others):
+    if kind is KeyboardInterrupt:
+        print("stopped; the same command goes on from the last evaluation", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, *others)
 
 
 def _earlier_run(folder, args, method):

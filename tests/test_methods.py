@@ -6,6 +6,8 @@ import json
 import os
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
 
 import nibabel
@@ -255,7 +257,8 @@ def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom,
     assert np.corrcoef(panel.ravel(), lowest.ravel())[0, 1] > 0.99
 
 
-def test_a_checkpoint_does_not_replace_the_scores_of_a_finished_run(phantom, tmp_path, capsys):
+def test_a_checkpoint_does_not_replace_the_scores_of_a_finished_run(phantom, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common.fcntl, "flock", lambda *_: None)  # this process leaves, but does not end
     arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0]
     run_here("padim", *arguments, *SHORT["padim"])
     folder = tmp_path / "phantom/padim/seed0"
@@ -268,6 +271,18 @@ def test_a_checkpoint_does_not_replace_the_scores_of_a_finished_run(phantom, tmp
     assert "--overwrite" in capsys.readouterr().err and (folder / "scores.csv").read_bytes() == before
     run_here("padim", *arguments, "--checkpoint", folder / "model.pt", "--overwrite")
     assert (folder / "scores.csv").read_bytes() == before
+
+
+def test_ctrl_c_ends_a_run_with_one_line(phantom, tmp_path):
+    arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", *SHORT["padim"]]
+    run = subprocess.Popen([sys.executable, ROOT / "methods/padim.py", *map(str, arguments)], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # jobs of a shell ignore it
+    assert run.stdout.readline().startswith("padim on phantom")
+    run.send_signal(signal.SIGINT)
+    error = run.communicate(timeout=60)[1]
+    assert run.returncode == -signal.SIGINT
+    assert error == "stopped; the same command goes on from the last evaluation\n"
 
 
 def test_a_wrong_data_folder_leaves_a_finished_run_as_it_is(phantom, tmp_path):
