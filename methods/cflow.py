@@ -5,8 +5,8 @@ in the image, which it is told by a positional code. Features of lesions are unl
 enlarged to the image and added.
 
 Settings: thesis, Table 3.3: wide_resnet50_2, Adam with learning rate 1e-4, codes of 128 numbers, clamp 1.9. Where it is
-silent, the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks each with a random rotation, batches of
-32 images, steps of 256 feature vectors, 200 epochs with warm-up and cosine, images turned by up to 5 degrees.
+silent, the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks each with a random rotation, batches
+of 32 images, steps of 256 feature vectors, 200 epochs with warm-up and cosine, images turned by up to 5 degrees.
 Trained with wide_resnet50_2: 81,647,616 weights.
 Differences from the paper: 256 pixels on all data.
 Differences from the official code: the likeliest vector of each layer, to which all others are compared, is that of

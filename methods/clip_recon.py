@@ -20,6 +20,7 @@ Decisions where the thesis leaves room (there is no public code to compare with)
   width by a frozen orthonormal map.
 - Batches of 8, AdamW's defaults, no schedule; the epoch is chosen on valid, as in chapter 3.
 - The tower was made for 240 pixels: its positions are interpolated to 256 as open_clip does it.
+
 The published adapter is narrow: with 16 times fewer hidden units than inputs the model may know little more than the
 mean of each location. `--adapter-reduction 0.25` gives it four times more units than inputs (README: what it did).
 

@@ -9,10 +9,10 @@ code (marco-rudolph/cs-flow), but batches of 64, 300 epochs and 256 pixels as in
 (official: 16, 240, 768).
 Differences from the official code: torchvision's EfficientNet-B5 instead of efficientnet_pytorch's, another training of
 the same network with symmetric padding; the epoch is chosen on valid (the last is kept there).
-Differences from the thesis: none that is known; its tables give image scores only. The map is the official code's: at
-256 pixels it has 8x8 cells. Where a benchmark has masks it has its part in the choice of the epoch, as in all methods.
-anomalib 2.7 differs: its loss multiplies the log-determinant by the batch size, betas are (0.5, 0.9), one permutation
-serves all scales, the map is the product of three scales.
+Differences from the thesis: none that is known; its tables give image scores only. The map is the official code's:
+at 256 pixels it has 8x8 cells. Where a benchmark has masks it has its part in the choice of the epoch, as in all
+methods. anomalib 2.7 differs: its loss multiplies the log-determinant by the batch size, betas are (0.5, 0.9), one
+permutation serves all scales, the map is the product of three scales.
 
 Parameters: 275,227,288 in the flow, of 304 channels (mobilenet_v2: 289,711,640, of 320). The features of a
 training image, computed once, are 0.1 MB at 256 pixels.

@@ -16,6 +16,7 @@ Differences from Runinho's code:
 - The density is fitted before each look at valid, which chooses the epoch (thesis, 3.4.1); there the last step is kept.
 - The covariance's shrinkage (Ledoit and Wolf 2004) is our own: as scikit-learn's, 20 times faster.
 - The cosine schedule starts at once; there the first two steps share one learning rate.
+
 A patch pasted from black onto black changes nothing and bears a wrong label, as published: the share of such images is
 noted in results.json. Images get a score but no anomaly map (thesis: NA).
 11.18 M parameters (ResNet-18) + 0.59 M (head, for training only).

@@ -12,8 +12,8 @@ classifier its DDIM encoding and decoding gives the image back as it is, lesion 
 its row was made. AnoDDPM needs no labels; `--noise gauss` is the plain DDPM's reconstruction.
 
 Settings: the official code (Julian-Wyatt/AnoDDPM, 3052f04, args28.json): network, schedule, 0 <= t < 800 in training,
-AdamW 1e-4, gradients cut at norm 1, averaged weights, 300,000 images. Those are 40 epochs of brain; of liver 195, resc
-70, oct2017 11, chest 38, histo 59.
+AdamW 1e-4, gradients cut at norm 1, averaged weights, 300,000 images. Those are 40 epochs of brain; of liver 195,
+resc 70, oct2017 11, chest 38, histo 59.
 Differences from the official code:
 - Octaves of gradient noise (Perlin's, on a cubic lattice) instead of simplex noise, with its periods and persistence.
 - A noise field is shifted and scaled to mean 0 and deviation 1, which the schedule takes for granted; there it is used
@@ -31,8 +31,8 @@ Differences from the official code:
 
 Parameters: 131,649,793 with one channel, as in the official code; 32,950,401 with --base-channels 64. A forward pass
 at 256 pixels: 563 and 142 GFLOP; to score an image, 50 of them.
-Cost, measured on one busy CPU thread: 200 images of 64 pixels with --base-channels 16 --multipliers 1 1 2 2 --attention
-8, batches of 2: 34 s an epoch, 0.3 s to score an image in 5 steps, 0.9 GiB. The default was not timed.
+Cost, measured on one busy CPU thread: 200 images of 64 pixels with --base-channels 16 --multipliers 1 1 2 2
+--attention 8, batches of 2: 34 s an epoch, 0.3 s to score an image in 5 steps, 0.9 GiB. The default was not timed.
 """
 
 import copy

@@ -16,6 +16,7 @@ Differences from the official code:
 - The epoch is chosen on valid (thesis, 3.4.1); there the last one is taken.
 - A last batch of one image, which has no batch statistics, is left out; the official code stops there.
 - The set is resized and scaled once and stays on the device; there it is read anew in each epoch.
+
 0.521 M parameters, 0.805 M with the decoder of the first stage. Images get a score but no anomaly map.
 
 Cost, measured on one CPU thread: 5 ms an image and epoch in either stage (so 6 hours for 300 + 300 epochs of 7,500

@@ -13,6 +13,7 @@ Differences from the official code:
   its scores depend on the images beside; `--instance-stats` is what that code does when it tests image by image.
 - The epoch is chosen on valid, not on test, and scores are not rescaled by the test set's range.
 - The discriminator sees each image once a step, not twice, with the same losses and gradients, and gives logits.
+
 Differences from BMAD and anomalib, which made the thesis' figures: the discriminator's features are matched, not its
 outputs, and codes by their squared, not their smooth L1 distance; the first convolution is padded by 1, not 4; images
 lie in [-1, 1], which the decoder's tanh can reach, not normalised as ImageNet's; initial weights are drawn from

@@ -7,8 +7,8 @@ Settings: thesis, Table 3.4: 10% of the patches kept, 9 neighbours for the re-we
 or wide_resnet50_2 (the default here: the thesis gives one row for both and does not say which). Features as in BMAD's
 code, which made the thesis' row: layers 2 and 3, 3x3 means, concatenated (1,536 channels).
 Differences from the paper: 256 pixels, not 256 cropped to 224 (lesions may lie at the border).
-Differences from the official code (amazon-science/patchcore-inspection): the image score is re-weighted (paper, Eq.
-7; the official code takes the plain maximum); distances, not squared ones; features are not pooled to 1,024
+Differences from the official code (amazon-science/patchcore-inspection): the image score is re-weighted (paper,
+Eq. 7; the official code takes the plain maximum); distances, not squared ones; features are not pooled to 1,024
 dimensions.
 Differences from BMAD's: the deeper layer is upsampled bilinearly, as in the official code, not by nearest neighbour;
 one pass over the data (three epochs there triple some of its banks).

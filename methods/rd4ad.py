@@ -14,6 +14,7 @@ Differences from hq-deng/RD4AD:
 - The epoch is chosen on valid; there every tenth is shown on the test set and the last one kept.
 - The teacher runs without gradients, and without the last stage, which nothing reads; the bottleneck lacks a layer
   that is never called (conv4 there).
+
 Difference from the thesis' benchmark: its configuration multiplies the layers' maps; the official code adds them, which
 is the default here (--combine product multiplies).
 mobilenet_v2 is our choice, not published: the bottleneck fuses as in the paper, its blocks and the decoder's are

@@ -17,17 +17,18 @@ Differences from the official code:
   pixels have two levels, 128 three with 2x2 groups at the top. The four scales of the score follow the groups.
 - On a GPU the transformer runs in bfloat16 (autocast): almost all of the cost are its dense layers.
 - mobilenet_v2 as another backbone; only the first and the last layer change.
+
 Kept, though it looks like an accident: both position tables are random codes that are never trained, one norm serves
 the encoders of all levels and another the decoders, and the layers of a level start with equal attention weights.
 91.719 M parameters as published, the 2.122 M fixed position codes included; beside them resnet18's frozen 2.783 M.
 
-Short runs: until the second head has learned the error's size (loss_std), dividing by it does harm. On the phantom at
-64 pixels with `--width 64 --layers 1 --batch-size 2 --lr 3e-3` loss_std was below 1 after 300 steps; the ratio still
+Short runs: until the second head has learned the error's size (loss_std), dividing by it does harm. On the phantom
+at 64 pixels with `--width 64 --layers 1 --batch-size 2 --lr 3e-3` loss_std was below 1 after 300 steps; the ratio still
 found less (after 800 steps, pixel AUROC 0.74) than the bare error (0.87).
 
 Cost: 275 GFLOP an image at 256 pixels (counted), thrice that in training, so no method for a CPU. Measured, one thread
-of a busy machine: 200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`, 4 epochs: 176 s, 1.5 GiB;
-81 ms per image.
+of a busy machine: 200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`, 4 epochs: 176 s, 1.5
+GiB; 81 ms per image.
 """
 
 import sys
