@@ -50,7 +50,7 @@ class Args:
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: int = 256
     """images are resized to this many pixels squared (thesis, 4.3.3)"""
-    batch_size: int = 32
+    batch_size: int = 16
     """images a batch; changes nothing but speed and memory"""
     limit: int | None = None
     """at most this many images of each split and class, for quick looks"""
@@ -135,12 +135,12 @@ class PaDiM(nn.Module):
         # diagonal block, and R^-1 [-A V, I] the new rows of L^-1.
         for l in range(len(self.layers)):
             d, depth = scatter[l].shape[1:]
-            for where in torch.arange(len(scatter[l]), device=scatter[l].device).split(256):  # positions
-                cov = exact(scatter[l][where]) / max(n - 1, 1)  # (256, d_l, D_l)
+            for where in torch.arange(len(scatter[l]), device=scatter[l].device).split(64):  # few, as each takes MBs
+                cov = exact(scatter[l][where]) / max(n - 1, 1)  # (64, d_l, D_l)
                 own = cov[:, :, depth - d :] + EPSILON * torch.eye(d, device=cov.device)
                 a_v = torch.zeros_like(cov[:, :, : depth - d])
                 if l:
-                    v = self._coarser(scatter, l, where)  # (256, D_l - d_l, D_l - d_l)
+                    v = self._coarser(scatter, l, where)  # (64, D_l - d_l, D_l - d_l)
                     a = cov[:, :, : depth - d] @ v.mT
                     own, a_v = own - a @ a.mT, a @ v
                 eye = torch.eye(d, device=cov.device, dtype=cov.dtype).expand_as(own)

@@ -1,4 +1,4 @@
-"""Speed beside the peers, in one run: `python tests/benchmark.py metrics|padim|patchcore|cache`. CPU seconds.
+"""Speed beside the peers, in one run: `python tests/benchmark.py metrics|padim|patchcore|cache|clip`. CPU seconds.
 
 Needs the peers in the same environment (no dependency of ours): `pip install anomalib adeval`.
 
@@ -8,7 +8,9 @@ padim: fitting and scoring on the same made-up features of mobilenet_v2's shapes
     peak memory of ours for two numbers of images.
 patchcore: the coreset of 1,024 patches an image and the search in one bank; anomalib's coreset is measured for a few
     steps, which all cost the same, and scaled.
-cache: seconds of an epoch with and without --cache-features, default settings but 16 images and untrained backbones."""
+cache: seconds of an epoch with and without --cache-features, default settings but 16 images and untrained backbones.
+clip: a training step of clip_recon's default model, untrained, at 64 locations of one image, against the text tower's
+    bare forward and backward pass on as many words, and against the step with every text padded to 77 words."""
 
 import csv
 import resource
@@ -33,7 +35,7 @@ import common
 
 @dataclass
 class Args:
-    what: Annotated[Literal["metrics", "padim", "patchcore", "cache", "padim-memory"], tyro.conf.Positional]
+    what: Annotated[Literal["metrics", "padim", "patchcore", "cache", "clip", "padim-memory"], tyro.conf.Positional]
     """the comparison to run (padim-memory: what padim calls for each number of images)"""
     images: int | None = None
     """anomaly maps (800) or training images (200)"""
@@ -234,9 +236,49 @@ def compare_cache(args):
                   f"{seconds[1]:6.2f} s, {seconds[1] / seconds[0]:5.1f} times", flush=True)
 
 
+# ----------------------------------------------------------------------------------------------------------- clip_recon
+def compare_clip(args):
+    import clip_recon
+
+    model = clip_recon.ClipRecon(clip_recon.Args(clip_weights="none"))
+    features, where = model.image_features(torch.rand(1, 3, 256, 256)), torch.arange(64)
+    short, blocks = clip_recon.text_features, model.clip.transformer.resblocks
+    words = torch.randn(64, 18, model.clip.transformer.width, requires_grad=True)
+
+    def step():
+        sum(d.mean() for d in model.distances(features, where)).backward()
+
+    def bare():
+        x = words
+        for block in blocks:
+            x = block(x, attn_mask=model.clip.attn_mask[:18, :18])
+        x.sum().backward()
+
+    def padded(clip, tokens, numbers, recompute):
+        x, found = torch.nn.functional.pad(tokens, (0, 0, 0, 77 - tokens.shape[1])) + clip.positional_embedding, []
+        for number, block in enumerate(blocks, 1):
+            x = block(x, attn_mask=clip.attn_mask)
+            if number in numbers:
+                found.append(clip.ln_final(x[:, tokens.shape[1] - 1]) @ clip.text_projection)
+        return found
+
+    seconds = {work.__name__: cpu_seconds(work, args.repeats)[0] for work in (step, bare)}
+    with torch.no_grad():
+        distances = model.distances(features, where)
+    clip_recon.text_features = padded
+    with torch.no_grad():
+        error = max(float((a - b).abs().max())
+                    for a, b in zip(distances, model.distances(features, where), strict=True))
+    seconds["padded"] = cpu_seconds(step, args.repeats)[0]
+    clip_recon.text_features = short
+    print(f"clip_recon, step at 64 locations: {seconds['step']:.2f} s; bare text tower {seconds['bare']:.2f} s, "
+          f"{seconds['step'] / seconds['bare']:.2f} times that; padded to 77 {seconds['padded']:.2f} s, "
+          f"{seconds['padded'] / seconds['step']:.2f} times ours, distances differ by {error:.1e}", flush=True)
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.threads)
     common.keep_memory()  # for both sides, as in a run
     {"metrics": compare_metrics, "padim": compare_padim, "padim-memory": padim_memory, "patchcore": compare_patchcore,
-     "cache": compare_cache}[args.what](args)
+     "cache": compare_cache, "clip": compare_clip}[args.what](args)
