@@ -648,7 +648,7 @@ class PixelMetrics:
             else:
                 self.pending.append((scores + 0, share))  # a copy; -0 and 0 are one score
         if not self.bins and self.pixels > self.SORTED:
-            self._make_pages(torch.cat([self._key(scores)[1] for scores, _ in self.pending]))
+            self._make_pages(torch.cat([self._key(scores)[1] for scores, _ in self.pending]), self.pixels)
             for scores, share in self.pending:
                 self._count(scores, share)
             self.pending = []
@@ -660,12 +660,13 @@ class PixelMetrics:
             key ^= (key >> 31) & 0x7FFFFFFF  # two's complement for negative floats
         return key, (key >> 16).add_(32768)
 
-    def _make_pages(self, pages):
-        """Bins for the pages (n,) of scores that have none yet."""
-        count = torch.bincount(pages, minlength=65536)
-        beside = (count.view(-1, 32).amax(dim=1) > 0).repeat_interleave(32)  # 32 neighbours at once
-        new = torch.nonzero(beside & (self.shift > 16)).flatten()
-        share = count[new] / self.pixels  # where they crowd, a bin is to hold a 2**18th of the pixels
+    def _make_pages(self, pages, pixels):
+        """Bins for the pages (n,) of scores that have none yet, out of so many pixels."""
+        share = torch.bincount(pages, minlength=65536) / pixels
+        # 32 neighbours at once, but where scores crowd: those who crowd beside them later need finer bins, too
+        most = share.view(-1, 32).amax(dim=1).repeat_interleave(32)
+        new = torch.nonzero(((share > 0) | (most > 0) & (most < 2**-6)) & (self.shift > 16)).flatten()
+        share = share[new]  # where they crowd, a bin is to hold a 2**18th of the pixels
         bits = (share * 2**18).log2().ceil().clamp(8, 16).where(share > 2**-6, 8).int()
         size = 1 << bits
         self.shift[new] = 16 - bits
@@ -692,7 +693,7 @@ class PixelMetrics:
             other = torch.nonzero(bins < 0).flatten()
             key, page = self._key(scores[other])
             if len(unknown := page[self.shift[page] > 16]):
-                self._make_pages(unknown)
+                self._make_pages(unknown, len(scores))
             bins[other] = self.start[page] + (key >> self.shift[page])  # int32 may overflow, and comes back
         if share:
             where, weight = (torch.from_numpy(a) for a in share)

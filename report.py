@@ -700,8 +700,10 @@ if __name__ == "__main__":
             tables = [(METRICS[m], *overview(rows, m)) for m in ("image_auroc", "dice") if any(r[m] for r in rows)]
             sections.insert(0, dict(title="All benchmarks", tables=tables, changed=[], notes=[], figures=[]))
         for data, variants in ablation.items():
-            figures = [(f"{data}_ablation.png", f"{data}: clip_recon's variants, mean and deviation; hollow: the base")]
-            ablation_figure(variants).savefig(tmp / figures[0][0])
+            figures, name = [], f"{data}_ablation.png"
+            if set(variants) != {"base"}:
+                figures = [(name, f"{data}: clip_recon's variants, mean and deviation; hollow: the base")]
+                ablation_figure(variants).savefig(tmp / name)
             here = [r for r in variant_rows if r["data"] == data]
             base = [f"base: {r['changed'] or 'the published settings'}" for r in here if r["method"] == "base"]
             part = section_of(f"{data}: variants of clip_recon", here, None, [], figures)

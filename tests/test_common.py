@@ -82,6 +82,13 @@ def test_pixel_metrics_equal_sorting_all_pixels(shape, images):
     assert found["dice"] == pytest.approx(expected["dice"], abs=1e-4)
 
 
+def test_pixel_metrics_hold_where_later_images_crowd_beside_the_first_ones():
+    masks, signal = blobs(0, 600)  # the second half has the anomalies, and comes after what is sorted
+    maps = (1000 + signal / 100 + 8 * (np.arange(600) >= 300)[:, None, None]).astype(np.float32)
+    found, expected = streamed(maps, masks), sorted_reference(maps, masks)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_aupro_worked_out_by_hand():
     masks = np.zeros((1, 4, 4), bool)
     masks[0, 0, 0] = masks[0, 3, 2:] = True  # two regions, of 1 and 2 pixels; 13 normal pixels

@@ -257,6 +257,12 @@ def test_variants_of_clip_recon_have_their_table_and_figure_and_the_thesis_rows(
     assert "92.74" not in rows["| layers 1 2 (c)"]
 
 
+def test_a_base_without_variants_yet_has_no_figure(tmp_path):
+    make_run(tmp_path / "ablation/base", "brain", "clip_recon")
+    printed, report = run_report(tmp_path)
+    assert "variants of clip_recon" in printed and not (report / "brain_ablation.png").exists()
+
+
 def test_a_suspect_thesis_figure_carries_a_question_mark_and_its_note(tmp_path):
     make_run(tmp_path, "oct2017", "clip_recon", counts=(26315, 242, 726))
     text = (run_report(tmp_path)[1] / "report.md").read_text()
