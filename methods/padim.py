@@ -95,7 +95,7 @@ class PaDiM(nn.Module):
             if not len(mine):
                 common.fail(f"--features {features}: the draw left {self.layers[l]} out; take more, or another --seed")
             self.register_buffer(f"channels{l}", mine)  # (d_l,)
-            self.register_buffer(f"mean{l}", torch.zeros(h * w, depth))  # (P_l, D_l)
+            self.register_buffer(f"mean{l}", torch.zeros(h * w, len(mine)))  # (P_l, d_l)
             self.register_buffer(f"whiten{l}", torch.zeros(h * w, len(mine), depth))  # (P_l, d_l, D_l), see fit
         self.grids = [(h, w) for _, h, w in shapes]
 
@@ -104,12 +104,21 @@ class PaDiM(nn.Module):
         return [found[k] for k in self.layers]
 
     def embed(self, image):
-        """(B, 3, H, W) -> a (P_l, B, D_l) for each l: drawn channels, coarser layers repeated onto grid l (nearest)."""
-        joint = None
+        """(B, 3, H, W) -> the drawn channels of each layer l by position, (P_l, B, d_l)."""
         for l, feature in enumerate(self.features(image)):
-            feature = feature[:, self.get_buffer(f"channels{l}")]  # (B, d_l, h, w)
-            joint = feature if l == 0 else torch.cat([F.interpolate(joint, feature.shape[-2:]), feature], dim=1)
-            yield joint.flatten(2).permute(2, 0, 1)  # (B, D_l, h, w) -> (P_l, B, D_l)
+            drawn = feature.index_select(1, self.get_buffer(f"channels{l}")).flatten(2)  # (B, d_l, P_l)
+            yield drawn.flatten(0, 1).T.contiguous().unflatten(1, drawn.shape[:2])  # PyTorch is fast in two dimensions
+
+    def joint(self, coarser, own, l):
+        """(P_l-1, n, D_l-1), (P_l, n, d_l) -> (P_l, n, D_l): coarser layers repeated onto grid l (nearest), layer l."""
+        if l == 0:
+            return own
+        n, depth = coarser.shape[1:]
+        (h, w), (height, width) = self.grids[l - 1 : l + 1]
+        x = own.new_empty(len(own), n, depth + own.shape[2])
+        x.view(h, height // h, w, width // w, n, -1)[..., :depth] = coarser.view(h, 1, w, 1, n, depth)
+        x[..., depth:] = own
+        return x
 
     @torch.inference_mode()
     def fit(self, batches):
@@ -118,14 +127,14 @@ class PaDiM(nn.Module):
         means = [self.get_buffer(f"mean{l}").zero_() for l in range(len(self.layers))]
         scatter = [self.get_buffer(f"whiten{l}").zero_() for l in range(len(self.layers))]  # rows of layer l only
         for image in batches:
-            b = len(image)
+            b, z = len(image), None
             for l, x in enumerate(self.embed(image)):
-                mean = x.permute(1, 2, 0).mean(0).T  # (P_l, D_l); in the order in which x lies in memory
+                mean = x.mean(dim=1)  # (P_l, d_l)
                 delta = mean - means[l]
-                z = x.new_empty(len(x), b + 1, x.shape[2])
-                torch.sub(x, mean[:, None], out=z[:, :b])
-                z[:, b] = (n * b / (n + b)) ** 0.5 * delta  # Chan et al. 1979: the two means' scatter, as one more row
-                scatter[l].baddbmm_(z[:, :, z.shape[2] - scatter[l].shape[1] :].mT, z)
+                between = (n * b / (n + b)) ** 0.5 * delta  # Chan et al. 1979: the two means' scatter, as one more row
+                own = torch.cat([x.sub_(mean[:, None]), between[:, None]], dim=1)  # (P_l, b + 1, d_l)
+                z = self.joint(z, own, l)
+                scatter[l].baddbmm_(own.mT, z)
                 means[l] += delta * (b / (n + b))
             n += b
         # From here the buffers of scatter are overwritten by rows of L^-1. With the covariance S (+ epsilon I) = L L^T,
@@ -163,9 +172,10 @@ class PaDiM(nn.Module):
     def predict(self, image):
         """Anomaly map (B, H, W): the Mahalanobis distance, smoothed; anomaly score (B,): its maximum."""
         self.eval()
-        squared = 0
-        for l, x in enumerate(self.embed(image)):
-            z = (x - self.get_buffer(f"mean{l}")[:, None]) @ self.get_buffer(f"whiten{l}").mT  # (P_l, B, d_l)
+        squared, x = 0, None
+        for l, own in enumerate(self.embed(image)):
+            x = self.joint(x, own.sub_(self.get_buffer(f"mean{l}")[:, None]), l)  # (P_l, B, D_l)
+            z = x @ self.get_buffer(f"whiten{l}").mT  # (P_l, B, d_l)
             share = z.square().sum(2).T.unflatten(1, self.grids[l])[:, None]  # (B, 1, h, w)
             squared = share + (F.interpolate(squared, self.grids[l]) if l else 0)  # nearest: coarser layers are shared
         anomaly_map = F.interpolate(squared.sqrt(), image.shape[-2:], mode="bilinear")  # paper, Eq. 2: the root

@@ -94,8 +94,8 @@ class PatchCore(nn.Module):
 
     def embed(self, image):
         """(B, 3, H, W) -> patch features (B, h*w, D) on the finer layer's grid, and that grid (h, w)."""
-        fine, coarse = (self.backbone(common.normalize(image))[k] for k in self.layers)
-        fine, coarse = (F.avg_pool2d(f, 3, stride=1, padding=1) for f in (fine, coarse))  # f_agg; border zeros count
+        found = self.backbone(common.normalize(image))
+        fine, coarse = (F.avg_pool2d(found[k], 3, stride=1, padding=1) for k in self.layers)  # f_agg; zeros at borders
         coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear")
         joint = torch.cat([fine, coarse], dim=1)  # (B, D, h, w)
         return joint.flatten(2).mT, joint.shape[-2:]

@@ -1,6 +1,7 @@
-"""Speed beside the peers, in one run: `python tests/benchmark.py metrics|padim|patchcore|cache|clip`. CPU seconds.
+"""Speed, beside the peers where there are: `python tests/benchmark.py metrics|padim|patchcore|cache|clip|score|cost`.
 
-Needs the peers in the same environment (no dependency of ours): `pip install anomalib adeval`.
+CPU seconds. The first three need the peers in the same environment (no dependency of ours):
+`pip install anomalib adeval`.
 
 metrics: pixel AUROC and AUPRO of 800 maps of 256x256 with blobs, one thread: ours (which gives pixel AP and Dice too)
     against anomalib's AUPRO and AUROC, and ADEval's streaming accumulator.
@@ -10,10 +11,15 @@ patchcore: the coreset of 1,024 patches an image and the search in one bank; ano
     steps, which all cost the same, and scaled.
 cache: seconds of an epoch with and without --cache-features, default settings but 16 images and untrained backbones.
 clip: a training step of clip_recon's default model, untrained, at 64 locations of one image, against the text tower's
-    bare forward and backward pass on as many words, and against the step with every text padded to 77 words."""
+    bare forward and backward pass on as many words, and against the step with every text padded to 77 words.
+score: from decoded images to metrics, against the backbone's forward pass alone; published settings, untrained.
+cost: every script as published, untrained, one pass over a few phantom images of its size in batches of 1 and of 32:
+    what its results.json says."""
 
 import csv
+import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +27,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -35,10 +42,11 @@ import common
 
 @dataclass
 class Args:
-    what: Annotated[Literal["metrics", "padim", "patchcore", "cache", "clip", "padim-memory"], tyro.conf.Positional]
+    what: Annotated[Literal["metrics", "padim", "patchcore", "cache", "clip", "score", "cost", "padim-memory"],
+                    tyro.conf.Positional]
     """the comparison to run (padim-memory: what padim calls for each number of images)"""
     images: int | None = None
-    """anomaly maps (800) or training images (200)"""
+    """anomaly maps (800), training images (200), images to score (16)"""
     repeats: int = 3
     """timings of each side; medians are printed"""
     threads: int = 1
@@ -175,7 +183,7 @@ def compare_padim(args):
                cpu_seconds(their_fit, 1)[0])
         beside("score, 64 images", cpu_seconds(our_score, args.repeats)[0], cpu_seconds(their_score, args.repeats)[0])
     peaks = {}
-    for count in (2 * n, 10 * n):
+    for count in (2 * n, 20 * n):
         command = [sys.executable, __file__, "padim-memory", "--images", str(count)]
         peaks[count] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     print("peak memory of ours: " + ", ".join(f"{p:.3f} GiB for {c} images" for c, p in peaks.items()))
@@ -218,9 +226,13 @@ CACHED = {  # one epoch of each must take seconds on a CPU
 }
 
 
+def phantom(folder):
+    subprocess.run([sys.executable, ROOT / "datasets/phantom.py", "--root", folder], check=True, capture_output=True)
+
+
 def compare_cache(args):
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, ROOT / "datasets/phantom.py", "--root", folder], check=True)
+        phantom(folder)
         for method, flags in CACHED.items():
             seconds = []
             for budget in ("auto", 0):
@@ -276,9 +288,86 @@ def compare_clip(args):
           f"{seconds['padded'] / seconds['step']:.2f} times ours, distances differ by {error:.1e}", flush=True)
 
 
+# --------------------------------------------------------------------------------------------------- scoring, all costs
+def compare_score(args):
+    import cfa
+    import cflow
+    import csflow
+    import padim
+    import patchcore
+    import simplenet
+
+    with tempfile.TemporaryDirectory() as folder:
+        phantom(folder)
+        half = (args.images or 16) // 2
+        train, _, test = common.load_benchmark(SimpleNamespace(data="phantom", root=folder, image_size=256, limit=half,
+                                                               predict=None))
+        for script in (padim, cfa, simplenet, patchcore, cflow, csflow):
+            a, name = script.Args(weights="none"), script.__name__
+            with torch.no_grad():
+                if script is padim:
+                    model = padim.PaDiM(a.backbone, a.weights, a.features, a.image_size)
+                    model.fit(train.batches(8))
+                elif script is cfa:
+                    model = cfa.CFA(a.backbone, a.weights, a.image_size, a.neighbors, a.hard_negatives, a.radius,
+                                    a.learn_radius)
+                    model.fill_memory_bank(model.features(image) for image in train.batches(8))
+                elif script is simplenet:
+                    model = simplenet.SimpleNet(a.backbone, a.weights)
+                elif script is patchcore:
+                    model = patchcore.PatchCore(a.backbone, a.weights, a.ratio, a.neighbors)
+                    model.memory_bank, name = model.embed(train.batch([0]))[0][0, :10], "patchcore, bank of 10"
+                elif script is cflow:
+                    model = cflow.CFlow(a.backbone, a.weights, a.image_size, a.blocks, a.condition)
+                else:
+                    model = csflow.CSFlow(a.backbone, a.weights, a.hidden, a.image_size)
+                model.eval()
+                network = model.features if script is csflow else model.backbone  # CS-Flow's runs at three sizes
+
+                def forward(network=network):
+                    for image in test.batches(8):
+                        network(common.normalize(image))
+
+                def score(model=model):
+                    common.evaluate(model.predict, test, 8, torch.device("cpu"))
+
+                seconds = [cpu_seconds(work, args.repeats)[0] / len(test) for work in (forward, score)]
+            print(f"{name:<22} {a.backbone:<16} forward {seconds[0]:6.3f} s an image, score and metrics "
+                  f"{seconds[1]:6.3f} s, {seconds[1] / seconds[0]:5.2f} times", flush=True)
+
+
+ONE_PASS = {"deepsvdd": ["--ae-epochs", 1], "fanogan": ["--gan-epochs", 1], "patchsvdd": ["--repeat", 1]}
+LONG = {"anogan", "clip_recon", "ddpm", "draem", "patchsvdd", "utrad", "winclip"}  # 2 images, in batches of 1 only
+
+
+def compare_cost(args):
+    with tempfile.TemporaryDirectory() as folder:
+        phantom(folder)
+        shutil.rmtree(Path(folder) / "phantom/valid")
+        for script in sorted((ROOT / "methods").glob("*.py")):
+            for size in (1, 32):
+                if size > 1 and script.stem in LONG:
+                    continue
+                taken, out = script.read_text(), Path(folder) / str(size)
+                count = 2 if script.stem in LONG else 4 if size == 1 else 32
+                command = [sys.executable, script, "--root", folder, "--out", out, "--maps", 0, "--device", "cpu",
+                           "--limit", count, "--batch-size", size, *ONE_PASS.get(script.stem, [])]
+                for flag in ("weights", "clip_weights"):
+                    command += [f"--{flag.replace('_', '-')}", "none"] if f"\n    {flag}: " in taken else []
+                command += ["--epochs", 1] if "\n    epochs: " in taken else []
+                done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+                if done.returncode:
+                    print(f"{script.stem}, batch {size}: status {done.returncode} {done.stderr[-200:]}", flush=True)
+                    continue
+                r = json.loads((out / f"phantom/{script.stem}/seed0/results.json").read_text())
+                print(f"{script.stem:<14} batch {size:>2}   {r['parameters']['total'] / 1e6:7.1f} M parameters   train "
+                      f"{r['train_seconds'] / count:8.3f} s an image   score {r['test_ms_per_image']:9.1f} ms   peak "
+                      f"{r['peak_memory_gib']['ram']:6.2f} GiB", flush=True)
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.threads)
     common.keep_memory()  # for both sides, as in a run
     {"metrics": compare_metrics, "padim": compare_padim, "padim-memory": padim_memory, "patchcore": compare_patchcore,
-     "cache": compare_cache, "clip": compare_clip}[args.what](args)
+     "cache": compare_cache, "clip": compare_clip, "score": compare_score, "cost": compare_cost}[args.what](args)
