@@ -289,7 +289,8 @@ def compare_clip(args):
 
 
 # --------------------------------------------------------------------------------------------------- scoring, all costs
-def compare_score(args):
+def scored_models(train):
+    """Names, models as published but for their weights, and what of them is the backbone's forward pass."""
     import cfa
     import cflow
     import csflow
@@ -297,43 +298,46 @@ def compare_score(args):
     import patchcore
     import simplenet
 
-    with tempfile.TemporaryDirectory() as folder:
+    a = padim.Args()
+    model = padim.PaDiM(a.backbone, "none", a.features, a.image_size)
+    model.fit(train.batches(8))
+    yield "padim", model, model.backbone
+    a = cfa.Args()
+    model = cfa.CFA(a.backbone, "none", a.image_size, a.neighbors, a.hard_negatives, a.radius, a.learn_radius)
+    model.fill_memory_bank(model.features(image) for image in train.batches(8))
+    yield "cfa", model, model.backbone
+    model = simplenet.SimpleNet(simplenet.Args.backbone, "none")
+    yield "simplenet", model, model.backbone
+    a = patchcore.Args()
+    model = patchcore.PatchCore(a.backbone, "none", a.ratio, a.neighbors)
+    model.memory_bank = model.embed(train.batch([0]))[0][0, :10]  # the search in a real one is measured above
+    yield "patchcore, bank of 10", model, model.backbone
+    a = cflow.Args()
+    model = cflow.CFlow(a.backbone, "none", a.image_size, a.blocks, a.condition)
+    yield "cflow", model, model.backbone
+    a = csflow.Args()
+    model = csflow.CSFlow(a.backbone, "none", a.hidden, a.image_size)
+    yield "csflow", model, model.features  # three sizes of each image
+
+
+def compare_score(args):
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         phantom(folder)
-        half = (args.images or 16) // 2
-        train, _, test = common.load_benchmark(SimpleNamespace(data="phantom", root=folder, image_size=256, limit=half,
-                                                               predict=None))
-        for script in (padim, cfa, simplenet, patchcore, cflow, csflow):
-            a, name = script.Args(weights="none"), script.__name__
-            with torch.no_grad():
-                if script is padim:
-                    model = padim.PaDiM(a.backbone, a.weights, a.features, a.image_size)
-                    model.fit(train.batches(8))
-                elif script is cfa:
-                    model = cfa.CFA(a.backbone, a.weights, a.image_size, a.neighbors, a.hard_negatives, a.radius,
-                                    a.learn_radius)
-                    model.fill_memory_bank(model.features(image) for image in train.batches(8))
-                elif script is simplenet:
-                    model = simplenet.SimpleNet(a.backbone, a.weights)
-                elif script is patchcore:
-                    model = patchcore.PatchCore(a.backbone, a.weights, a.ratio, a.neighbors)
-                    model.memory_bank, name = model.embed(train.batch([0]))[0][0, :10], "patchcore, bank of 10"
-                elif script is cflow:
-                    model = cflow.CFlow(a.backbone, a.weights, a.image_size, a.blocks, a.condition)
-                else:
-                    model = csflow.CSFlow(a.backbone, a.weights, a.hidden, a.image_size)
-                model.eval()
-                network = model.features if script is csflow else model.backbone  # CS-Flow's runs at three sizes
+        few = SimpleNamespace(data="phantom", root=folder, image_size=256, limit=(args.images or 16) // 2, predict=None)
+        train, _, test = common.load_benchmark(few)
+        for name, model, network in scored_models(train):
+            model.eval()
 
-                def forward(network=network):
-                    for image in test.batches(8):
-                        network(common.normalize(image))
+            def forward(network=network):
+                for image in test.batches(8):
+                    network(common.normalize(image))
 
-                def score(model=model):
-                    common.evaluate(model.predict, test, 8, torch.device("cpu"))
+            def score(model=model):
+                common.evaluate(model.predict, test, 8, torch.device("cpu"))
 
-                seconds = [cpu_seconds(work, args.repeats)[0] / len(test) for work in (forward, score)]
-            print(f"{name:<22} {a.backbone:<16} forward {seconds[0]:6.3f} s an image, score and metrics "
-                  f"{seconds[1]:6.3f} s, {seconds[1] / seconds[0]:5.2f} times", flush=True)
+            alone, whole = (cpu_seconds(work, args.repeats)[0] / len(test) for work in (forward, score))
+            print(f"{name:<22} forward {alone:6.3f} s an image, score and metrics {whole:6.3f} s, "
+                  f"{whole / alone:5.2f} times", flush=True)
 
 
 ONE_PASS = {"deepsvdd": ["--ae-epochs", 1], "fanogan": ["--gan-epochs", 1], "patchsvdd": ["--repeat", 1]}
@@ -353,8 +357,8 @@ def compare_cost(args):
                 command = [sys.executable, script, "--root", folder, "--out", out, "--maps", 0, "--device", "cpu",
                            "--limit", count, "--batch-size", size, *ONE_PASS.get(script.stem, [])]
                 for flag in ("weights", "clip_weights"):
-                    command += [f"--{flag.replace('_', '-')}", "none"] if f"\n    {flag}: " in taken else []
-                command += ["--epochs", 1] if "\n    epochs: " in taken else []
+                    command += [f"--{flag.replace('_', '-')}", "none"] if f"\n    {flag}: str" in taken else []
+                command += ["--epochs", 1] if "\n    epochs: int" in taken else []
                 done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
                 if done.returncode:
                     print(f"{script.stem}, batch {size}: status {done.returncode} {done.stderr[-200:]}", flush=True)
