@@ -359,6 +359,7 @@ def compare_cost(args):
                 for flag in ("weights", "clip_weights"):
                     command += [f"--{flag.replace('_', '-')}", "none"] if f"\n    {flag}: str" in taken else []
                 command += ["--epochs", 1] if "\n    epochs: int" in taken else []
+                command += ["--steps-per-epoch", count // size] if "\n    steps_per_epoch: int" in taken else []
                 done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
                 if done.returncode:
                     print(f"{script.stem}, batch {size}: status {done.returncode} {done.stderr[-200:]}", flush=True)
