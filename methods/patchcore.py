@@ -14,7 +14,7 @@ Differences from BMAD's: the deeper layer is upsampled bilinearly, as in the off
 one pass over the data (three epochs there triple some of its banks).
 The coreset is the greedy one of the paper (Alg. 1), exactly, but many picks are settled in one pass over the patches,
 and only the projections of all patches are held (256 bytes a patch): the kept ones are computed again in a second
-pass.
+pass. The search is exact, too: along the bank's principal axes most of it is shown to be too far, see `search`.
 """
 
 import sys
@@ -38,6 +38,7 @@ LAYERS = {
     "mobilenet_v2": ["features.6", "features.13"],  # our choice: no published setting
 }
 PROJECTED = 128  # dimensions in which the coreset is chosen (official code, sampler.py)
+EXPLAINED = 0.95  # share of the bank's variance along the axes that shorten the search; changes only its speed
 
 
 @dataclass
@@ -87,9 +88,12 @@ class PatchCore(nn.Module):
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         self.ratio, self.neighbors = ratio, neighbors
         self.register_buffer("memory_bank", torch.zeros(0))  # (K, D), M in the paper
+        self.register_buffer("axes", torch.zeros(0, 0))  # (D, k) of the bank
+        self.register_buffer("short", torch.zeros(0, 0))  # (K, k + 1), see `shorten`
 
     def load_state_dict(self, state, strict=True):
-        self.memory_bank = torch.zeros_like(state["memory_bank"])  # its length is known only after fitting
+        for name in ("memory_bank", "axes", "short"):  # their shapes are known only after fitting; GBs, so no copies
+            setattr(self, name, state[name].to(self.memory_bank.device))
         return super().load_state_dict(state, strict)
 
     def embed(self, image):
@@ -118,12 +122,25 @@ class PatchCore(nn.Module):
             projected[i * batch_size * count :][: len(rows)] = rows.half()
         chosen = greedy_coreset(projected, max(1, int(self.ratio * len(projected)))).sort().values
         del projected
-        bank, start = [], 0
+        self.memory_bank = torch.empty(len(chosen), dim, device=device)
+        start = stored = 0
         for image in common.progress(train.batches(batch_size, device), "storing", steps):
             patches = self.embed(image)[0].flatten(0, 1)
-            bank.append(patches[chosen[(chosen >= start) & (chosen < start + len(patches))] - start])
-            start += len(patches)
-        self.memory_bank = torch.cat(bank)
+            kept = patches[chosen[(chosen >= start) & (chosen < start + len(patches))] - start]
+            self.memory_bank[stored : stored + len(kept)] = kept
+            start, stored = start + len(patches), stored + len(kept)
+        self.axes = principal_axes(self.memory_bank)
+        if self.axes.numel():
+            middle = self.memory_bank.mean(dim=0)
+            self.short = torch.empty(len(chosen), self.axes.shape[1] + 1, device=device)
+            for part, short in zip(self.memory_bank.split(8192), self.short.split(8192), strict=True):
+                short.copy_(shorten(part - middle, self.axes))
+
+    def nearest(self, points):
+        """Squared distance of each patch (n, D) to its nearest one of the bank: (n,)."""
+        if self.axes.numel():
+            return search(points, self.memory_bank, self.axes, self.short)
+        return nearest(points, self.memory_bank)
 
     @torch.inference_mode()
     def predict(self, image):
@@ -131,11 +148,11 @@ class PatchCore(nn.Module):
         self.eval()
         bank = self.memory_bank
         patches, grid = self.embed(image)  # (B, P, D)
-        patch_score = nearest(patches.flatten(0, 1), bank).sqrt().unflatten(0, patches.shape[:2])  # (B, P)
+        patch_score = self.nearest(patches.flatten(0, 1)).sqrt().unflatten(0, patches.shape[:2])  # (B, P)
         top = patch_score.argmax(dim=1)
         q = patches[torch.arange(len(top)), top]  # m^test,* in the paper: (B, D)
-        distance, m = torch.cdist(q, bank).min(dim=1)  # s* and its neighbour m*: (B,)
-        near = torch.cdist(bank[m], bank).topk(min(self.neighbors, len(bank)), largest=False).indices  # N_b(m*): (B, b)
+        distance, m = distances(q, bank).min(dim=1)  # s* and its neighbour m*: (B,)
+        near = distances(bank[m], bank).topk(min(self.neighbors, len(bank)), largest=False).indices  # N_b(m*): (B, b)
         around = torch.linalg.vector_norm(q[:, None] - bank[near], dim=2)  # (B, b)
         weight = 1 - torch.exp(distance - torch.logsumexp(around, dim=1))  # Eq. 7: 1 - exp|q - m*| / sum exp|q - m|
         anomaly_map = patch_score.unflatten(1, grid)[:, None]  # (B, 1, h, w)
@@ -178,17 +195,74 @@ def greedy_coreset(points, count, batch=2048):
 def nearest(points, centers, rows=2048, columns=8192):
     """Squared Euclidean distance of each of the points (n, d) to its nearest center (m, d): (n,)."""
     middle = centers.mean(dim=0)  # |a|^2 - 2ab + |b|^2 cancels less around the middle
-    centers = centers - middle
-    squared = centers.square().sum(1)
-    result = torch.empty(len(points), device=points.device)
+    result = torch.full((len(points),), torch.inf, device=points.device)
     buffer = torch.empty(rows * min(columns, len(centers)), device=points.device)  # fresh memory costs more
-    for out, chunk in zip(result.split(rows), points.split(rows), strict=True):
-        chunk = chunk.float() - middle
-        best = torch.full_like(out, torch.inf)
-        for c, c2 in zip(centers.split(columns), squared.split(columns), strict=True):
-            product = torch.addmm(c2, chunk, c.T, alpha=-2, out=buffer[: len(chunk) * len(c)].view(len(chunk), len(c)))
-            best = torch.minimum(best, product.amin(dim=1))
-        torch.clamp(best + chunk.square().sum(1), min=0, out=out)
+    for c in centers.split(columns):
+        c = c - middle
+        squared = c.square().sum(1)
+        for best, x in zip(result.split(rows), points.split(rows), strict=True):
+            x = x.float() - middle
+            product = torch.addmm(squared, x, c.T, alpha=-2, out=buffer[: len(x) * len(c)].view(len(x), len(c)))
+            torch.minimum(best, product.amin(dim=1).add_(x.square().sum(1)).clamp_(min=0), out=best)
+    return result
+
+
+def distances(points, bank):
+    """Euclidean distances (n, K) of a few points; in parts, as cdist copies what it is given."""
+    return torch.cat([torch.cdist(points, part) for part in bank.split(8192)], dim=1)
+
+
+def principal_axes(bank):
+    """The first principal axes of the bank (K, D), which hold EXPLAINED of its variance: (D, k); or none, (D, 0), where
+    they are too many to pay."""
+    middle, scatter = bank.mean(dim=0), 0
+    for part in bank.split(8192):
+        part = part - middle
+        scatter = scatter + part.T @ part
+    variance, axes = torch.linalg.eigh(scatter.double() if bank.device.type == "cpu" else scatter.cpu().double())
+    variance, axes = variance.flip(0), axes.flip(1).float().to(bank.device)
+    count = 1 + int((variance.cumsum(0) < EXPLAINED * variance.sum()).sum())
+    return axes[:, : count if 3 * count < len(axes) else 0].contiguous()
+
+
+def shorten(x, axes):
+    """(n, D) -> (n, k + 1): coordinates along the axes, and the length of what is left. By the triangle inequality for
+    that rest, two shortened vectors lie no farther apart than the whole ones."""
+    along = x @ axes
+    rest = (x.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt()
+    return torch.cat([along, rest[:, None]], dim=1)
+
+
+def search(points, bank, axes, short, rows=512, columns=32768, block=64):
+    """What `nearest` gives, of points (n, D) and a bank (K, D) with its axes (D, k) and short form (K, k + 1).
+
+    Only bank patches whose short form lies nearer than the nearest patch known so far are compared as a whole."""
+    middle = bank.mean(dim=0)
+    result = torch.full((len(points),), torch.inf, device=points.device)
+    for part, s in zip(bank.split(columns), short.split(columns), strict=True):
+        s2 = F.pad(s.square().sum(1), (0, -len(s) % block), value=torch.inf)  # blocks are whole
+        s = F.pad(s, (0, 0, 0, -len(s) % block))
+
+        def compare(x, row, column, best, part=part):
+            for r, c in zip(row.split(16384), column.split(16384), strict=True):
+                best.scatter_reduce_(0, r, (x[r] - part[c]).square_().sum(1), "amin")
+
+        for best, x in zip(result.split(rows), points.split(rows), strict=True):
+            q = shorten(x - middle, axes)
+            q2 = q.square().sum(1)
+            bound = torch.addmm(s2, q, s.T, alpha=-2).unflatten(1, (-1, block))  # + q2: squared, from below
+            least = bound.amin(dim=2)  # (n, K / block)
+            row, b = torch.arange(len(x), device=x.device), least.argmin(dim=1)
+            compare(x, row, b * block + bound[row, b].argmin(dim=1), best)  # a guess, so that few are left
+            limit = (best - q2 + 1e-5 * (best + q2))[:, None]  # rounding must not hide the nearest one
+            near = least < limit
+            many = near.sum(dim=1) > near.shape[1] // 2  # of these rows one product is cheaper
+            if many.any():
+                best[many] = torch.minimum(best[many], nearest(x[many], part))
+                near[many] = False
+            row, b = near.nonzero(as_tuple=True)
+            i, within = (bound[row, b] < limit[row]).nonzero(as_tuple=True)
+            compare(x, row[i], b[i] * block + within, best)
     return result
 
 
@@ -213,4 +287,5 @@ if __name__ == "__main__":
     if not args.checkpoint:
         model.fit(train, args.batch_size, run.device)
         run.keep(model)
+        model.memory_bank = model.short = torch.zeros(0, device=run.device)  # `finish` reads them; not twice in memory
     common.finish(run, model, (train, valid, test))

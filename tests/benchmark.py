@@ -7,8 +7,8 @@ metrics: pixel AUROC and AUPRO of 800 maps of 256x256 with blobs, one thread: ou
     against anomalib's AUPRO and AUROC, and ADEval's streaming accumulator.
 padim: fitting and scoring on the same made-up features of mobilenet_v2's shapes at 256 pixels (features excluded);
     peak memory of ours for two numbers of images.
-patchcore: the coreset of 1,024 patches an image and the search in one bank; anomalib's coreset is measured for a few
-    steps, which all cost the same, and scaled.
+patchcore: the coreset of 1,024 made-up patches an image; anomalib's is measured for a few steps, which all cost the
+    same, and scaled. The search for 8 phantom images among 128 and among 768 channels of mobilenet_v2 (--weights).
 cache: seconds of an epoch with and without --cache-features, default settings but 16 images and untrained backbones.
 clip: a training step of clip_recon's default model, untrained, at 64 locations of one image, against the text tower's
     bare forward and backward pass on as many words, and against the step with every text padded to 77 words.
@@ -42,15 +42,18 @@ import common
 
 @dataclass
 class Args:
-    what: Annotated[Literal["metrics", "padim", "patchcore", "cache", "clip", "score", "cost", "padim-memory"],
+    what: Annotated[Literal["metrics", "padim", "patchcore", "cache", "clip", "score", "cost", "padim-memory",
+                            "patchcore-memory"],
                     tyro.conf.Positional]
-    """the comparison to run (padim-memory: what padim calls for each number of images)"""
+    """the comparison to run (the last two: what padim and patchcore call for each number of images)"""
     images: int | None = None
     """anomaly maps (800), training images (200), images to score (16)"""
     repeats: int = 3
     """timings of each side; medians are printed"""
     threads: int = 1
     """PyTorch's and OpenMP's threads"""
+    weights: str = "auto"
+    """mobilenet_v2's in patchcore's search, see the methods' --weights"""
 
 
 def blob_maps(n, size=256, seed=0):
@@ -112,7 +115,7 @@ def cpu_seconds(work, repeats):
 
 
 def beside(what, ours, peer, note=""):
-    print(f"{what:<28} ours {ours:9.3f} s   anomalib {peer:9.3f} s   {peer / ours:7.1f} times ours{note}", flush=True)
+    print(f"{what:<45} ours {ours:9.3f} s   anomalib {peer:9.3f} s   {peer / ours:7.1f} times ours{note}", flush=True)
 
 
 def compare_metrics(args):
@@ -143,14 +146,14 @@ def our_padim():
     return model
 
 
-def padim_batches(images, batch=32):
-    """Instead of images their numbers, from which `our_padim` makes the features."""
+def numbers(images, batch=32):
+    """Instead of images their numbers, from which features are made up."""
     for start in range(0, images, batch):
         yield torch.full((min(batch, images - start), 1), start)
 
 
 def padim_memory(args):
-    our_padim().fit(padim_batches(args.images))
+    our_padim().fit(numbers(args.images))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
@@ -160,8 +163,8 @@ def compare_padim(args):
 
     n, model = args.images or 200, our_padim()
     peer = PadimModel(backbone=mobilenet_v2(weights=None), layers=list(LAYERS), pre_trained=False, n_features=100)
-    batches = [made_up_features(int(b[0, 0]), len(b)) for b in padim_batches(n)]
-    stored = {int(b[0, 0]): f[::-1] for b, f in zip(padim_batches(n), batches, strict=True)}
+    batches = [made_up_features(int(b[0, 0]), len(b)) for b in numbers(n)]
+    stored = {int(b[0, 0]): f[::-1] for b, f in zip(numbers(n), batches, strict=True)}
 
     def their_fit():
         peer.memory_bank = [peer.generate_embedding(dict(zip(LAYERS, f, strict=True))) for f in batches]
@@ -174,19 +177,26 @@ def compare_padim(args):
                                        inv_covariance=peer.gaussian.inv_covariance, image_size=(256, 256))
 
     def our_score():
-        for batch in list(padim_batches(n))[:2]:
+        for batch in list(numbers(n))[:2]:
             model.predict(batch.view(-1, 1, 1, 1).expand(-1, -1, 256, 256).float())
 
     model.features = lambda image: stored[int(image.flatten(1)[0, 0])]
     with torch.no_grad():
-        beside(f"fit, {n} images", cpu_seconds(lambda: model.fit(padim_batches(n)), args.repeats)[0],
+        beside(f"fit, {n} images", cpu_seconds(lambda: model.fit(numbers(n)), args.repeats)[0],
                cpu_seconds(their_fit, 1)[0])
         beside("score, 64 images", cpu_seconds(our_score, args.repeats)[0], cpu_seconds(their_score, args.repeats)[0])
-    peaks = {}
-    for count in (2 * n, 20 * n):
-        command = [sys.executable, __file__, "padim-memory", "--images", str(count)]
-        peaks[count] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    print("peak memory of ours: " + ", ".join(f"{p:.3f} GiB for {c} images" for c, p in peaks.items()))
+    peak_memory("padim", 2 * n, 20 * n)
+
+
+def peak_memory(method, *counts):
+    """GiB for each number of images, each in a process of its own."""
+    peaks = []
+    for count in counts:
+        command = [sys.executable, __file__, f"{method}-memory", "--images", str(count)]
+        peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    shown = ", ".join(f"{p:.3f} GiB for {c} images" for p, c in zip(peaks, counts, strict=True))
+    print(f"peak memory of ours: {shown}", flush=True)
+    return peaks
 
 
 # ------------------------------------------------------------------------------------------------------------ PatchCore
@@ -209,13 +219,56 @@ def compare_patchcore(args):
         least = cpu_seconds(KCenterGreedy(embedding=patches, sampling_ratio=2 / n).select_coreset_idxs, 1)[0]
         beside(f"coreset, {count} of {n} patches", mine, (theirs - least) / (steps - 2) * count,
                f" (anomalib: {steps} steps, scaled)")
-        model = PatchcoreModel(backbone=mobilenet_v2(weights=None), layers=["features.6"], pre_trained=False)
-        model.memory_bank = bank = patches[chosen]
-        query = patches[: 8 * 1024] + 0.1
-        mine, distance = cpu_seconds(lambda: patchcore.nearest(query, bank).sqrt(), args.repeats)
-        theirs, (found, _) = cpu_seconds(lambda: model.nearest_neighbors(query, 1), args.repeats)
-        beside(f"search, 8 images, bank {len(bank)}", mine, theirs,
-               f", distances differ by {float((found.flatten() - distance).abs().max()):.1e}")
+        peer = PatchcoreModel(backbone=mobilenet_v2(weights=None), layers=["features.6"], pre_trained=False)
+        with tempfile.TemporaryDirectory() as folder:
+            phantom(folder)
+            few = SimpleNamespace(data="phantom", root=folder, image_size=256, limit=args.images, predict=None)
+            train, _, test = common.load_benchmark(few)
+            for layers in (["features.6", "features.13"], ["features.6.conv.1", "features.13.conv.1"]):
+                patchcore.LAYERS["mobilenet_v2"] = layers
+                model = patchcore.PatchCore("mobilenet_v2", args.weights, 0.1, 9)
+                model.fit(train, 8, torch.device("cpu"))
+                peer.memory_bank = bank = model.memory_bank
+                query = model.embed(test.batch(range(len(test))[:: len(test) // 8][:8]))[0].flatten(0, 1)
+                mine, squared = cpu_seconds(lambda m=model, q=query: m.nearest(q), args.repeats)
+                theirs, (found, _) = cpu_seconds(lambda q=query: peer.nearest_neighbors(q, 1), args.repeats)
+                beside(f"search, {len(query)} patches, bank {len(bank)} x {bank.shape[1]}", mine, theirs,
+                       f", {model.axes.shape[1]} axes, distances differ by "
+                       f"{float((found.flatten() - squared.sqrt()).abs().max()):.1e}")
+    largest = 26315  # training images of oct2017
+    counts = (200, 400, 800)
+    slope, base = np.polyfit(counts, peak_memory("patchcore", *counts), 1)
+    work = 2 * 128 * 0.1 * (1024 * largest) ** 2
+    print(f"for {largest} images: {base + slope * largest:.1f} GiB extrapolated; coreset {work:.1e} FLOP, "
+          f"{work / 25e12:.0f} s at 25 TFLOP/s (not measured)")
+
+
+def patchcore_memory(args):
+    """Fit, save, load and score made-up features of wide_resnet50_2's shape: 32x32 positions, 1,536 channels."""
+    import patchcore
+
+    rank = torch.randn(250, 1536, generator=torch.Generator().manual_seed(1))  # of 250 axes, half of the most allowed
+
+    def embed(image):
+        draw = torch.Generator().manual_seed(int(image.flatten(1)[0, 0]))
+        return torch.randn(len(image), 1024, 250, generator=draw) @ rank, (32, 32)
+
+    class Train:
+        def __len__(self):
+            return args.images
+
+        def batches(self, size, device):
+            return numbers(args.images, size)
+
+    model = patchcore.PatchCore("mobilenet_v2", "none", 0.1, 9)
+    model.embed = embed
+    model.fit(Train(), 8, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model.state_dict(), f"{folder}/model.pt")
+        model.memory_bank = model.short = torch.zeros(0)
+        model.load_state_dict(torch.load(f"{folder}/model.pt", weights_only=True))
+        model.predict(torch.zeros(1, 3, 256, 256))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache
@@ -373,6 +426,8 @@ def compare_cost(args):
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     torch.set_num_threads(args.threads)
-    common.keep_memory()  # for both sides, as in a run
+    if args.what != "patchcore-memory":  # a run gives blocks above 1 GiB back, as the large ones of real sizes are
+        common.keep_memory()  # for both sides, as in a run
     {"metrics": compare_metrics, "padim": compare_padim, "padim-memory": padim_memory, "patchcore": compare_patchcore,
+     "patchcore-memory": patchcore_memory,
      "cache": compare_cache, "clip": compare_clip, "score": compare_score, "cost": compare_cost}[args.what](args)

@@ -123,6 +123,31 @@ def test_nearest_equals_brute_force_across_chunk_borders():
     assert torch.allclose(found.double(), expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [0, 3, 300])  # among the bank; beside it; where no bound excludes anything
+def test_search_by_bounds_equals_brute_force(shift):
+    torch.manual_seed(0)
+    bank = torch.randn(700, 6) @ torch.randn(6, 60) + 0.1 * torch.randn(700, 60)
+    axes = patchcore.principal_axes(bank)
+    assert 0 < axes.shape[1] <= 6
+    off = torch.randn(50, 60)
+    points = bank[::7] + 0.2 * torch.randn(100, 60)
+    points[::2] += shift * (off - off @ axes @ axes.T)
+    short = patchcore.shorten(bank - bank.mean(0), axes)
+    expected = torch.cdist(points.double(), bank.double()).amin(1).square()
+    found = patchcore.search(points, bank, axes, short, rows=32, columns=300, block=16)
+    assert torch.allclose(found.double(), expected, rtol=1e-4)
+
+
+def test_bounds_change_no_score_and_are_left_out_where_they_cost_more(images):
+    model = bank_of(images[:10], ratio=0.5)
+    assert model.axes.numel()  # smooth images have few principal axes
+    anomaly_map, score = model.predict(images[10:])
+    model.axes = torch.zeros(0, 0)
+    for one, other in zip(model.predict(images[10:]), (anomaly_map, score), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4)
+    assert not patchcore.principal_axes(torch.randn(500, 30)).numel()
+
+
 def bank_of(images, ratio):
     torch.manual_seed(0)
     model = patchcore.PatchCore("mobilenet_v2", "none", ratio, 9)

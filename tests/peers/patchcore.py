@@ -25,7 +25,7 @@ def compare(args, train, test):
                           layers=script.LAYERS["mobilenet_v2"], pre_trained=False).eval()
     peer.memory_bank = ours.memory_bank.clone()
     image = test.batch(range(len(test)))
-    undone = SimpleNamespace(interpolate=interpolate, avg_pool2d=F.avg_pool2d)
+    undone = SimpleNamespace(interpolate=interpolate, avg_pool2d=F.avg_pool2d, pad=F.pad)
     with mock.patch.multiple(script, F=undone, smooth=peer.anomaly_map_generator.blur):
         anomaly_map, score = ours.predict(image)
     with torch.no_grad():
