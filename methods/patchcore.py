@@ -38,7 +38,7 @@ LAYERS = {
     "mobilenet_v2": ["features.6", "features.13"],  # our choice: no published setting
 }
 PROJECTED = 128  # dimensions in which the coreset is chosen (official code, sampler.py)
-EXPLAINED = 0.95  # share of the bank's variance along the axes that shorten the search; changes only its speed
+EXPLAINED = 0.9, 0.95  # share of the bank's variance, least and most, on the axes of `search`; its speed only
 
 
 @dataclass
@@ -213,16 +213,17 @@ def distances(points, bank):
 
 
 def principal_axes(bank):
-    """The first principal axes of the bank (K, D), which hold EXPLAINED of its variance: (D, k); or none, (D, 0), where
-    they are too many to pay."""
+    """The first principal axes of the bank (K, D), at most half of them: (D, k); or none, (D, 0), where these hold too
+    little of its variance to pay."""
     middle, scatter = bank.mean(dim=0), 0
     for part in bank.split(8192):
         part = part - middle
         scatter = scatter + part.T @ part
     variance, axes = torch.linalg.eigh(scatter.double() if bank.device.type == "cpu" else scatter.cpu().double())
     variance, axes = variance.flip(0), axes.flip(1).float().to(bank.device)
-    count = 1 + int((variance.cumsum(0) < EXPLAINED * variance.sum()).sum())
-    return axes[:, : count if 3 * count < len(axes) else 0].contiguous()
+    share = variance.cumsum(0) / variance.sum()
+    count = min(1 + int((share < EXPLAINED[1]).sum()), len(axes) // 2)
+    return axes[:, : count if share[count - 1] >= EXPLAINED[0] else 0].contiguous()
 
 
 def shorten(x, axes):

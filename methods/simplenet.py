@@ -135,7 +135,9 @@ class SimpleNet(nn.Module):
         """Anomaly map (B, H, W): -D(q) of each patch, smoothed; anomaly score (B,): the largest of the patches."""
         self.eval()
         features = self.features(image)  # (B, h, w, D)
-        patch_score = -self.discriminator(self.adaptor(features.flatten(0, 2))).view(features.shape[:3])
+        first = self.discriminator[0]  # linear, as the adaptor before it: one matrix does for both
+        weight, bias = first.weight @ self.adaptor.weight, F.linear(self.adaptor.bias, first.weight, first.bias)
+        patch_score = -self.discriminator[1:](F.linear(features.flatten(0, 2), weight, bias)).view(features.shape[:3])
         anomaly_map = F.interpolate(patch_score[:, None], image.shape[-2:], mode="bilinear")
         return smooth(anomaly_map)[:, 0], patch_score.amax(dim=(1, 2))
 

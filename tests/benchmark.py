@@ -189,7 +189,7 @@ def compare_padim(args):
 
 
 def peak_memory(method, *counts):
-    """GiB for each number of images, each in a process of its own."""
+    """GiB for each number of images, each in a process of its own (where Linux counts this one's peak, too)."""
     peaks = []
     for count in counts:
         command = [sys.executable, __file__, f"{method}-memory", "--images", str(count)]
@@ -206,6 +206,12 @@ def compare_patchcore(args):
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
     from torchvision.models import mobilenet_v2
 
+    largest = 26315  # training images of oct2017
+    counts = (200, 400, 800)
+    slope, base = np.polyfit(counts, peak_memory("patchcore", *counts), 1)
+    work = 2 * 128 * 0.1 * (1024 * largest) ** 2
+    print(f"for {largest} images: {base + slope * largest:.1f} GiB extrapolated; coreset {work:.1e} FLOP, "
+          f"{work / 25e12:.0f} s at 25 TFLOP/s (not measured)")
     n, steps = 1024 * (args.images or 200), 40
     draw = torch.Generator().manual_seed(0)
     patches = torch.randn(n, 8, generator=draw) @ torch.randn(8, 128, generator=draw)  # of low dimension, as features
@@ -235,12 +241,6 @@ def compare_patchcore(args):
                 beside(f"search, {len(query)} patches, bank {len(bank)} x {bank.shape[1]}", mine, theirs,
                        f", {model.axes.shape[1]} axes, distances differ by "
                        f"{float((found.flatten() - squared.sqrt()).abs().max()):.1e}")
-    largest = 26315  # training images of oct2017
-    counts = (200, 400, 800)
-    slope, base = np.polyfit(counts, peak_memory("patchcore", *counts), 1)
-    work = 2 * 128 * 0.1 * (1024 * largest) ** 2
-    print(f"for {largest} images: {base + slope * largest:.1f} GiB extrapolated; coreset {work:.1e} FLOP, "
-          f"{work / 25e12:.0f} s at 25 TFLOP/s (not measured)")
 
 
 def patchcore_memory(args):
