@@ -75,16 +75,34 @@ def test_loss_and_gradients_equal_the_dense_loss(repels):
         assert torch.allclose(ours, dense, rtol=1e-6, atol=1e-8 * dense.abs().max().item())
 
 
-def test_nearest_distances_do_not_depend_on_the_chunks():
-    patches, centers = torch.randn(70, 8), torch.randn(20, 8)
+def nearest_distances(patches, centers, k, axes, **options):
+    """Found with so many of the centres' principal axes."""
+    centered = centers - centers.mean(0)
+    axes = torch.linalg.svd(centered)[2][:axes].T
+    return cfa.NearestDistances.apply(patches, centers, axes, cfa.shorten(centered, axes), k, **options)
+
+
+@pytest.mark.parametrize("axes", [1, 4, 8])  # one settles little, eight all
+def test_nearest_distances_do_not_depend_on_the_chunks_or_the_axes(axes):
+    patches, centers = torch.randn(70, 8), torch.randn(90, 8)
     expected = (patches[:, None] - centers).square().sum(2).sort(dim=1).values[:, :6]
     for rows in (1, 16, 1000):
-        assert torch.allclose(cfa.NearestDistances.apply(patches, centers, 6, rows), expected, atol=1e-5)
+        assert torch.allclose(nearest_distances(patches, centers, 6, axes, rows=rows), expected, atol=1e-5)
+
+
+def test_a_search_that_few_axes_settle_compares_few_centres(monkeypatch):
+    patches = torch.randn(50, 8)
+    centers = torch.cat([torch.randn(90, 2), 1e-3 * torch.randn(90, 6)], dim=1)
+    expected = (patches[:, None] - centers).square().sum(2).sort(dim=1).values[:, :3]
+    compared, cdist = [], torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda a, b: compared.append(b.shape[:2].numel()) or cdist(a, b))
+    assert torch.allclose(nearest_distances(patches, centers, 3, 2), expected, atol=1e-5)
+    assert sum(compared) < 1.2 * 50 * 8  # of 50 * 90
 
 
 def test_a_patch_on_its_centre_has_distance_zero():
     centers = 30 + torch.randn(20, 8)
-    distance = cfa.NearestDistances.apply(centers, centers, 3)
+    distance = nearest_distances(centers, centers, 3, 4)
     assert (distance[:, 0] == 0).all() and (distance[:, 1:] > 0).all()
 
 
