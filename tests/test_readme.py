@@ -79,3 +79,9 @@ def test_every_command_of_the_readme_runs(copy, tmp_path):
     runs = {str(f.parent.relative_to(copy / "runs")) for f in copy.glob("runs/*/*/*/scores.csv")}
     assert runs == {"phantom/padim/seed0", "phantom/patchcore/seed0", "phantom/stfpm/seed0", "brain/clip_recon/seed0",
                     "brain/padim/seed0", "images/patchcore/seed1", "images/padim/seed0"}
+
+
+def test_the_table_of_methods_holds_every_script_with_its_length():
+    rows = re.findall(r"^\| \[`(\w+)`\].*? \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert {name: int(lines) for name, lines in rows} == {
+        name: len((ROOT / f"methods/{name}.py").read_text().splitlines()) for name in METHODS}
