@@ -121,11 +121,17 @@ class Descriptor(nn.Module):
 
 
 def shorten(x, axes):
-    """(n, D) -> (n, k + 1): coordinates along the axes, and the length of what is left. By the triangle inequality for
-    that rest, two shortened vectors lie no farther apart than the whole ones."""
+    """(n, D) -> (n, r + 1): coordinates along the axes (D, r), and the length of what is left. By the triangle
+    inequality for that rest, two shortened vectors lie no farther apart than the whole ones."""
     along = x @ axes
     rest = (x.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt()
     return torch.cat([along, rest[:, None]], dim=1)
+
+
+def distances_to(centers, index, x):
+    """Squared distances (n, k) of each of the patches x (n, D) to its own centers[index], index (n, k): from the
+    differences, as they are small beside |phi|^2 - 2 phi c + |c|^2."""
+    return torch.cdist(x[:, None], centers[index], compute_mode="donot_use_mm_for_euclid_dist")[:, 0].square()
 
 
 class NearestDistances(torch.autograd.Function):
@@ -145,15 +151,14 @@ class NearestDistances(torch.autograd.Function):
             q = shorten(x - middle, axes)
             q_squared = q.square().sum(1)
             bound, few = torch.addmm(short_squared, q, short.T, alpha=-2).topk(candidates, largest=False)
-            # from the differences, as distances are small beside |phi|^2 - 2 phi c + |c|^2
-            order = torch.cdist(x[:, None], centers[few])[:, 0].square().topk(k, largest=False)
-            d.copy_(order.values)
-            i.copy_(few.gather(1, order.indices))
+            found = distances_to(centers, few, x).topk(k, largest=False)
+            d.copy_(found.values)
+            i.copy_(few.gather(1, found.indices))
             unsure = bound[:, -1] + q_squared < d[:, -1] + 1e-5 * (d[:, -1] + q_squared)  # not by rounding alone
             if unsure.any():
                 x = x[unsure]
                 i[unsure] = torch.addmm(squared, x, centers.T, alpha=-2).topk(k, largest=False).indices
-                d[unsure] = torch.cdist(x[:, None], centers[i[unsure]])[:, 0].square()
+                d[unsure] = distances_to(centers, i[unsure], x)
         ctx.save_for_backward(patches, centers, nearest)
         return distance
 
