@@ -45,7 +45,7 @@ LAYERS = {
     "mobilenet_v2": ["features.3", "features.6", "features.13"],  # our choice: no published setting
 }
 NU, ALPHA = 1e-3, 0.1  # the loss is divided by nu; alpha is the margin of the repulsion (official code, cfa.py)
-AXES = 256  # of the memory bank in the search; they hold all but 6e-7 of its variance (untrained wide_resnet50_2)
+AXES = 256  # of the memory bank, for the speed of the search: all but 6e-7 of its variance (untrained wide_resnet50_2)
 
 
 @dataclass
@@ -206,7 +206,7 @@ class CFA(nn.Module):
                 m += (f - m).sum(0) / n
         self.memory_bank.copy_(self.descriptor(mean)[0].flatten(1).T)  # the descriptor is linear
         centered = self.memory_bank - self.memory_bank.mean(0)
-        self.axes.copy_(torch.svd_lowrank(centered, self.axes.shape[1])[2])
+        self.axes.copy_(torch.svd_lowrank(centered.cpu(), self.axes.shape[1])[2])
         self.short.copy_(shorten(centered, self.axes))
 
     def distances(self, features, k):
