@@ -35,19 +35,37 @@ from types import SimpleNamespace
 import nibabel
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torchvision.models import get_model, get_model_weights
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.v2.functional import gaussian_blur, pad
 from tqdm import tqdm
 
 
 # ----------------------------------------------------------------------------------------------------- errors and files
-def fail(message):
-    """Print one line, `error: what, which file, what to do`, and leave with exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+class Error(Exception):
+    """What a user can mend. The message is one line: what is wrong, with which file or flag, and what to do."""
+
+
+def command_line(Args, description):
+    """The script's arguments, from the command line. From here on an `Error` ends the program with one line on stderr
+    and exit code 2, and Ctrl-C with one line."""
+    sys.excepthook = in_one_line
+    return tyro.cli(Args, description=description)
+
+
+def in_one_line(kind, error, traceback):
+    """`sys.excepthook` of the scripts; a notebook or a test that imports them sees the exception itself."""
+    if issubclass(kind, Error):
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2)
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 @contextmanager
@@ -64,7 +82,8 @@ def atomic(path):
             shutil.rmtree(path)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        fail(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; free some space or choose another folder")
+        raise Error(f"cannot write {path}: {getattr(e, 'strerror', None) or e}; free some space or choose another "
+                    f"folder") from e
     finally:
         if temporary.exists():
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
@@ -124,18 +143,20 @@ def _benchmark_folder(data, root):
     if data.lower() in NAMES and not asked.is_dir():
         asked = _child(Path(root), *NAMES[data.lower()])
         if asked is None:
-            fail(f"benchmark '{data}' not found: {Path(root).resolve()} has none of the folders {NAMES[data.lower()]}; "
-                 "prepare it with a script of datasets/, or give its folder with --data")
+            raise Error(f"benchmark '{data}' not found: {Path(root).resolve()} has none of the folders "
+                        f"{NAMES[data.lower()]}; "
+                        "prepare it with a script of datasets/, or give its folder with --data")
     if not asked.is_dir():
-        fail(f"no folder {asked}; --data takes one of {', '.join(NAMES)} (looked for below --root) or a folder")
+        raise Error(f"no folder {asked}; --data takes one of {', '.join(NAMES)} (looked for below --root) or a folder")
     level = [asked]
     for _ in range(4):
         for folder in level:
             if _split_folder(folder, "test") and list_split(folder, "train"):
                 return folder
         level = sorted(p for folder in level for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-    fail(f"{asked} is not a benchmark: expected images in train/good, and test/good beside test/Ungood (or MVTec AD's "
-         f"test/<defect>), found {sorted(p.name for p in asked.iterdir())[:8]}")
+    raise Error(f"{asked} is not a benchmark: expected images in train/good, and test/good beside test/Ungood (or "
+                f"MVTec AD's "
+                f"test/<defect>), found {sorted(p.name for p in asked.iterdir())[:8]}")
 
 
 def _masks_of(images, folder, split):
@@ -145,9 +166,10 @@ def _masks_of(images, folder, split):
     masks = {p.stem.removesuffix("_mask"): p for p in images_in(folder)}
     for image in images:
         if image.stem not in masks:
-            fail(f"{split}: anomalous image {image} has no mask {folder / image.stem}.png; add the mask or remove both")
+            raise Error(f"{split}: anomalous image {image} has no mask {folder / image.stem}.png; add the mask or "
+                        f"remove both")
     if extra := set(masks) - {p.stem for p in images}:
-        fail(f"{split}: mask {masks[min(extra)]} has no image of that name; add the image or remove the mask")
+        raise Error(f"{split}: mask {masks[min(extra)]} has no image of that name; add the image or remove the mask")
     return [masks[p.stem] for p in images]
 
 
@@ -298,7 +320,7 @@ class Split:
             try:
                 self._decode_all(entries)
             except ValueError as e:
-                fail(e)
+                raise Error(e) from e
 
     def _decode_all(self, entries):
         def one(entry):
@@ -385,8 +407,8 @@ class Features:
                     self.file.write(rows.numpy().tobytes())
                 self.file.flush()
             except OSError as e:
-                fail(f"cannot write the features below {run.folder} ({e.strerror}); free some space, or give "
-                     "--cache-features 0")
+                raise Error(f"cannot write the features below {run.folder} ({e.strerror}); free some space, or give "
+                            "--cache-features 0") from e
 
     def batches(self, batch_size, shuffle=None, drop_last=False):
         """Yield [(b, ...), ...] on the device, float32, in the order of `Split.batches`."""
@@ -414,9 +436,9 @@ def _slices_as_images(file, cache):
                 for z, image in enumerate(Volume(file).axial()):
                     Image.fromarray(stretched(image)).save(tmp / f"{z:04}.png")
     except Damaged as e:
-        fail(e)
+        raise Error(e) from e
     except OSError as e:
-        fail(f"cannot read {file} ({e.strerror}); give a NIfTI volume")
+        raise Error(f"cannot read {file} ({e.strerror}); give a NIfTI volume") from e
     return folder
 
 
@@ -474,8 +496,9 @@ def load_benchmark(args):
         found = [base] if base.is_file() and base.suffix.lower() in SUFFIXES else images_in(base, "**/*")
         entries, base = [(p, -1, None) for p in found], base.parent if base.is_file() else base
         if not entries:
-            fail(f"--predict {base}: no image, no folder with images ({', '.join(sorted(SUFFIXES))}), and no NIfTI "
-                 "volume")
+            raise Error(f"--predict {base}: no image, no folder with images ({', '.join(sorted(SUFFIXES))}), and no "
+                        f"NIfTI "
+                        "volume")
         print(f"{args.predict}: {len(entries)} images to score")
         return None, None, Split("predict", entries, args.image_size, base, cache)
     base = _benchmark_folder(args.data, args.root)
@@ -492,8 +515,8 @@ def load_benchmark(args):
             splits.append(None)
             continue
         if not normal or (name == "test" and not anomalous):
-            fail(f"{base}: the {name} split has {len(normal)} normal and {len(anomalous)} anomalous images; "
-                 f"put images (png, jpg, bmp, tif) into {name}/good" + " and test/Ungood" * (name == "test"))
+            raise Error(f"{base}: the {name} split has {len(normal)} normal and {len(anomalous)} anomalous images; "
+                        f"put images (png, jpg, bmp, tif) into {name}/good" + " and test/Ungood" * (name == "test"))
         splits.append(Split(name, normal + anomalous, args.image_size, base, cache))
         counts.append(f"{name} {len(normal)} normal" + f" + {len(anomalous)} anomalous" * bool(anomalous))
     leaks = splits[2].leaks = find_leaks(splits, cache)
@@ -515,6 +538,14 @@ def normalize(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return (image - mean) / std
 
 
+def smooth(anomaly_map, sigma=4):
+    """Gaussian filter of (B, H, W), cut at 4 sigma, the border mirrored: equal to scipy.ndimage.gaussian_filter."""
+    radius, size = 4 * sigma, 8 * sigma + 1
+    padded = pad(anomaly_map, radius, padding_mode="symmetric")
+    blurred = gaussian_blur(gaussian_blur(padded, [1, size], sigma), [size, 1], sigma)  # separable
+    return blurred[..., radius:-radius, radius:-radius]
+
+
 def sha256(source):
     """Hex digest of a file (a path) or of a network's state (a module)."""
     if not isinstance(source, torch.nn.Module):
@@ -531,9 +562,9 @@ def read_state(file, what):
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        fail(f"no file {file}; give the {what}")
+        raise Error(f"no file {file}; give the {what}") from None
     except Exception as e:  # not a zip file, truncated, or pickled objects that weights_only refuses
-        fail(f"{file} cannot be read by PyTorch ({str(e).splitlines()[0]}); give the {what}")
+        raise Error(f"{file} cannot be read by PyTorch ({str(e).splitlines()[0]}); give the {what}") from e
 
 
 def pretrained_network(name, weights):
@@ -559,8 +590,8 @@ def pretrained_network(name, weights):
             if weights == "auto":
                 print(f"warning: no ImageNet weights for {name} ({e}); going on with an UNTRAINED network", flush=True)
                 return pretrained_network(name, "none")
-            fail(f"ImageNet weights of {name} are neither cached nor to be had ({e}); put them at {file}, "
-                 "or give a file with --weights FILE, or run an untrained network with --weights none")
+            raise Error(f"ImageNet weights of {name} are neither cached nor to be had ({e}); put them at {file}, "
+                        "or give a file with --weights FILE, or run an untrained network with --weights none") from e
         finally:
             socket.setdefaulttimeout(timeout)
     else:
@@ -570,8 +601,9 @@ def pretrained_network(name, weights):
     missing = [k for k in own if k not in state and not k.startswith(("fc.", "classifier."))]
     wrong = [k for k in state if k not in own or state[k].shape != own[k].shape]
     if missing or wrong:
-        fail(f"{file} does not fit torchvision's {name}: {len(missing)} tensors missing, {len(wrong)} unknown or of "
-             f"another shape (first: {(missing + wrong)[0]}); give weights of {name}, or another --backbone")
+        raise Error(f"{file} does not fit torchvision's {name}: {len(missing)} tensors missing, {len(wrong)} unknown "
+                    f"or of "
+                    f"another shape (first: {(missing + wrong)[0]}); give weights of {name}, or another --backbone")
     net.load_state_dict(state, strict=False)
     net.weights_used = dict(name=name, weights=weights, sha256=sha256(file), trained=True)
     return net
@@ -587,6 +619,72 @@ def feature_extractor(name, layers, weights):
     extractor.train = lambda mode=True: extractor  # batch norm keeps its statistics, whatever the model around it does
     extractor.weights_used, extractor.frozen = net.weights_used, True
     return extractor
+
+
+CLIP_TAG = "laion400m_e32"  # the only public training of ViT-B-16-plus-240 (e31 is the same one, an epoch earlier)
+TINY_CLIP = dict(embed_dim=128, vision_cfg=dict(layers=4, width=128, patch_size=16),
+                 text_cfg=dict(layers=4, width=128, heads=4))  # --model tiny: for tests and demonstrations
+
+
+def load_clip(name, weights, image_size):
+    """A frozen open_clip.CLIP with a ViT, on the CPU, for images of `image_size`; its `mean` and `std` are those of its
+    training images, its `weights_used` is that of `pretrained_network`.
+
+    name: an open_clip model, or 'tiny', which has no published weights. weights: a published TAG of open_clip, a FILE,
+    'none' (untrained, always from seed 0), or 'auto' (CLIP_TAG, else 'none' with a warning)."""
+    import open_clip  # here, since only three methods need it
+
+    config = TINY_CLIP if name == "tiny" else open_clip.get_model_config(name)
+    if config is None:
+        raise Error(f"--model {name}: open_clip has no such model; take ViT-B-16-plus-240, ViT-B-16 or tiny")
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if not isinstance(vision.get("layers"), int) or config.get("custom_text") or "hf_model_name" in text:
+        raise Error(f"--model {name}: needs a ViT and CLIP's own text encoder; take ViT-B-16-plus-240 or ViT-B-16")
+    if image_size % vision["patch_size"]:
+        raise Error(f"{name} cannot tile {image_size} pixels with its patches of {vision['patch_size']}; take a "
+                    "multiple of that")
+    published, file = {}, None
+    tag = CLIP_TAG if weights == "auto" else weights
+    if Path(weights).is_file():
+        file = weights
+    elif tag in open_clip.list_pretrained_tags_by_model(name):
+        published = open_clip.get_pretrained_cfg(name, tag)
+        try:  # the release first: on the hub, laion400m_e32 of the default model holds the weights of e31
+            file = open_clip.download_pretrained(published, prefer_hf_hub=False)
+        except Exception as e:  # no network, and not in open_clip's cache
+            if weights != "auto":
+                raise Error(f"CLIP weights {tag} of {name} are not cached and could not be downloaded ({e}); put "
+                            f"{published['url'] or published['hf_hub']} into ~/.cache/clip, or give --clip-weights FILE, "
+                            "or none for an untrained CLIP") from e
+    elif weights not in ("auto", "none"):
+        raise Error(f"--clip-weights {weights}: there is no such file, and {name} has the published tags "
+                    f"{', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'}; give one of these, a FILE, "
+                    "or none for an untrained CLIP")
+    if weights == "auto" and not file:
+        print(f"warning: no CLIP weights {tag} of {name}; continuing with an UNTRAINED CLIP", flush=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip = open_clip.CLIP(**config | dict(vision_cfg=vision | dict(image_size=image_size), quick_gelu=config.get(
+            "quick_gelu", False) or published.get("quick_gelu", False)))
+        if name == "tiny":  # PyTorch's initial values, smaller ones, for a text encoder that stays random
+            for block in clip.transformer.resblocks:
+                torch.nn.init.xavier_uniform_(block.attn.in_proj_weight)
+                for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+                    layer.reset_parameters()
+    if file:
+        try:
+            open_clip.load_checkpoint(clip, file)  # interpolates the positions if the file has another image size
+        except Exception as e:  # unreadable, pickled objects, other keys, other shapes
+            raise Error(f"{file} does not fit {name} ({' '.join(str(e).split())[:200]}); give the weights of {name}, "
+                        "or another --model") from e
+    clip.eval().requires_grad_(False)
+    clip.train = lambda mode=True: clip  # stays in eval mode, whatever the model around it does
+    clip.frozen = True
+    clip.mean = published.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    clip.std = published.get("std", open_clip.OPENAI_DATASET_STD)
+    clip.weights_used = dict(name=f"CLIP {name}", weights=f"{tag} ({file})" if published else str(file or "none"),
+                             sha256=sha256(file or clip), trained=file is not None)
+    return clip
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -774,7 +872,7 @@ def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
         seconds += time.perf_counter() - started
         if not np.isfinite(score).all():
             bad = split.paths[done + int(np.flatnonzero(~np.isfinite(score))[0])]
-            fail(f"the score of {bad} is not finite: training diverged; lower --lr")
+            raise Error(f"the score of {bad} is not finite: training diverged; lower --lr")
         scores.append(score)
         if anomaly_map is not None:
             anomaly_map = anomaly_map.float().cpu().numpy()
@@ -810,7 +908,7 @@ def start_run(script, args):
 
     With args.checkpoint the arguments that define the model are taken from it, in place."""
     if args.predict and not args.checkpoint:
-        fail("--predict needs a trained model: give --checkpoint FILE, the model.pt of a run")
+        raise Error("--predict needs a trained model: give --checkpoint FILE, the model.pt of a run")
     method, restored = Path(script).stem, None
     if args.checkpoint:
         restored = _read_checkpoint(args.checkpoint, method)
@@ -824,8 +922,7 @@ def start_run(script, args):
         device = torch.device(best if args.device == "auto" else args.device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        fail(f"--device {args.device} cannot be used ({str(e).splitlines()[0]}); try --device auto")
-    sys.excepthook = _without_traceback
+        raise Error(f"--device {args.device} cannot be used ({str(e).splitlines()[0]}); try --device auto") from e
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -838,29 +935,22 @@ def start_run(script, args):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        fail(f"cannot write {folder}: {e.strerror}; choose another --out")
+        raise Error(f"cannot write {folder}: {e.strerror}; choose another --out") from e
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
     except OSError:
-        fail(f"another process is at work in {folder}; wait for it, or choose another --out")
+        raise Error(f"another process is at work in {folder}; wait for it, or choose another --out") from None
     for left in folder.glob(".tmp-*"):  # of a run that was killed while it wrote
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     resumed = None
     if args.checkpoint and (folder / "results.json").exists() and (args.predict or not args.overwrite):
-        fail(f"{folder} holds a finished run, which this would replace; choose another --out"
-             + ", or give --overwrite" * (not args.predict))
+        raise Error(f"{folder} holds a finished run, which this would replace; choose another --out"
+                    + ", or give --overwrite" * (not args.predict))
     if not args.checkpoint and not args.overwrite:
         resumed = _earlier_run(folder, args, method)
     print(f"{method} on {data}, seed {args.seed}, {device}: {folder}", flush=True)
     return Run(script, args, device, folder, lock, restored, resumed)
-
-
-def _without_traceback(kind, *others):
-    if kind is KeyboardInterrupt:
-        print("stopped; the same command goes on from the last evaluation", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, *others)
 
 
 def _earlier_run(folder, args, method):
@@ -874,8 +964,8 @@ def _earlier_run(folder, args, method):
         a["data"] = str(Path(a["data"]).resolve()) if Path(a["data"]).is_dir() else a["data"]
     if changed := [k for k in asked if k not in FREE - {"data", "limit", "batch_size"} and asked[k] != theirs.get(k)]:
         k = changed[0]
-        fail(f"{folder} holds a run with --{k.replace('_', '-')} {theirs.get(k)} instead of {asked[k]}; give "
-             "--overwrite to replace it, or another --out")
+        raise Error(f"{folder} holds a run with --{k.replace('_', '-')} {theirs.get(k)} instead of {asked[k]}; give "
+                    "--overwrite to replace it, or another --out")
     if done.exists():
         print(f"{folder} is finished already, with these arguments; nothing to do (--overwrite does it again)")
         raise SystemExit(0)
@@ -933,7 +1023,7 @@ class Run:
         looked at every 10 epochs); the first of equals. Without a valid split the last epoch is kept.
         losses: name -> value of this epoch; one that is not finite ends the run."""
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-            fail(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
+            raise Error(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
         row = dict(epoch=epoch, seconds=round(time.perf_counter() - self.started, 1), **losses)
         self.history.append(row)
         if epoch % self.args.eval_every and epoch != self.args.epochs:
@@ -978,13 +1068,14 @@ class Run:
         theirs, ours = (", ".join(f"{w['name']} {w['sha256'][:12]}" for w in weights)
                         for weights in (kept["weights"], _weights(model)))
         if theirs != ours:
-            fail(f"{source} was trained on the frozen weights {theirs}, these are {ours}; give the same ones")
+            raise Error(f"{source} was trained on the frozen weights {theirs}, these are {ours}; give the same ones")
         try:
             missing, unknown = model.load_state_dict(kept["state"], strict=False)
             if unknown or (missing := [k for k in missing if not k.startswith(_frozen(model))]):
                 raise RuntimeError(f"{(unknown + missing)[0]} is {'unknown' if unknown else 'missing'}")
         except RuntimeError as e:
-            fail(f"{source} does not fit this model: {str(e).splitlines()[-1].strip()}; use the arguments of its run")
+            raise Error(f"{source} does not fit this model: {str(e).splitlines()[-1].strip()}; use the arguments of "
+                        f"its run") from e
 
 
 def _frozen(model):
@@ -999,7 +1090,7 @@ def _read_checkpoint(file, method):
     kept = read_state(file, f"model.pt of a {method} run")
     if not isinstance(kept, dict) or kept.get("method") != method:
         found = kept.get("method") if isinstance(kept, dict) else None
-        fail(f"{file} is a checkpoint of {found or 'something else'}; give the model.pt of a {method} run")
+        raise Error(f"{file} is a checkpoint of {found or 'something else'}; give the model.pt of a {method} run")
     return kept
 
 

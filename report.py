@@ -97,7 +97,7 @@ def read_runs(folder):
             results["memory"] = {k: float(v) for k, v in results["peak_memory_gib"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
             what = f"no {e}" if isinstance(e, KeyError) else e
-            common.fail(f"{file} is not a run's results ({what}); remove it, or run that method again")
+            raise common.Error(f"{file} is not a run's results ({what}); remove it, or run that method again") from e
         results["folder"] = file.parent
         runs[file.parts[-4], file.parts[-3]].append(results)
     return dict(sorted(runs.items()))
@@ -136,7 +136,8 @@ def read_columns(file, **kinds):
             raise ValueError("a number is not finite")
         return columns
     except (OSError, ValueError, csv.Error) as e:
-        common.fail(f"{file} cannot be read ({e}); expected the columns {','.join(kinds)}; run that method again")
+        raise common.Error(f"{file} cannot be read ({e}); expected the columns {','.join(kinds)}; run that method "
+                           f"again") from e
 
 
 def read_scores(results, known):
@@ -155,7 +156,8 @@ def read_scores(results, known):
         found.append(np.array(scores))
         auroc, told = placement(anomalous, found[-1])[anomalous].mean(), r["metrics"]["image_auroc"]
         if told is None or abs(auroc - told) > 1e-6:
-            common.fail(f"{file} gives image AUROC {auroc:.6f}, results.json beside it says {told}; run it again")
+            raise common.Error(f"{file} gives image AUROC {auroc:.6f}, results.json beside it says {told}; run it "
+                               f"again")
     return anomalous, np.array(found), paths
 
 
@@ -394,7 +396,7 @@ def pixel_curves(results):
         if (file := r["folder"] / "curves.csv").exists():
             fpr, tpr, pro = read_columns(file, fpr=float, tpr=float, pro=float)
             if (np.diff(fpr) < 0).any():
-                common.fail(f"{file} is no curve, its fpr falls; run that method again")
+                raise common.Error(f"{file} is no curve, its fpr falls; run that method again")
             found.append([np.interp(RATES, fpr, y) for y in (tpr, pro)])
     return np.mean(found, axis=0) if found else None
 
@@ -434,7 +436,8 @@ def panels_of(file):
             return [image.convert("RGB").resize((TILE, TILE), Image.Resampling.BILINEAR, (x, 0, x + height, height))
                     for x in range(0, width, height)]
     except (OSError, SyntaxError, ValueError) as e:
-        common.fail(f"{file} is no panel of image, ground truth and heat map ({e}); run that method again")
+        raise common.Error(f"{file} is no panel of image, ground truth and heat map ({e}); run that method "
+                           f"again") from e
 
 
 def maps_figure(data, methods, runs, scores):
@@ -457,7 +460,8 @@ def maps_figure(data, methods, runs, scores):
         panels = [panels_of(f / name) for f in folders.values()]
         rows.append([*panels[0][:-1], *(p[-1] for p in panels)])
     if len({len(row) for row in rows}) > 1:
-        common.fail(f"{next(iter(folders.values()))} holds panels with and without ground truth; run that method again")
+        raise common.Error(f"{next(iter(folders.values()))} holds panels with and without ground truth; run that "
+                           f"method again")
     titles = ["image", "ground truth"][: len(rows[0]) - len(folders)] + list(folders)
     sides = ["normal" if n in normal else "anomalous" for n in names]
     step, font = TILE + 4, ImageFont.load_default(16)
@@ -650,13 +654,14 @@ def section_of(data, rows, matrix, left_out, figures):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     target = Path(args.runs) / "report"
     if target.exists() and not (target / "index.html").exists():
-        common.fail(f"{target} is no report of before, and would be replaced; move it away")
+        raise common.Error(f"{target} is no report of before, and would be replaced; move it away")
     runs, ablation, known = read_runs(args.runs), read_ablation(args.runs), {}
     if not runs and not ablation:
-        common.fail(f"no finished runs in {args.runs}: expected {args.runs}/<data>/<method>/seed<k>/results.json")
+        raise common.Error(f"no finished runs in {args.runs}: expected "
+                           f"{args.runs}/<data>/<method>/seed<k>/results.json")
     scores = {key: read_scores(results, known) for key, results in runs.items()}
     rows = rows_of(runs, scores, read_published())
     methods = sorted({r["method"] for r in rows})

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
@@ -67,7 +66,7 @@ def plan(free):
     """{case: (split, {label: slices})} from {case: tumour-free slices}."""
     ranked, planned = sorted(free, key=lambda case: (-len(free[case]), case)), {}
     if len(free) < 3:
-        common.fail(f"{len(free)} usable cases; train, valid and test need one each")
+        raise common.Error(f"{len(free)} usable cases; train, valid and test need one each")
     small = len(free) < len(GROUPS)  # then a patient of test or valid gives both normal and anomalous slices
     groups = [("train", [0]), ("test", [0, 1]), ("valid", [0, 1])] if small else [(s, [y]) for s, y in GROUPS]
     patients = [PATIENTS[0], PATIENTS[1] + PATIENTS[4], PATIENTS[2] + PATIENTS[3]] if small else PATIENTS
@@ -87,10 +86,10 @@ def read_groups(file, cases):
     for row in prepare.read_list(file, ["case", "split", "label"]):
         case, group = row["case"], (row["split"], {"0": 0, "1": 1}.get(row["label"]))
         if group not in GROUPS:
-            common.fail(f"{file}: {case} has split {group[0]} and label {row['label']}; known are "
-                        + ", ".join(f"{s} {y}" for s, y in GROUPS))
+            raise common.Error(f"{file}: {case} has split {group[0]} and label {row['label']}; known are "
+                               + ", ".join(f"{s} {y}" for s, y in GROUPS))
         if case in groups or case not in cases:
-            common.fail(f"{file}: {case} {'stands there twice' if case in groups else 'is not in the source'}")
+            raise common.Error(f"{file}: {case} {'stands there twice' if case in groups else 'is not in the source'}")
         groups[case] = group
     return groups
 
@@ -107,7 +106,7 @@ def write_case(item, folder):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     raw = prepare.raw_folder(args, LOOKED_FOR)
     cases = find_cases(raw) or prepare.wrong_folder(raw, LOOKED_FOR)
     groups = args.split and read_groups(args.split, cases)

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
@@ -98,8 +97,9 @@ def check_equalize(args, other):
     """End with one line if the other source of the benchmark was prepared with another --equalize."""
     record = Path(args.root) / "liver" / f"{other}.json"
     if record.exists() and (theirs := json.loads(record.read_text())["arguments"]["equalize"]) != args.equalize:
-        common.fail(f"{record.parent} has slices of {other} made with --{'' if theirs else 'no-'}equalize; give the "
-                    "same here, or choose another --root")
+        raise common.Error(f"{record.parent} has slices of {other} made with --{'' if theirs else 'no-'}equalize; give "
+                           f"the "
+                           "same here, or choose another --root")
 
 
 # ---------------------------------------------------------------------------------------------------------------- BTCV
@@ -116,13 +116,13 @@ def write_case(item, folder):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     raw = prepare.raw_folder(args, LOOKED_FOR)
     cases = find_cases(raw) or prepare.wrong_folder(raw, LOOKED_FOR)
     if args.patients:
         asked = [row["case"] for row in prepare.read_list(args.patients, ["case"])]
         if unknown := [case for case in asked if case not in cases]:
-            common.fail(f"{args.patients}: {unknown[0]} is not in the source")
+            raise common.Error(f"{args.patients}: {unknown[0]} is not in the source")
         cases = {case: files for case, files in cases.items() if case in asked}
     check_equalize(args, "lits")
     preparation = prepare.Preparation("btcv", "liver", ["train"], args)

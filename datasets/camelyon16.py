@@ -40,7 +40,6 @@ from pathlib import Path
 
 import numpy as np
 import openslide
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
@@ -77,7 +76,7 @@ def find_slides(raw):
             continue
         slide, kind = f"{match[1].lower()}_{int(match[2]):03}", match[3].lower()[0]
         if other := files.setdefault(slide, {}).get(kind):
-            common.fail(f"{other} and {file} are both of {slide}; remove one")
+            raise common.Error(f"{other} and {file} are both of {slide}; remove one")
         files[slide][kind] = str(file)
     return {slide: [found["t"], found.get("x")] for slide, found in sorted(files.items())
             if "t" in found and slide not in LEFT_OUT}
@@ -89,8 +88,9 @@ def plan(slides, fixed=None):
     tests = sorted(slides.keys() - splits.keys(), key=lambda slide: (slide in VALID, slide))
     groups = [[s for s in tests if (s in TUMOUR or bool(slides[s][1])) == tumour] for tumour in (False, True)]
     if not splits or not groups[1]:
-        common.fail(f"{len(splits)} normal training slides, {len(tests)} test slides, of them {len(groups[1])} with "
-                    "tumour; train and test need at least one")
+        raise common.Error(f"{len(splits)} normal training slides, {len(tests)} test slides, of them {len(groups[1])} "
+                           f"with "
+                           "tumour; train and test need at least one")
     if fixed:
         return splits | fixed
     for group, numbers in zip(groups, ([72, 8], [43, 5]), strict=True):
@@ -133,16 +133,16 @@ def read_coords(folder):
         try:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            common.fail(f"cannot read {file} ({e}); give text lines slide,x_center,y_center")
+            raise common.Error(f"cannot read {file} ({e}); give text lines slide,x_center,y_center") from e
         for number, row in enumerate(csv.reader(lines), 1):
             if not any(row) or row[0] == "slide":
                 continue
             if len(row) != 3 or not re.fullmatch(r"\w+_\d+", row[0]) or not (row[1] + row[2]).isdecimal():
-                common.fail(f"{file}, line {number}: {','.join(row)} is not slide,x_center,y_center; correct it")
+                raise common.Error(f"{file}, line {number}: {','.join(row)} is not slide,x_center,y_center; correct it")
             patches.setdefault(row[0].lower(), []).append((split, label, int(row[1]), int(row[2])))
     if missing := {("train", 0), ("test", 0), ("test", 1)} - lists:
         names = [f"{split}_{('good', 'bad')[label]}" for split, label in sorted(missing)]
-        common.fail(f"--coords {folder} has no list {', '.join(names)} (.txt or .csv)")
+        raise common.Error(f"--coords {folder} has no list {', '.join(names)} (.txt or .csv)")
     return patches
 
 
@@ -286,9 +286,9 @@ def write_patches(item, folder):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     if args.slides and args.coords:
-        common.fail("--coords says which slide is in which split; leave out --slides")
+        raise common.Error("--coords says which slide is in which split; leave out --slides")
     raw = prepare.raw_folder(args, LOOKED_FOR)
     preparation = prepare.Preparation("camelyon16", "histo", ["train", "valid", "test"], args)
     slides = find_slides(raw) or prepare.wrong_folder(raw, LOOKED_FOR)

@@ -23,8 +23,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import btcv
 import prepare
@@ -86,7 +84,7 @@ def write_case(item, folder):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     raw = prepare.raw_folder(args, LOOKED_FOR)
     cases = find_cases(raw) or prepare.wrong_folder(raw, LOOKED_FOR)
     if args.patients:
@@ -94,7 +92,7 @@ if __name__ == "__main__":
     else:
         chosen = {case: files for case, files in cases.items() if args.all_cases or int(case) in CASES}
         if not chosen:
-            common.fail(f"{raw} has none of the cases 1 to 10; give --all-cases to divide those that it has")
+            raise common.Error(f"{raw} has none of the cases 1 to 10; give --all-cases to divide those that it has")
     btcv.check_equalize(args, "btcv")
     preparation = prepare.Preparation("lits", "liver", ["valid", "test"], args)
     if not args.patients:

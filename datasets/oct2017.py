@@ -21,7 +21,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
@@ -45,7 +44,7 @@ def find_images(raw):
             continue
         name = f"{part}_{file.stem}"
         if name in images:
-            common.fail(f"{images[name][-1]} and {file} are copies of one image; keep one of them under --raw")
+            raise common.Error(f"{images[name][-1]} and {file} are copies of one image; keep one of them under --raw")
         images[name] = part, kind, match[1], str(file)
     return images
 
@@ -60,7 +59,8 @@ def plan(images, seed=0):
             patients.setdefault(patient, Counter())[kind] += 1
     total = sum(patients.values(), Counter())
     if lacking := [kind for kind in CLASSES if total[kind] < 2]:
-        common.fail(f"the test part has {total[lacking[0]]} images of {lacking[0]}; valid and test need one each")
+        raise common.Error(f"the test part has {total[lacking[0]]} images of {lacking[0]}; valid and test need one "
+                           f"each")
     room = Counter({kind: prepare.shares(total[kind], [VALID, TEST])[0] for kind in CLASSES})
     names, valid = sorted(patients), set()
     for patient in [names[i] for i in np.random.default_rng(seed).permutation(len(names))]:
@@ -79,7 +79,7 @@ def write_image(item, folder):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(prepare.Args, description=__doc__)
+    args = common.command_line(prepare.Args, __doc__)
     raw = prepare.raw_folder(args, LOOKED_FOR)
     images = find_images(raw)
     if not {"train", "test"} <= {part for part, *_ in images.values()}:

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import tyro
 from PIL import Image
 from scipy import ndimage
 
@@ -61,9 +60,10 @@ def read_volume():
         with as_file(source) as path:
             volume = np.asarray(nibabel.load(path).dataobj, np.float32).mean(axis=3)  # two repetitions
     except FileNotFoundError:
-        common.fail(f"this nibabel has no {source}: the distribution left its test data out; install it with pip")
+        raise common.Error(f"this nibabel has no {source}: the distribution left its test data out; install it with "
+                           f"pip") from None
     except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as e:
-        common.fail(f"cannot read {source} ({e}); install nibabel again, with pip")
+        raise common.Error(f"cannot read {source} ({e}); install nibabel again, with pip") from e
     return volume / np.percentile(volume, 99.5)
 
 
@@ -122,9 +122,10 @@ def finish_image(image, rng):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     if args.size < 32 or min(args.train, args.valid, args.test) < 1 or args.seed < 0:
-        common.fail("--size must be at least 32, --train, --valid and --test at least 1, and --seed not negative")
+        raise common.Error("--size must be at least 32, --train, --valid and --test at least 1, and --seed not "
+                           "negative")
     folder = Path(args.root) / "phantom"
     asked = json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k != "root"})
     if folder.exists():
@@ -132,7 +133,7 @@ if __name__ == "__main__":
         if made.exists() and made.read_text() == asked:
             print(f"{folder} is there already, made with these arguments; nothing to do")
             raise SystemExit
-        common.fail(f"{folder} exists and was made with other arguments; remove it, or choose another --root")
+        raise common.Error(f"{folder} exists and was made with other arguments; remove it, or choose another --root")
     volume = read_volume()
     middle = [(s.start + s.stop - 1) / 2 for s in ndimage.find_objects((volume > 0.25).astype(int))[0]]  # of the brain
     volume = ndimage.spline_filter(volume, order=2)

@@ -50,15 +50,16 @@ def raw_folder(args, looked_for):
     """args.raw as a Path; ends with one line if it is not there. looked_for: what it should hold, in words."""
     raw = Path(args.raw)
     if not raw.is_dir():
-        common.fail(f"no folder {raw}; --raw takes the folder that holds {looked_for}")
+        raise common.Error(f"no folder {raw}; --raw takes the folder that holds {looked_for}")
     return raw
 
 
 def wrong_folder(raw, looked_for):
     """End with one line: what was looked for and what is there."""
     found = sorted(p.name + "/" * p.is_dir() for p in raw.iterdir() if p.name[0] != ".")
-    common.fail(f"{raw} does not hold {looked_for}; found {', '.join(found[:6]) or 'nothing'}"
-                f"{f' and {len(found) - 6} more' if len(found) > 6 else ''}; give the unpacked source with --raw")
+    raise common.Error(f"{raw} does not hold {looked_for}; found {', '.join(found[:6]) or 'nothing'}"
+                       f"{f' and {len(found) - 6} more' if len(found) > 6 else ''}; give the unpacked source with "
+                       f"--raw")
 
 
 def read_list(file, columns):
@@ -67,11 +68,12 @@ def read_list(file, columns):
         with open(file, newline="", encoding="utf-8-sig") as f:
             rows = list(csv.DictReader(f))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        common.fail(f"cannot read {file} ({getattr(e, 'strerror', None) or e}); give a CSV file with the columns "
-                    f"{', '.join(columns)}")
+        raise common.Error(f"cannot read {file} ({getattr(e, 'strerror', None) or e}); give a CSV file with the "
+                           f"columns "
+                           f"{', '.join(columns)}") from e
     if not rows or (missing := [c for c in columns if c not in rows[0] or any(r[c] is None for r in rows)]):
         lacks = f"lacks the column {missing[0]} or a value in it" if rows else "is empty"
-        common.fail(f"{file} {lacks}; its columns must be {', '.join(columns)}")
+        raise common.Error(f"{file} {lacks}; its columns must be {', '.join(columns)}")
     return rows
 
 
@@ -82,9 +84,9 @@ def read_split(file, cases, splits):
     for row in read_list(file, ["case", "split"]):
         case, split = row["case"], row["split"]
         if split not in splits:
-            common.fail(f"{file}: {case} has split {split}; known are {', '.join(splits)}")
+            raise common.Error(f"{file}: {case} has split {split}; known are {', '.join(splits)}")
         if case in found or case not in cases:
-            common.fail(f"{file}: {case} {'stands there twice' if case in found else 'is not in the source'}")
+            raise common.Error(f"{file}: {case} {'stands there twice' if case in found else 'is not in the source'}")
         found[case] = split
     return found
 
@@ -151,21 +153,23 @@ class Preparation:
         self.asked = {k: [common.sha256(f) for f in sorted([Path(v), *Path(v).glob("*")]) if f.is_file()]
                       if isinstance(v, str) else v for k, v in dataclasses.asdict(args).items() if k not in FREE}
         if args.workers < 1 or args.seed < 0:
-            common.fail("--workers must be at least 1 and --seed not negative")
+            raise common.Error("--workers must be at least 1 and --seed not negative")
         record = self.folder / f"{source}.json"
         if record.exists():
             made = json.loads(record.read_text())
             if made["arguments"] != self.asked:
-                common.fail(f"{self.folder} was made from {source} with other arguments ({made['arguments']}); remove "
-                            "it, or choose another --root")
+                raise common.Error(f"{self.folder} was made from {source} with other arguments ({made['arguments']}); "
+                                   f"remove "
+                                   "it, or choose another --root")
             print(f"{self.folder} is there already, made from {source} with these arguments; nothing to do")
             self._report_damage(made["damaged"])
             raise SystemExit(1 if made["damaged"] else 0)
         if there := [s for s in splits if (self.folder / s).exists() and not (self.work / "moving").exists()]:
-            common.fail(f"{self.folder / there[0]} exists and was not made by this script; choose another --root")
+            raise common.Error(f"{self.folder / there[0]} exists and was not made by this script; choose another "
+                               f"--root")
         begun = self.work / "arguments.json"
         if begun.exists() and json.loads(begun.read_text()) != self.asked:
-            common.fail(f"{self.work} was begun with other arguments; remove it, or choose another --root")
+            raise common.Error(f"{self.work} was begun with other arguments; remove it, or choose another --root")
         with common.atomic(begun) as tmp:
             tmp.write_text(json.dumps(self.asked))
 
@@ -187,13 +191,14 @@ class Preparation:
                             print(f"damaged: {why}", file=sys.stderr, flush=True)
                             self.damaged[key] = why
                             if self.args.strict:
-                                common.fail("stopped at the first damaged file (--strict)")
+                                raise common.Error("stopped at the first damaged file (--strict)")
                 finally:
                     pool.shutdown(cancel_futures=True)
         except BrokenProcessPool:
-            common.fail(f"a process died while {what}, most likely for lack of memory; take fewer --workers")
+            raise common.Error(f"a process died while {what}, most likely for lack of memory; take fewer "
+                               f"--workers") from None
         if not results:
-            common.fail(f"{self.args.raw}: nothing could be read; see the damaged files above")
+            raise common.Error(f"{self.args.raw}: nothing could be read; see the damaged files above")
         return results
 
     def finish(self, rows, published):
@@ -211,7 +216,7 @@ class Preparation:
                 line = (f"{len(crossing)} images cross splits: {first['image']} and {row['image']} are "
                         + ("the same image" if what == "sha256" else f"both of {row['case']}"))
                 if not self.args.allow_duplicates:
-                    common.fail(f"{line}; clean the source, or let it pass with --allow-duplicates")
+                    raise common.Error(f"{line}; clean the source, or let it pass with --allow-duplicates")
                 print(f"warning: {line}", file=sys.stderr)
         counts = Counter((r["split"], r["label"]) for r in rows)
         for split in self.splits:
@@ -220,7 +225,8 @@ class Preparation:
                     print(f"{split:<5} {name:<9} {counts[split, label]:>6}   published {published[split, label]:>6}")
         for split, label in published:
             if not counts[split, label] and split != "valid":  # without valid a benchmark can be used, with a warning
-                common.fail(f"no {('normal', 'anomalous')[label]} image for {split}: the source has too few cases")
+                raise common.Error(f"no {('normal', 'anomalous')[label]} image for {split}: the source has too few "
+                                   f"cases")
         planned = {Path(r["image"]) for r in rows}
         planned |= {path.parents[1] / "anomaly_mask" / path.name for path in planned if path.parts[1] == "Ungood"}
         for file in (self.work / "images").rglob("*.png"):  # of an earlier plan, before a damaged file was replaced

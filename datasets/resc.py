@@ -27,8 +27,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
 from prepare import common
@@ -64,7 +62,7 @@ def find_slices(raw):
         files = found.setdefault(({"val": "valid"}.get(part, part), match[1], int(match[2])), {})
         kind = "label" if any(LABEL.search(folder) for folder in folders) else "image"
         if kind in files:
-            common.fail(f"{files[kind]} and {file} are the same slice; keep one of them under --raw")
+            raise common.Error(f"{files[kind]} and {file} are the same slice; keep one of them under --raw")
         files[kind] = str(file)
     return {f"{part}_{cube}_{k}": (part, patient_of(part, cube), cube, k, files.get("image"), files.get("label"))
             for (part, cube, k), files in sorted(found.items())}
@@ -94,8 +92,9 @@ def plan(slices, seed=0, fixed=None):
         wanted = [max(1, round(t * v / (v + w))) for t, v, w in zip(total, VALID, TEST, strict=True)]
         chosen = prepare.divide(counts, wanted, seed) if counts else []
         if not chosen:
-            common.fail(f"{len(counts)} usable patients in the validation part cannot be divided: valid needs one, and "
-                        "test needs slices with and without lesion of another")
+            raise common.Error(f"{len(counts)} usable patients in the validation part cannot be divided: valid needs "
+                               f"one, and "
+                               "test needs slices with and without lesion of another")
         fixed = {patient: "valid" if patient in chosen else "test" for patient in counts}
     planned = {}
     for name, (part, patient, lesion) in slices.items():
@@ -116,7 +115,7 @@ def write_slice(item, folder):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     raw = prepare.raw_folder(args, LOOKED_FOR)
     slices = find_slices(raw)
     if {part for part, *_ in slices.values()} != {"train", "valid"}:

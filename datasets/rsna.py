@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
@@ -47,9 +46,9 @@ def labels_of(rows):
     for row in rows:
         patient, kind = row["patientId"], row["class"]
         if kind not in CLASSES:
-            common.fail(f"{LIST}: {patient} has class {kind}; known are {', '.join(CLASSES)}")
+            raise common.Error(f"{LIST}: {patient} has class {kind}; known are {', '.join(CLASSES)}")
         if classes.setdefault(patient, kind) != kind:
-            common.fail(f"{LIST}: {patient} has two classes, {classes[patient]} and {kind}; download it again")
+            raise common.Error(f"{LIST}: {patient} has two classes, {classes[patient]} and {kind}; download it again")
     return {patient: CLASSES[kind] for patient, kind in classes.items()}
 
 
@@ -59,7 +58,8 @@ def plan(labels, seed=0):
     for label, parts in PARTS.items():
         patients = sorted(patient for patient in labels if labels[patient] == label)
         if len(patients) < len(parts):
-            common.fail(f"{len(patients)} {('normal', 'anomalous')[label]} patients; {', '.join(parts)} need one each")
+            raise common.Error(f"{len(patients)} {('normal', 'anomalous')[label]} patients; {', '.join(parts)} need "
+                               f"one each")
         order = [patients[i] for i in rng.permutation(len(patients))]
         splits = np.repeat(list(parts), prepare.shares(len(patients), list(parts.values()))).tolist()
         planned |= dict(zip(order, splits, strict=True))
@@ -104,7 +104,7 @@ def write_image(item, folder):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     raw = prepare.raw_folder(args, LOOKED_FOR)
     files = {file.stem: str(file) for file in sorted(raw.rglob("*.dcm"))}
     if not files or not (lists := sorted(raw.rglob(LIST))):
@@ -114,7 +114,7 @@ if __name__ == "__main__":
         planned = prepare.read_split(args.patients, labels, ["train", "valid", "test"])
         for patient, split in planned.items():
             if split not in PARTS[labels[patient]]:
-                common.fail(f"{args.patients}: {patient} is anomalous and cannot be in {split}")
+                raise common.Error(f"{args.patients}: {patient} is anomalous and cannot be in {split}")
     else:
         planned = plan(labels, args.seed)
     preparation = prepare.Preparation("rsna", "chest", ["train", "valid", "test"], args)

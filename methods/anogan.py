@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -127,9 +126,11 @@ class AnoGAN(nn.Module):
     def __init__(self, image_size, latent=100, width=64, steps=500, search_lr=1e-3, feature_weight=0.1):
         super().__init__()
         if image_size < 16 or image_size & (image_size - 1):
-            common.fail(f"--image-size {image_size}: the networks double 4x4 up to it; give 16, 32, 64, 128, ...")
+            raise common.Error(f"--image-size {image_size}: the networks double 4x4 up to it; give 16, 32, 64, 128, "
+                               f"...")
         if not 0 <= feature_weight <= 1:
-            common.fail(f"--feature-weight {feature_weight}: the image's residual has the rest of 1; give 0 to 1")
+            raise common.Error(f"--feature-weight {feature_weight}: the image's residual has the rest of 1; give 0 to "
+                               f"1")
         self.steps, self.search_lr, self.feature_weight = steps, search_lr, feature_weight
         self.generator = Generator(image_size, latent, width).apply(init_weights)
         self.discriminator = Discriminator(image_size, width).apply(init_weights)
@@ -173,7 +174,7 @@ def generator_loss(fake):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = AnoGAN(args.image_size, args.latent, args.width, args.steps, args.search_lr, args.feature_weight)

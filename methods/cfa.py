@@ -31,7 +31,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -173,14 +172,16 @@ class CFA(nn.Module):
     def __init__(self, backbone, weights, image_size, neighbors, hard_negatives, radius, learn_radius):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
+                               f"LAYERS")
         self.layers, self.neighbors, self.hard_negatives = LAYERS[backbone], neighbors, hard_negatives
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         shapes = [f.shape[1:] for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (C_l, h_l, w_l)
         channels, (_, h, w) = [c for c, _, _ in shapes], shapes[0]
         if not (neighbors > 0 and hard_negatives > 0 and neighbors + hard_negatives <= h * w):
-            common.fail(f"--neighbors {neighbors} --hard-negatives {hard_negatives}: each is at least 1, both together "
-                        f"at most {h * w}, the positions of a {image_size}-pixel image")
+            raise common.Error(f"--neighbors {neighbors} --hard-negatives {hard_negatives}: each is at least 1, both "
+                               f"together "
+                               f"at most {h * w}, the positions of a {image_size}-pixel image")
         self.descriptor = Descriptor(channels, (h, w))
         dim = sum(channels)
         self.register_buffer("memory_bank", torch.zeros(h * w, dim))  # C in the paper, (P, D)
@@ -247,7 +248,7 @@ def smooth(anomaly_map, sigma=4):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = CFA(args.backbone, args.weights, args.image_size, args.neighbors, args.hard_negatives, args.radius,

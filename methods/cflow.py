@@ -31,7 +31,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -172,9 +171,10 @@ class CFlow(nn.Module):
     def __init__(self, backbone, weights, image_size, blocks, condition):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
+                               f"LAYERS")
         if condition < 4 or condition % 4 or blocks < 1:
-            common.fail(f"--condition {condition} --blocks {blocks}: a multiple of 4, and at least one block")
+            raise common.Error(f"--condition {condition} --blocks {blocks}: a multiple of 4, and at least one block")
         self.backbone = common.feature_extractor(backbone, LAYERS[backbone], weights)
         self.layers = LAYERS[backbone]
         shapes = [f.shape[1:] for f in self.backbone(torch.zeros(1, 3, image_size, image_size)).values()]
@@ -227,7 +227,7 @@ def learning_rate(lr, step, steps):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = CFlow(args.backbone, args.weights, args.image_size, args.blocks, args.condition).to(run.device)

@@ -39,7 +39,6 @@ import huggingface_hub
 import open_clip
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -190,10 +189,11 @@ def load_clip(name, weights, image_size):
     weights: see Args. Ends with one line if they cannot be had or do not fit."""
     config = TINY if name == "tiny" else open_clip.get_model_config(name)
     if config is None:
-        common.fail(f"--model {name}: open_clip has no such model; the default is {Args.model}, the small one tiny")
+        raise common.Error(f"--model {name}: open_clip has no such model; the default is {Args.model}, the small one "
+                           f"tiny")
     if not isinstance(config["vision_cfg"].get("layers"), int) or config.get("custom_text") or \
             {"hf_model_name", "hf_tokenizer_name"} & set(config["text_cfg"]):
-        common.fail(f"--model {name}: needs a ViT beside CLIP's own text tower; take {Args.model} or ViT-B-16")
+        raise common.Error(f"--model {name}: needs a ViT beside CLIP's own text tower; take {Args.model} or ViT-B-16")
     tags = open_clip.list_pretrained_tags_by_model(name)
     tag, file, entry = TAG if weights == "auto" else weights, None, {}
     if Path(weights).is_file():
@@ -203,14 +203,15 @@ def load_clip(name, weights, image_size):
             file, entry = published_file(name, tag), open_clip.get_pretrained_cfg(name, tag)
         except OSError as e:
             if weights != "auto":
-                common.fail(f"CLIP weights {tag} of {name} are {e}, or give a file with --clip-weights FILE, or run an "
-                            "untrained CLIP with --clip-weights none")
+                raise common.Error(f"CLIP weights {tag} of {name} are {e}, or give a file with --clip-weights FILE, or "
+                                   f"run an "
+                                   "untrained CLIP with --clip-weights none") from e
             print(f"warning: CLIP weights {tag} of {name} are {e}; going on with an UNTRAINED CLIP", flush=True)
     elif weights == "auto":
         print(f"warning: {name} has no published weights {tag}; going on with an UNTRAINED CLIP", flush=True)
     elif weights != "none":
-        common.fail(f"--clip-weights {weights}: there is no such file, and of {name} are published: "
-                    f"{', '.join(tags) or 'none'}; give one of these, a FILE, or none (an untrained CLIP)")
+        raise common.Error(f"--clip-weights {weights}: there is no such file, and of {name} are published: "
+                           f"{', '.join(tags) or 'none'}; give one of these, a FILE, or none (an untrained CLIP)")
     config = config | dict(vision_cfg=config["vision_cfg"] | dict(image_size=image_size),
                            quick_gelu=config.get("quick_gelu", False) or entry.get("quick_gelu", False))
     with torch.random.fork_rng(devices=[]):
@@ -225,8 +226,9 @@ def load_clip(name, weights, image_size):
         try:
             open_clip.load_checkpoint(clip, str(file))  # interpolates the positions if the file has another image size
         except Exception as e:  # unreadable, pickled objects, other keys, other shapes
-            common.fail(f"{file} does not fit {name} ({' '.join(str(e).split())[:200]}); give the weights of {name}, "
-                        "or another --model")
+            raise common.Error(f"{file} does not fit {name} ({' '.join(str(e).split())[:200]}); give the weights of "
+                               f"{name}, "
+                               "or another --model") from e
     clip.eval().requires_grad_(False)
     clip.train = lambda mode=True: clip  # stays in eval mode, whatever the model around it does
     clip.frozen = True
@@ -294,19 +296,20 @@ class ClipRecon(nn.Module):
     def __init__(self, args):
         super().__init__()
         if args.backbone not in ["clip", *STAGES]:
-            common.fail(f"--backbone {args.backbone}: known are clip, {', '.join(STAGES)}; add yours to STAGES")
+            raise common.Error(f"--backbone {args.backbone}: known are clip, {', '.join(STAGES)}; add yours to STAGES")
         if not args.layers or not set(args.layers) <= {1, 2, 3, 4}:
-            common.fail(f"--layers {' '.join(map(str, args.layers))}: give some of the stages 1 2 3 4")
+            raise common.Error(f"--layers {' '.join(map(str, args.layers))}: give some of the stages 1 2 3 4")
         if args.da_levels < 0 or args.image_size < 3 * 2 ** max(args.da_levels - 1, 0):
-            common.fail(f"--da-levels {args.da_levels}: from 0 to what {args.image_size} pixels can be halved")
+            raise common.Error(f"--da-levels {args.da_levels}: from 0 to what {args.image_size} pixels can be halved")
         clip = load_clip(args.model, args.clip_weights, args.image_size)
         longest = clip.context_length - 2
         if not 1 <= args.prompt_tokens <= longest or args.patches_per_step < 1 or args.adapter_reduction <= 0:
-            common.fail(f"--prompt-tokens lies in 1 to {longest}; --patches-per-step and --adapter-reduction above 0")
+            raise common.Error(f"--prompt-tokens lies in 1 to {longest}; --patches-per-step and --adapter-reduction "
+                               f"above 0")
         self.stages, self.frame, self.da_levels = sorted(set(args.layers)), args.frame, args.da_levels
         self.grid, width = clip.visual.grid_size, clip.visual.output_dim
         if 0 in self.grid:
-            common.fail(f"--image-size {args.image_size} is smaller than a patch of {args.model}")
+            raise common.Error(f"--image-size {args.image_size} is smaller than a patch of {args.model}")
         depth = len(clip.visual.transformer.resblocks)
         self.image_blocks = [-(-s * depth // 4) for s in (1, 2, 3, 4)]
         self.text_blocks = [-(-s * len(clip.transformer.resblocks) // 4) for s in self.stages]
@@ -357,7 +360,7 @@ class ClipRecon(nn.Module):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = ClipRecon(args).to(run.device)

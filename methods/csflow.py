@@ -30,7 +30,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -160,11 +159,12 @@ class CSFlow(nn.Module):
     def __init__(self, backbone, weights, hidden, image_size):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
+                               f"LAYERS")
         if image_size < 128 or image_size % 128:
-            common.fail(f"--image-size {image_size}: three scales of stride 32 need a multiple of 128")
+            raise common.Error(f"--image-size {image_size}: three scales of stride 32 need a multiple of 128")
         if hidden < 1:
-            common.fail(f"--hidden {hidden}: the coupling networks need at least one channel")
+            raise common.Error(f"--hidden {hidden}: the coupling networks need at least one channel")
         self.layer = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, [self.layer], weights)
         self.shapes = [f.shape[1:] for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (C, h, w)
@@ -192,7 +192,7 @@ class CSFlow(nn.Module):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = CSFlow(args.backbone, args.weights, args.hidden, args.image_size).to(run.device)

@@ -34,7 +34,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -233,7 +232,7 @@ class CutPaste(nn.Module):
     def __init__(self, backbone, weights):
         super().__init__()
         if backbone not in CLASSIFIER:
-            common.fail(f"--backbone {backbone}: known are {', '.join(CLASSIFIER)}; add yours to CLASSIFIER")
+            raise common.Error(f"--backbone {backbone}: known are {', '.join(CLASSIFIER)}; add yours to CLASSIFIER")
         self.backbone = common.pretrained_network(backbone, weights)  # trained on, so a checkpoint holds its state
         classifier = self.backbone.get_submodule(CLASSIFIER[backbone])
         width = [m for m in classifier.modules() if isinstance(m, nn.Linear)][-1].in_features
@@ -282,15 +281,15 @@ def endless(train, batch_size, device, seed, start):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     if args.image_size < 32:
-        common.fail(f"--image-size {args.image_size}: a scar takes up to 31 pixels; give at least 32")
+        raise common.Error(f"--image-size {args.image_size}: a scar takes up to 31 pixels; give at least 32")
     model = CutPaste(args.backbone, args.weights).to(run.device)
     if not args.checkpoint:
         if len(train) < 3:
-            common.fail(f"{len(train)} training images have no covariance: give at least 3")
+            raise common.Error(f"{len(train)} training images have no covariance: give at least 3")
         optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         freeze_epochs = args.freeze_epochs if model.backbone.weights_used["trained"] else 0

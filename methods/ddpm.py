@@ -44,7 +44,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -342,23 +341,24 @@ def check(args):
     """End with one line where arguments cannot go together."""
     size, halvings = args.image_size, len(args.multipliers) - 1
     if halvings < 0 or min(args.multipliers) < 1:
-        common.fail(f"--multipliers {args.multipliers}: give a whole number for each level")
+        raise common.Error(f"--multipliers {args.multipliers}: give a whole number for each level")
     if size < 16 or size % 2**halvings:
-        common.fail(f"--image-size {size}: the network halves it {halvings} times; 16 or more, a multiple of "
-                    f"{2**halvings}, or fewer --multipliers")
+        raise common.Error(f"--image-size {size}: the network halves it {halvings} times; 16 or more, a multiple of "
+                           f"{2**halvings}, or fewer --multipliers")
     if args.base_channels < 8 or args.base_channels % 8:
-        common.fail(f"--base-channels {args.base_channels}: a multiple of 8, for norms and attention heads")
+        raise common.Error(f"--base-channels {args.base_channels}: a multiple of 8, for norms and attention heads")
     if not 2 <= args.noise_level <= TRAINED_STEPS:
-        common.fail(f"--noise-level {args.noise_level}: 2 to {TRAINED_STEPS}, the steps that are trained")
+        raise common.Error(f"--noise-level {args.noise_level}: 2 to {TRAINED_STEPS}, the steps that are trained")
     if args.sample_steps and not 2 <= args.sample_steps <= args.noise_level:
-        common.fail(f"--sample-steps {args.sample_steps}: 0 for all, or 2 to --noise-level ({args.noise_level})")
+        raise common.Error(f"--sample-steps {args.sample_steps}: 0 for all, or 2 to --noise-level ({args.noise_level})")
     if args.repeats < 1 or args.sigma < 0 or 4 * args.sigma >= size:
-        common.fail(f"--repeats {args.repeats} --sigma {args.sigma}: at least 1 reconstruction, and 0 <= sigma < "
-                    f"{size // 4}, a quarter of the image")
+        raise common.Error(f"--repeats {args.repeats} --sigma {args.sigma}: at least 1 reconstruction, and 0 <= sigma "
+                           f"< "
+                           f"{size // 4}, a quarter of the image")
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     check(args)
     train, valid, test = common.load_benchmark(args)

@@ -30,7 +30,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -142,7 +141,7 @@ class DeepSVDD(nn.Module):
     def __init__(self, scaling, objective, nu):
         super().__init__()
         if not 0 < nu <= 1:
-            common.fail(f"--nu {nu}: a share of the images, above 0 and at most 1")
+            raise common.Error(f"--nu {nu}: a share of the images, above 0 and at most 1")
         self.scaling, self.objective, self.nu = scaling, objective, nu
         self.encoder = Encoder()
         self.register_buffer("center", torch.zeros(128))  # c: no parameter, and never set again
@@ -211,13 +210,13 @@ def adam(network, lr, weight_decay, milestone):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = DeepSVDD(args.scaling, args.objective, args.nu).to(run.device)
     if not args.checkpoint:
         if len(train) < 2 or min(args.batch_size, args.ae_batch_size) < 2:
-            common.fail("batch norm needs two images a batch: give more training images, or greater batch sizes")
+            raise common.Error("batch norm needs two images a batch: give more training images, or greater batch sizes")
         images = model.load(train.batches(256, run.device))
         if args.ae_epochs and not run.resumed:
             autoencoder = Autoencoder(model.encoder).to(run.device)

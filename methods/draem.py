@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 from torchvision.datasets import DTD
 from torchvision.transforms.v2.functional import equalize as equalize_uint8
@@ -121,7 +120,7 @@ def load_textures(source, train, args):
             folder, source = published_textures(args.root), "dtd"
         except OSError as e:
             if source == "dtd":
-                common.fail(f"{e}, or take --textures FOLDER, images or noise")
+                raise common.Error(f"{e}, or take --textures FOLDER, images or noise") from e
             print(f"warning: {e}; going on with the TRAINING IMAGES as textures", flush=True)
             source = "images"
     else:
@@ -130,7 +129,7 @@ def load_textures(source, train, args):
         return train, dict(source=source, images=len(train))
     entries = [(file, -1, None) for file in common.images_in(folder, "**/*")]
     if not entries:
-        common.fail(f"--textures {source}: no folder with images; give another, or dtd, images, noise or auto")
+        raise common.Error(f"--textures {source}: no folder with images; give another, or dtd, images, noise or auto")
     print(f"textures: {len(entries)} images in {folder}", flush=True)
     textures = common.Split("textures", entries, args.image_size, folder, Path(args.root) / ".cache")
     return textures, dict(source=source, images=len(textures))
@@ -317,7 +316,7 @@ class DRAEM(nn.Module):
     def __init__(self, width):
         super().__init__()
         if width < 2 or width % 2:
-            common.fail(f"--width {width}: the segmenting network has half of it, so it is even")
+            raise common.Error(f"--width {width}: the segmenting network has half of it, so it is even")
         self.reconstructive = restoring_network(width)
         self.discriminative = SegmentingNetwork(width // 2)
         for module in self.modules():  # official code, train_DRAEM.py; biases as PyTorch has them
@@ -363,10 +362,11 @@ def focal_loss(logits, mask, smooth=1e-5):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     if args.image_size < 64 or args.image_size % 32:
-        common.fail(f"--image-size {args.image_size}: the networks halve it five times; a multiple of 32, 64 or more")
+        raise common.Error(f"--image-size {args.image_size}: the networks halve it five times; a multiple of 32, 64 or "
+                           f"more")
     train, valid, test = common.load_benchmark(args)
     model = DRAEM(args.width).to(run.device)
     if not args.checkpoint:

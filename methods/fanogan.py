@@ -28,7 +28,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -145,7 +144,8 @@ class FAnoGAN(nn.Module):
     def __init__(self, image_size, latent, kappa, critic_norm):
         super().__init__()
         if image_size < 32 or image_size % 16:
-            common.fail(f"--image-size {image_size}: critic and encoder halve it four times; give 32, 48, 64, ...")
+            raise common.Error(f"--image-size {image_size}: critic and encoder halve it four times; give 32, 48, 64, "
+                               f"...")
         self.kappa = kappa
         self.generator = Generator(image_size, latent)
         self.critic = Critic(image_size, critic_norm)
@@ -181,7 +181,7 @@ def critic_loss(critic, real, fake):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = FAnoGAN(args.image_size, args.latent, args.kappa, args.critic_norm).to(run.device)

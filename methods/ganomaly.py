@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -128,7 +127,8 @@ class Generator(nn.Module):
     def __init__(self, image_size, latent, width, instance_stats=False):
         super().__init__()
         if image_size < 16 or image_size & (image_size - 1):
-            common.fail(f"--image-size {image_size}: each layer halves the image, down to 4; give 16, 32, 64, 128, 256")
+            raise common.Error(f"--image-size {image_size}: each layer halves the image, down to 4; give 16, 32, 64, "
+                               f"128, 256")
         self.encoder1 = encoder(image_size, latent, width)
         self.decoder = decoder(image_size, latent, width)
         self.encoder2 = encoder(image_size, latent, width)
@@ -185,7 +185,7 @@ def backward(generator, discriminator, loss_g, loss_d):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     generator = Generator(args.image_size, args.latent, args.features, args.instance_stats).to(run.device)

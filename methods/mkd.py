@@ -26,7 +26,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -125,7 +124,8 @@ class MKD(nn.Module):
     def __init__(self, backbone, weights, value_weight, map_norm):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
+                               f"LAYERS")
         layers, widths, positive = LAYERS[backbone]
         self.source = common.feature_extractor(backbone, layers, weights)
         self.cloner = Cloner(widths, positive)
@@ -174,7 +174,7 @@ def smooth(anomaly_map, sigma=4):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = MKD(args.backbone, args.weights, args.value_weight, args.map_norm).to(run.device)

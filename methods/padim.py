@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -77,7 +76,8 @@ class PaDiM(nn.Module):
     def __init__(self, backbone, weights, features, image_size):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
+                               f"LAYERS")
         layers, published = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, layers, weights)
         self.layers = layers[::-1]
@@ -85,15 +85,17 @@ class PaDiM(nn.Module):
         channels = [c for c, _, _ in shapes]
         features = published if features is None else features
         if not 0 < features <= sum(channels):
-            common.fail(f"--features {features}: {backbone} has {sum(channels)} channels in {', '.join(layers)}")
+            raise common.Error(f"--features {features}: {backbone} has {sum(channels)} channels in {', '.join(layers)}")
         if image_size % 16:
-            common.fail(f"--image-size {image_size}: the layers' grids must lie in one another; take a multiple of 16")
+            raise common.Error(f"--image-size {image_size}: the layers' grids must lie in one another; take a multiple "
+                               f"of 16")
         drawn = torch.randperm(sum(channels))[:features].sort().values  # the same for all positions
         for l, (start, (c, h, w)) in enumerate(zip([0, *torch.tensor(channels).cumsum(0)], shapes, strict=False)):
             mine = drawn[(drawn >= start) & (drawn < start + c)] - start
             depth = int((drawn < start + c).sum())
             if not len(mine):
-                common.fail(f"--features {features}: the draw left {self.layers[l]} out; take more, or another --seed")
+                raise common.Error(f"--features {features}: the draw left {self.layers[l]} out; take more, or another "
+                                   f"--seed")
             self.register_buffer(f"channels{l}", mine)  # (d_l,)
             self.register_buffer(f"mean{l}", torch.zeros(h * w, len(mine)))  # (P_l, d_l)
             self.register_buffer(f"whiten{l}", torch.zeros(h * w, len(mine), depth))  # (P_l, d_l, D_l), see fit
@@ -202,7 +204,7 @@ def smooth(anomaly_map, sigma=4):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = PaDiM(args.backbone, args.weights, args.features, args.image_size).to(run.device)

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -81,9 +80,10 @@ class PatchCore(nn.Module):
     def __init__(self, backbone, weights, ratio, neighbors):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
+                               f"LAYERS")
         if not 0 < ratio <= 1:
-            common.fail(f"--ratio {ratio}: the share of kept patches lies above 0 and up to 1")
+            raise common.Error(f"--ratio {ratio}: the share of kept patches lies above 0 and up to 1")
         self.layers = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         self.ratio, self.neighbors = ratio, neighbors
@@ -281,7 +281,7 @@ def smooth(anomaly_map, sigma=4):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = PatchCore(args.backbone, args.weights, args.ratio, args.neighbors).to(run.device)

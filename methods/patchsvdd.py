@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -142,7 +141,8 @@ class PatchSVDD(nn.Module):
     def __init__(self, image_size):
         super().__init__()
         if image_size <= 64 or image_size % 16:
-            common.fail(f"--image-size {image_size}: patches of 64 pixels, 16 apart, fill it; give 80, 96, 112, ...")
+            raise common.Error(f"--image-size {image_size}: patches of 64 pixels, 16 apart, fill it; give 80, 96, 112, "
+                               f"...")
         widths = 3, 32, 64, 128, 128, 64, 32, 32, DIM
         convs = [nn.Conv2d(a, b, 3, 1 + (a == 3)) for a, b in zip(widths, widths[1:], strict=False)]
         # 32x32 pixels -> 1x1: no padding, and a stride of 2 in the first layer only
@@ -248,13 +248,13 @@ def spread(distance, size, patch, stride):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = PatchSVDD(args.image_size).to(run.device)
     if not args.checkpoint:
         if min(args.repeat, args.bank) < 1:
-            common.fail("--repeat and --bank must be at least 1: an epoch needs patches, scores need a bank")
+            raise common.Error("--repeat and --bank must be at least 1: an epoch needs patches, scores need a bank")
         model.fit_mean(train.batches(args.batch_size, run.device))
         optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), args.lr)
         for epoch in run.epochs(model, optimizer):

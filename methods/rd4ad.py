@@ -34,7 +34,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -165,7 +164,8 @@ class RD4AD(nn.Module):
     def __init__(self, backbone, weights, combine):
         super().__init__()
         if backbone not in BACKBONES:
-            common.fail(f"--backbone {backbone}: known are {', '.join(BACKBONES)}, each with a decoder of its own")
+            raise common.Error(f"--backbone {backbone}: known are {', '.join(BACKBONES)}, each with a decoder of its "
+                               f"own")
         layers, channels, kind, blocks = BACKBONES[backbone]
         self.combine = combine
         self.teacher = common.feature_extractor(backbone, layers, weights)
@@ -215,10 +215,11 @@ def smooth(anomaly_map, sigma=4):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     if args.image_size % 32:
-        common.fail(f"--image-size {args.image_size}: the decoder doubles the grid of stride 32; take a multiple of 32")
+        raise common.Error(f"--image-size {args.image_size}: the decoder doubles the grid of stride 32; take a "
+                           f"multiple of 32")
     train, valid, test = common.load_benchmark(args)
     model = RD4AD(args.backbone, args.weights, args.combine).to(run.device)
     if not args.checkpoint:

@@ -25,7 +25,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -104,7 +103,8 @@ class SimpleNet(nn.Module):
     def __init__(self, backbone, weights):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
+                               f"LAYERS")
         self.layers, self.widths = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         width = sum(self.widths)  # D
@@ -156,7 +156,7 @@ def smooth(anomaly_map, sigma=4):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = SimpleNet(args.backbone, args.weights).to(run.device)

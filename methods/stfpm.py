@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -88,7 +87,8 @@ class STFPM(nn.Module):
     def __init__(self, backbone, weights):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
+                               f"LAYERS")
         self.teacher = common.feature_extractor(backbone, LAYERS[backbone], weights)
         # Trap: an untrained teacher comes from seed 0; a student from that very seed would have nothing to learn.
         torch.manual_seed(torch.initial_seed() + 1)
@@ -115,7 +115,7 @@ class STFPM(nn.Module):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = STFPM(args.backbone, args.weights).to(run.device)

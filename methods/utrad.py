@@ -40,7 +40,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -143,11 +142,12 @@ class UTRAD(nn.Module):
     def __init__(self, backbone, weights, image_size, width, layers, activation):
         super().__init__()
         if backbone not in LAYERS:
-            common.fail(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
+                               f"LAYERS")
         if image_size < 16 or image_size % 16:
-            common.fail(f"--image-size {image_size}: the tokens need a multiple of 16; take 256, 128 or 64")
+            raise common.Error(f"--image-size {image_size}: the tokens need a multiple of 16; take 256, 128 or 64")
         if width < HEADS or width % HEADS or layers < 1:
-            common.fail(f"--width {width} must be a multiple of {HEADS} and --layers {layers} at least 1")
+            raise common.Error(f"--width {width} must be a multiple of {HEADS} and --layers {layers} at least 1")
         self.backbone = common.feature_extractor(backbone, LAYERS[backbone], weights)
         channels, grid = self.features(torch.zeros(1, 3, image_size, image_size)).shape[1:3]
         sides, rest = [], grid
@@ -209,7 +209,7 @@ def losses(features, recon, std):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = UTRAD(args.backbone, args.weights, args.image_size, args.width, args.layers, args.activation).to(run.device)

@@ -34,7 +34,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -188,10 +187,11 @@ def load_clip(name, weights, image_size):
     weights: see Args. Ends with one line if they cannot be had or do not fit."""
     config = TINY if name == "tiny" else open_clip.get_model_config(name)
     if config is None:
-        common.fail(f"--model {name}: open_clip has no such model; the default is {Args.model}, the small one tiny")
+        raise common.Error(f"--model {name}: open_clip has no such model; the default is {Args.model}, the small one "
+                           f"tiny")
     if not isinstance(config["vision_cfg"].get("layers"), int) or config.get("custom_text") or \
             {"hf_model_name", "hf_tokenizer_name"} & set(config["text_cfg"]):
-        common.fail(f"--model {name}: needs a ViT beside CLIP's own text tower; take {Args.model} or ViT-B-16")
+        raise common.Error(f"--model {name}: needs a ViT beside CLIP's own text tower; take {Args.model} or ViT-B-16")
     tags = open_clip.list_pretrained_tags_by_model(name)
     tag, file, entry = TAG if weights == "auto" else weights, None, {}
     if Path(weights).is_file():
@@ -201,14 +201,15 @@ def load_clip(name, weights, image_size):
             file, entry = published_file(name, tag), open_clip.get_pretrained_cfg(name, tag)
         except OSError as e:
             if weights != "auto":
-                common.fail(f"CLIP weights {tag} of {name} are {e}, or give a file with --clip-weights FILE, or run an "
-                            "untrained CLIP with --clip-weights none")
+                raise common.Error(f"CLIP weights {tag} of {name} are {e}, or give a file with --clip-weights FILE, or "
+                                   f"run an "
+                                   "untrained CLIP with --clip-weights none") from e
             print(f"warning: CLIP weights {tag} of {name} are {e}; going on with an UNTRAINED CLIP", flush=True)
     elif weights == "auto":
         print(f"warning: {name} has no published weights {tag}; going on with an UNTRAINED CLIP", flush=True)
     elif weights != "none":
-        common.fail(f"--clip-weights {weights}: there is no such file, and of {name} are published: "
-                    f"{', '.join(tags) or 'none'}; give one of these, a FILE, or none (an untrained CLIP)")
+        raise common.Error(f"--clip-weights {weights}: there is no such file, and of {name} are published: "
+                           f"{', '.join(tags) or 'none'}; give one of these, a FILE, or none (an untrained CLIP)")
     config = config | dict(vision_cfg=config["vision_cfg"] | dict(image_size=image_size),
                            quick_gelu=config.get("quick_gelu", False) or entry.get("quick_gelu", False))
     with torch.random.fork_rng(devices=[]):
@@ -223,8 +224,9 @@ def load_clip(name, weights, image_size):
         try:
             open_clip.load_checkpoint(clip, str(file))  # interpolates the positions if the file has another image size
         except Exception as e:  # unreadable, pickled objects, other keys, other shapes
-            common.fail(f"{file} does not fit {name} ({' '.join(str(e).split())[:200]}); give the weights of {name}, "
-                        "or another --model")
+            raise common.Error(f"{file} does not fit {name} ({' '.join(str(e).split())[:200]}); give the weights of "
+                               f"{name}, "
+                               "or another --model") from e
     clip.eval().requires_grad_(False)
     clip.train = lambda mode=True: clip  # stays in eval mode, whatever the model around it does
     clip.frozen = True
@@ -254,9 +256,9 @@ class WinCLIP(nn.Module):
         clip = load_clip(args.model, args.clip_weights, args.clip_size)
         self.grid, self.size, self.shots = clip.visual.grid_size, args.clip_size, args.shots
         if min(self.grid) < max(SCALES):
-            common.fail(f"--clip-size {args.clip_size}: windows need {max(SCALES)} x {max(SCALES)} patches")
+            raise common.Error(f"--clip-size {args.clip_size}: windows need {max(SCALES)} x {max(SCALES)} patches")
         if args.shots < 0:
-            common.fail(f"--shots {args.shots}: give the number of normal images to compare with, 0 for none")
+            raise common.Error(f"--shots {args.shots}: give the number of normal images to compare with, 0 for none")
         self.clip = clip
         patches, width = self.grid[0] * self.grid[1], clip.visual.output_dim
         number = torch.arange(1, patches + 1.0).view(1, 1, *self.grid)
@@ -328,13 +330,13 @@ class WinCLIP(nn.Module):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = WinCLIP(args).to(run.device)
     if not args.checkpoint:
         if args.shots > len(train):
-            common.fail(f"--shots {args.shots}: there are {len(train)} normal training images")
+            raise common.Error(f"--shots {args.shots}: there are {len(train)} normal training images")
         words = benchmark_words(args.data) if args.words == "auto" else args.words
         classes = sentences(words, args.prompts, args.findings)
         run.notes = dict(words=words, prompts=args.prompts,

@@ -424,7 +424,7 @@ def compare_cost(args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     torch.set_num_threads(args.threads)
     if args.what != "patchcore-memory":  # a run gives blocks above 1 GiB back, as the large ones of real sizes are
         common.keep_memory()  # for both sides, as in a run

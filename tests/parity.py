@@ -40,10 +40,10 @@ class Args:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = common.command_line(Args, __doc__)
     known = sorted(p.stem for p in (Path(__file__).parent / "peers").glob("*.py"))
     if args.method not in known:
-        common.fail(f"no comparison for {args.method}; there are {', '.join(known)}")
+        raise common.Error(f"no comparison for {args.method}; there are {', '.join(known)}")
     args.root, args.predict = "data", None
     train, _, test = common.load_benchmark(args)
     torch.manual_seed(0)
