@@ -19,7 +19,6 @@ import base64
 import csv
 import html
 import itertools
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -68,7 +67,7 @@ OURS = {  # variants of clip_recon that the thesis' Tables 4.1 to 4.4 have: its 
     "backbone resnet50": ("clip_recon (ResNet-50, DA)", "clip_recon", dict(backbone="resnet50")),
 }
 NUMBER = (int, float)
-NEEDED = dict(method=str, metrics=dict, images=dict, leaks=dict, train_seconds=NUMBER, test_ms_per_image=NUMBER,
+NEEDED = dict(method=str, metrics=dict, images=dict, train_seconds=NUMBER, test_ms_per_image=NUMBER,
               peak_memory_gib=dict, weights=list, args=dict, changed=dict, device=str)  # of results.json
 DRAWS = 2000  # of the test images, for the intervals
 RATES = np.linspace(0, 1, 1001)  # false positive rates at which the curves of the seeds are averaged
@@ -87,13 +86,12 @@ def read_runs(folder):
     runs = defaultdict(list)
     for file in sorted(Path(folder).glob("*/*/seed*/results.json")):
         try:
-            results = json.loads(file.read_text())
+            results = common.read_results(file)
             if wrong := [k for k, kind in NEEDED.items() if not isinstance(results[k], kind)]:
                 raise TypeError(f"{wrong[0]} is {results[wrong[0]]!r}")
             if wrong := [m for m in METRICS if not (results["metrics"][m] is None or 0 <= results["metrics"][m] <= 1)]:
                 raise ValueError(f"{wrong[0]} is {results['metrics'][wrong[0]]}")
-            common.leak_line(results["leaks"])  # these read the rest
-            as_published(None, results["method"], [results], {}), marks([results], {""})
+            check_line(results), as_published(None, results["method"], [results], {}), marks([results], {""})
             results["memory"] = {k: float(v) for k, v in results["peak_memory_gib"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
             what = f"no {e}" if isinstance(e, KeyError) else e
@@ -237,6 +235,11 @@ def marks(results, changed):
     return "".join(f" ({k})" for k, is_so in found.items() if is_so)
 
 
+def check_line(results):
+    """What datasets/check.py said of the run's images, in words."""
+    return results["check"]["summary"] if results["check"] else "not run on these images"
+
+
 def as_published(data, method, results, changed):
     """Whether all these runs have the thesis' method, settings (with what its table says is `changed`) and number of
     images, and trained weights."""
@@ -255,7 +258,7 @@ def rows_of(runs, scores, published):
         changed = {" ".join(f"--{k.replace('_', '-')} {v}" for k, v in r["changed"].items()) for r in results}
         row = dict(data=data, method=method, marks=marks(results, changed), seeds=len(results),
                    changed=" | ".join(sorted(changed)),
-                   leaks=" | ".join(sorted({common.leak_line(r["leaks"]) for r in results} - {""})))
+                   check=" | ".join(sorted({check_line(r) for r in results})))
         costs = dict(train_seconds=[r["train_seconds"] for r in results], ms=[r["test_ms_per_image"] for r in results])
         for kind in ("ram", "gpu"):
             costs[f"{kind}_gib"] = [r["memory"].get(kind) for r in results]
@@ -324,12 +327,12 @@ def table(rows, full=False):
 
 
 def notes_of(rows):
-    """What stands below a benchmark's table: changed settings, leaks, suspect figures of the thesis."""
+    """The lines below a benchmark's table: changed settings, datasets/check.py's, suspect figures of the thesis."""
     changed = [f"{r['method']}: {r['changed']}" for r in rows if r["changed"]]
-    leaks = sorted({line for r in rows for line in r["leaks"].split(" | ") if line})
+    checks = [f"datasets/check.py: {line}" for line in sorted({r["check"] for r in rows})]
     suspect = [f"{r['method']}, {title}, the thesis' {100 * r[f'{m}_thesis_mean']:.2f}?: {note}"
                for r in rows for m, title in METRICS.items() if (note := r[f"{m}_thesis_note"])]
-    return changed, leaks, suspect
+    return changed, checks, suspect
 
 
 def overview(rows, metric):
@@ -475,6 +478,31 @@ def maps_figure(data, methods, runs, scores):
     for k, title in enumerate(titles):
         draw.text((left + k * step + TILE / 2, top - 8), title, "black", font, "ms")
     return grid
+
+
+def training_figure(data, methods, runs):
+    """First loss and image AUROC on valid by epoch, of each method's first seed; a dot marks the chosen epoch."""
+    logs = {}
+    for method in methods:
+        run = next(iter(runs.get((data, method), [])), None)
+        if run and (file := run["folder"] / "log.csv").exists():
+            with open(file, newline="") as f:
+                logs[method] = list(csv.DictReader(f)), run["epoch"]
+    if not logs:
+        return None
+    figure = Figure(figsize=(10, 3.6), layout="constrained", dpi=130)
+    for axes, valid in zip(figure.subplots(1, 2), (False, True), strict=True):
+        for method, (log, chosen) in logs.items():
+            names = [k for k in log[0] if k not in ("epoch", "seconds")]
+            name = "valid_image_auroc" if valid else next(k for k in names if not k.startswith("valid"))
+            rows = [row for row in log if row.get(name)]
+            epochs, values = ([float(row[k]) for row in rows] for k in ("epoch", name))
+            axes.plot(epochs, values, lw=1.2, label=method, markevery=[x == chosen for x in epochs], marker="o", ms=4,
+                      **style(methods.index(method)))
+        axes.set(xlabel="epoch", title="image AUROC on valid" if valid else "loss")
+        axes.grid(color="0.9")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    return figure
 
 
 def cost_figure(rows, methods):
@@ -638,19 +666,19 @@ def print_tables(rows, what=""):
         for first, *others in [header, *lines]:
             cells = [f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True)]
             print("  ".join([f"  {first:<{widths[0]}}", *cells]))
-        changed, leaks, _ = notes_of(here)
-        print("".join(f"    {line}\n" for line in changed + leaks), end="")
+        changed, checks, _ = notes_of(here)
+        print("".join(f"    {line}\n" for line in changed + checks), end="")
 
 
 def section_of(data, rows, matrix, left_out, figures):
     """A benchmark's part of the report: title, tables (caption, header, lines), what stands below, figures."""
-    changed, leaks, suspect = notes_of(rows)
+    changed, checks, suspect = notes_of(rows)
     tables = [("Percent, mean ± standard deviation over seeds; bold: the best.", *table(rows, full=True))]
     if matrix:
         tables.append(("p-values of equal image AUROC on the same test images (DeLong, two-sided, seeds averaged); "
                        "bold: the two differ at 5%, after Holm's correction for all pairs.", *matrix))
-        leaks += [f"Not compared, for want of scores on the same images: {', '.join(left_out)}."] * bool(left_out)
-    return dict(title=data, tables=tables, changed=changed, notes=leaks + suspect, figures=figures)
+        checks += [f"Not compared, for want of scores on the same images: {', '.join(left_out)}."] * bool(left_out)
+    return dict(title=data, tables=tables, changed=changed, notes=checks + suspect, figures=figures)
 
 
 if __name__ == "__main__":
@@ -695,6 +723,7 @@ if __name__ == "__main__":
                 ("curves", curves_figure(data, methods, runs, scores), "Curves on the test set, means over seeds"),
                 ("maps", maps_figure(data, methods, runs, scores),
                  "Test images and heat maps, each method's scaled by its range over the test set; red is anomalous"),
+                ("training", training_figure(data, methods, runs), "Training of the first seed; dots: the epoch kept"),
                 ("cost", cost_figure(here, methods), f"Time, image AUROC and memory on {devices}"),
             ):
                 if figure:

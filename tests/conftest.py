@@ -11,9 +11,11 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
+import common
 
 
 def load_script(path):
@@ -40,9 +42,18 @@ def run_here(path, *arguments):
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as e:
         status = e.code or 0
+    except common.Error as e:  # what `common.command_line` makes of it
+        err.write(f"error: {e}\n")
+        status = 2
     finally:
         sys.argv = argv
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+def same_state(network, state):
+    """Whether the network's parameters and buffers are those of `state`."""
+    own = network.state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[k], state[k]) for k in own)
 
 
 def files_of(root):

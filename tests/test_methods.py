@@ -57,6 +57,8 @@ def run_here(method, *arguments):
     sys.argv = [f"{method}.py", *map(str, arguments)]
     try:
         return runpy.run_path(str(ROOT / f"methods/{method}.py"), run_name="__main__")
+    except common.Error as e:
+        sys.excepthook(type(e), e, None)  # `common.command_line` has set it: one line, and exit code 2
     finally:
         sys.argv = argv
         torch.set_rng_state(state)
@@ -88,7 +90,7 @@ def test_a_run_leaves_complete_results(finished):
     results = json.loads((folder / "results.json").read_text())
     assert set(results) == {"method", "data", "seed", "metrics", "images", "epoch", "train_seconds",
                             "test_ms_per_image", "peak_memory_gib", "parameters", "weights", "notes", "args",
-                            "leaks", "changed", "versions", "device", "threads", "commit", "finished"}
+                            "format", "check", "changed", "versions", "device", "threads", "commit", "finished"}
     assert (results["method"], results["data"], results["seed"]) == (method, "phantom", 0)
     metrics = results["metrics"]
     assert list(metrics) == ["image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "dice"]
@@ -101,8 +103,8 @@ def test_a_run_leaves_complete_results(finished):
                                      test=dict(normal=6, anomalous=6))
     assert "train 12 normal" in stdout and f"{metrics['image_auroc']:.4f}" in stdout
     assert {p.name for p in folder.iterdir()} <= {"results.json", "scores.csv", "model.pt", "maps", f"{method}.py",
-                                                  "log.csv", "log.png", "curves.csv"}
-    assert ("epochs" in results["args"]) == (folder / "log.png").exists()
+                                                  "log.csv", "curves.csv"}
+    assert ("epochs" in results["args"]) == (folder / "log.csv").exists()
     if metrics["aupro"] is not None:
         rows = read_csv(folder / "curves.csv")
         fpr, tpr, pro = (np.array([float(r[k]) for r in rows]) for k in ("fpr", "tpr", "pro"))
@@ -208,7 +210,7 @@ def test_two_processes_do_not_work_on_one_run_folder(phantom, tmp_path, capsys):
     arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT["padim"]]
     with pytest.raises(SystemExit) as left:
         run_here("padim", *arguments)
-    assert left.value.code == 2 and "another process is at work" in capsys.readouterr().err
+    assert left.value.code == 2 and "another process is using it" in capsys.readouterr().err
     os.close(held)
     run_here("padim", *arguments)
     assert (folder / "results.json").exists()
@@ -265,7 +267,7 @@ def test_a_checkpoint_does_not_replace_the_scores_of_a_finished_run(phantom, tmp
     before = (folder / "scores.csv").read_bytes()
     with pytest.raises(SystemExit):
         run_here("padim", *arguments, "--checkpoint", folder / "model.pt", "--predict", phantom / "phantom")
-    assert "choose another --out" in capsys.readouterr().err and (folder / "scores.csv").read_bytes() == before
+    assert "give another --out" in capsys.readouterr().err and (folder / "scores.csv").read_bytes() == before
     with pytest.raises(SystemExit):
         run_here("padim", *arguments, "--checkpoint", folder / "model.pt", "--limit", 2)
     assert "--overwrite" in capsys.readouterr().err and (folder / "scores.csv").read_bytes() == before
@@ -281,8 +283,8 @@ def test_ctrl_c_ends_a_run_with_one_line(phantom, tmp_path):
     assert run.stdout.readline().startswith("padim on phantom")
     run.send_signal(signal.SIGINT)
     error = run.communicate(timeout=60)[1]
-    assert run.returncode == -signal.SIGINT
-    assert error == "stopped; the same command goes on from the last evaluation\n"
+    assert run.returncode == 130
+    assert error == "interrupted; run the same command again to resume\n"
 
 
 def test_a_wrong_data_folder_leaves_a_finished_run_as_it_is(phantom, tmp_path):
@@ -313,11 +315,13 @@ def test_all_scripts_share_names_and_wording_of_their_arguments(method):
     assert "arXiv" in script.__doc__ and "Differences" in script.__doc__ or method == "clip_recon"
 
 
-@pytest.mark.parametrize("damage", ["another method", "not a checkpoint", "missing", "truncated"])
+@pytest.mark.parametrize("damage", ["another method", "another format", "not a checkpoint", "missing", "truncated"])
 def test_wrong_checkpoints_end_with_one_line(damage, phantom, tmp_path, capsys):
     file = tmp_path / "model.pt"
     if damage == "another method":
-        torch.save(dict(method="patchcore", args={}), file)
+        torch.save(dict(method="patchcore", format=common.FORMAT, args={}), file)
+    elif damage == "another format":
+        torch.save(dict(method="padim", format=common.FORMAT + 1, args={}), file)
     elif damage == "not a checkpoint":
         file.write_text("text")
     elif damage == "truncated":

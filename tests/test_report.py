@@ -56,7 +56,7 @@ def make_run(root, data, method, seed=0, shift=1.0, counts=(12, 30, 30), maps=0,
         metrics=known | dict(pixel_auroc=0.9, pixel_ap=None, aupro=0.7, dice=0.3),
         weights=[dict(name="x", trained=True)],
         images=dict(train=dict(normal=counts[0]), test=dict(normal=counts[1], anomalous=counts[2])), changed={},
-        leaks=dict(examples=[], test=0), peak_memory_gib=dict(ram=1.5), device="cpu")
+        format=common.FORMAT, check=None, epoch=None, peak_memory_gib=dict(ram=1.5), device="cpu")
     (folder / "results.json").write_text(json.dumps(results | changes))
     return folder
 
@@ -196,9 +196,9 @@ def test_only_methods_with_the_same_images_are_compared(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------- tables
 def test_report_shows_mean_and_deviation_and_marks_what_is_not_as_published(tmp_path):
-    leaks = dict(valid=0, test=3, examples=[["test/good/a.png", "train/good/b.png"]])
+    check = dict(summary="1 error: test/good/a.png is train/good/b.png")
     for seed, auroc in enumerate((0.5, 0.6)):
-        folder = make_run(tmp_path, "phantom", "padim", seed, leaks=leaks, changed=dict(backbone="mobilenet_v2"),
+        folder = make_run(tmp_path, "phantom", "padim", seed, check=check, changed=dict(backbone="mobilenet_v2"),
                           weights=[dict(name="x", trained=False)], metrics=dict(
                               image_auroc=auroc, image_ap=0.5, pixel_auroc=None, pixel_ap=None, aupro=None, dice=None))
         (folder / "scores.csv").unlink()
@@ -206,7 +206,7 @@ def test_report_shows_mean_and_deviation_and_marks_what_is_not_as_published(tmp_
     for text in (stdout, (folder / "report.md").read_text()):
         assert "padim (u) (c)" in text and "55.00 ± 7.07" in text
         assert "--backbone mobilenet_v2" in text and "no benchmark" in text
-        assert "3 images of test stand in train, too, e.g. test/good/a.png = train/good/b.png" in text
+        assert "datasets/check.py: 1 error: test/good/a.png is train/good/b.png" in text
     assert run_here("report.py", tmp_path / "nothing").returncode == 2
 
 
