@@ -1,6 +1,6 @@
 """Record how the scripts of one checkout behave, to compare them before and after a rewrite (tests/before.jsonl).
 
-    python tests/before.py --root CHECKOUT --weights mobilenet_v2.pth --brain brain_mri --out RUNS --jsonl FILE [METHOD ...]
+    python tests/before.py --root CHECKOUT --weights FILE --brain FOLDER --out FOLDER --jsonl FILE [METHOD ...]
 
 Each method runs on brain_mri and, if it gives anomaly maps, on the phantom, which is made below --out unless --phantom
 names one. Every run is on the CPU with one thread and seed 0; CLIP is the untrained tiny model. One line a pair:
@@ -9,11 +9,12 @@ notes: what else that run reports, such as the last losses of an earlier stage.
 scores: path -> score of four test images a class, computed from the model.pt of the run `few` (from that of --states,
     if given: then one state can be scored by two versions of the code; score_error says why if that failed).
 few_metrics: the metrics of these images. On the phantom they depend on the anomaly maps.
-metrics, train_seconds, test_ms_per_image: of the run `main`, a short training and the whole test split.
+metrics, epoch, train_seconds, test_ms_per_image: of the run `main`, a short training and the whole test split.
+    train_seconds ends with the epoch that was kept; all_seconds is the time until the last epoch was trained.
 
 The seconds are noisy: the old code was measured on a machine that other work shared. Read them as "about as fast".
-Lines already in FILE are skipped, so the same command continues an interrupted recording. The run folders stay in --out:
-few/, scores/ and main/, each with <data>/<method>/seed0; their output is in logs/."""
+Lines already in the file are skipped, so the same command continues an interrupted recording. The run folders stay in
+--out: few/, scores/ and main/, each with <data>/<method>/seed0; their output is in logs/."""
 
 import csv
 import json
@@ -29,28 +30,28 @@ import tyro
 NET = "--backbone mobilenet_v2 --weights WEIGHTS"
 CLIP = "--model tiny --clip-weights none --image-size 128"
 SMALL = "--image-size 128 --batch-size 8"
-FLAGS = {  # of the run `main`: 10 to 60 seconds each
-    "anogan": "--image-size 32 --width 16 --batch-size 16 --epochs 8 --lr 1e-3 --steps 30 --search-lr 0.02",
-    "cfa": f"{NET} --image-size 128 --epochs 2",
-    "cflow": f"{NET} {SMALL} --blocks 4 --epochs 2",
+FLAGS = {  # of the run `main`: 5 to 60 seconds each
+    "anogan": "--image-size 32 --width 16 --batch-size 16 --epochs 60 --lr 1e-3 --steps 30 --search-lr 0.02",
+    "cfa": f"{NET} --image-size 128 --epochs 8",
+    "cflow": f"{NET} {SMALL} --blocks 4 --epochs 8",
     "clip_recon": f"{NET} {CLIP} --da-levels 0 --prompt-tokens 4 --epochs 6 --lr 1e-2 --patches-per-step 32",
     "clip_zeroshot": f"{CLIP} --clip-size 128",
-    "csflow": f"{NET} {SMALL} --hidden 64 --epochs 4",
-    "cutpaste": f"{NET} {SMALL} --epochs 30 --freeze-epochs 3",
+    "csflow": f"{NET} {SMALL} --hidden 64 --epochs 6",
+    "cutpaste": f"{NET} {SMALL} --epochs 120 --freeze-epochs 3",
     "ddpm": "--image-size 32 --base-channels 16 --multipliers 1 1 2 --attention 8 --noise-level 100 --sample-steps 4 "
-            "--lr 2e-3 --batch-size 4 --epochs 2",
-    "deepsvdd": "--ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --epochs 10 --batch-size 20",
-    "draem": "--textures images --image-size 64 --width 16 --epochs 3 --lr 1e-3",
-    "fanogan": "--image-size 32 --gan-epochs 8 --epochs 8",
-    "ganomaly": "--image-size 32 --features 32 --epochs 20",
-    "mkd": f"{NET} {SMALL} --epochs 3",
+            "--lr 2e-3 --batch-size 4 --epochs 8",
+    "deepsvdd": "--ae-epochs 10 --ae-lr 1e-4 --ae-batch-size 20 --epochs 30 --batch-size 20",
+    "draem": "--textures images --image-size 64 --width 16 --epochs 8 --lr 1e-3",
+    "fanogan": "--image-size 32 --gan-epochs 16 --epochs 16",
+    "ganomaly": "--image-size 32 --features 32 --epochs 80",
+    "mkd": f"{NET} {SMALL} --epochs 10",
     "padim": NET,
     "patchcore": NET,
-    "patchsvdd": "--image-size 96 --batch-size 2 --repeat 1 --epochs 1 --bank 2000",
-    "rd4ad": f"{NET} {SMALL} --epochs 3",
-    "simplenet": f"{NET} --image-size 128 --epochs 5",
-    "stfpm": f"{NET} --image-size 128 --batch-size 4 --lr 0.8 --epochs 2",
-    "utrad": f"{NET} --image-size 64 --width 64 --layers 1 --batch-size 2 --lr 3e-3 --epochs 3",
+    "patchsvdd": "--image-size 96 --batch-size 2 --repeat 1 --epochs 4 --bank 2000",
+    "rd4ad": f"{NET} {SMALL} --epochs 6",
+    "simplenet": f"{NET} --image-size 128 --epochs 12",
+    "stfpm": f"{NET} --image-size 128 --batch-size 4 --lr 0.8 --epochs 6",
+    "utrad": f"{NET} --image-size 64 --width 64 --layers 1 --batch-size 2 --lr 3e-3 --epochs 12",
     "winclip": f"{CLIP} --clip-size 128 --shots 4",
 }
 UNTRAINED = {"clip_zeroshot", "padim", "patchcore", "winclip"}
@@ -137,8 +138,12 @@ def record(args, method, data):
     except RuntimeError as e:
         line["score_error"] = str(e)
 
-    results = read_results(run_method(args, "main", method, data, main.split()))
-    return line | {name: results[name] for name in ("metrics", "epoch", "train_seconds", "test_ms_per_image")}
+    folder = run_method(args, "main", method, data, main.split())
+    results = read_results(folder)
+    line |= {name: results[name] for name in ("metrics", "epoch", "train_seconds", "test_ms_per_image")}
+    if method not in UNTRAINED:
+        line["all_seconds"] = float(read_csv(folder / "log.csv")[-1]["seconds"])
+    return line
 
 
 if __name__ == "__main__":
