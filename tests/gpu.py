@@ -1,16 +1,22 @@
-"""The GPU side, proved and measured on one GPU: `python tests/gpu.py right [METHOD ...]`.
+"""The GPU side, proved and measured on one GPU: `python tests/gpu.py right|fast|full|suite [METHOD ...]`.
 
-Needs no network: backbones and CLIP are untrained unless --weights gives mobilenet_v2's. On a bare machine, bring the
-packages of requirements.txt that it lacks. `--device cpu --small` runs the same in small, to test this script.
+Needs no network: backbones and CLIP are untrained, and DRAEM's textures are the training images. On a bare machine,
+bring the packages of requirements.txt that it lacks. `--device cpu --small` runs the same in small, to test this
+script. Each part appends JSON lines to --out as it goes.
 
-right: every script on the GPU with its published settings, on 2 x 32 phantom images, six at a time:
-    same:   the losses of the first three steps (fitted and zero-shot methods: the scores) on GPU and CPU, from the same
-            random numbers, with TF32 and autocast off: the largest relative difference
-    scores: one trained state scored with TF32 and autocast on and off: the largest difference, in ranges of the scores,
-            and that of the AUROC
-    again:  a run that stops after its first epoch and resumes gives the scores of one that does not (also: same seed,
-            same scores)
-    GB:     the most GPU memory that PyTorch held in training and testing at the default batch size"""
+right: every script with its published settings, on 32 + 32 phantom images, eight at a time.
+    same:   the losses of the first three steps (fitted and zero-shot methods: the scores) on GPU and CPU, from the
+            same random numbers, without TF32, autocast and dropout: largest relative difference at the first step, and
+            of all
+    scores: one trained state scored with TF32 and autocast on and off: the largest difference, as a share of the range
+            of the scores, and the difference of the AUROCs
+    again:  a run that stops after its first epoch and resumes gives the very scores of one that does not
+    GB:     the most GPU memory that PyTorch held in training and testing at the default batch size
+fast: images a second in training and in scoring (decoded images to metrics), next to the bare forward (and backward)
+    passes of the same networks on the same inputs; published settings, one at a time.
+full: PatchCore's coreset at the size of oct2017 on made-up features, PaDiM with wide_resnet50_2 on 7,500 images,
+    clip_recon's default model.
+suite: from the lines of `fast`: hours of each method on each benchmark at the published number of images and epochs."""
 
 import contextlib
 import csv
@@ -36,7 +42,7 @@ import tyro
 from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
+sys.path[:0] = [str(ROOT), str(ROOT / "methods"), str(ROOT / "datasets")]
 import common
 
 SLOW = ["clip_recon", "winclip", "ddpm", "draem", "patchsvdd", "anogan"]  # begin with these
@@ -48,12 +54,12 @@ STAGES = {"fanogan": "--gan-epochs", "deepsvdd": "--ae-epochs"}  # what is train
 FEW = {"ddpm": 4, "clip_recon": 8, "patchsvdd": 8}  # images of each split and class, else 32
 BRIEF = {"patchsvdd": ["--repeat", 10]}
 STEP = {"ddpm": ["--sample-steps", 2], "anogan": ["--steps", 5], "patchsvdd": ["--repeat", 1]}  # to compare devices
-BATCH = {"clip_recon": 1, "ddpm": 1, "csflow": 4}  # images a step, to compare devices; else 2
+BATCH = {"clip_recon": 1, "ddpm": 1, "csflow": 4, "cutpaste": 4}  # images a step, to compare devices; else 2
 
 
 @dataclass
 class Args:
-    part: Annotated[Literal["right"], tyro.conf.Positional]
+    part: Annotated[Literal["right", "fast", "full", "suite"], tyro.conf.Positional]
     """what to run, see above"""
     methods: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
     """only these"""
@@ -62,7 +68,7 @@ class Args:
     small: bool = False
     """smallest budgets, for a CPU"""
     out: str = "gpu.jsonl"
-    """a JSON line for each method"""
+    """the JSON lines, one for each part and method"""
     worker: str | None = None
     """the phantom's root: do one method in this process (called by this script itself)"""
 
@@ -145,18 +151,23 @@ def relative(ours, theirs):
     return float(np.abs(np.subtract(ours, theirs)).max() / max(np.abs(theirs).max(), 1e-30))
 
 
-def right(method, args, root, out):
-    """A row of the table: {what: figure}, for one method."""
-    row, device = dict(method=method), args.device
-    fixed = ["--data", "phantom", "--root", root, "--maps", 0, *UNTRAINED.get(method, [])]
+def settings(method, root, small):
+    """The flags that all runs of a method have, and whether it has epochs."""
+    flags = ["--data", "phantom", "--root", root, "--maps", 0, *UNTRAINED.get(method, [])]
     source = (ROOT / f"methods/{method}.py").read_text()
     if "\n    weights: str" in source:
-        fixed += ["--weights", "none"]
-    if args.small:
+        flags += ["--weights", "none"]
+    if small:
         from test_methods import SHORT
 
-        fixed += SHORT[method]
-    trained = "\n    epochs: int" in source
+        flags += SHORT[method]
+    return flags, "\n    epochs: int" in source
+
+
+def right(method, args, root, out):
+    """A row of the table: {what: figure}, for one method."""
+    row, device = dict(part="right", method=method), args.device
+    fixed, trained = settings(method, root, args.small)
     stage = [STAGES[method], 2] if method in STAGES else []
 
     # the first three steps, on both devices
@@ -167,8 +178,11 @@ def right(method, args, root, out):
     with exactly(), DrawOnCPU():
         (_, scores, losses), (_, known, steps) = (run(method, out / d, *short, "--device", where)
                                                   for d, where in (("g", device), ("c", "cpu")))
-    row["same"] = max(relative([r[k] for r in losses[:3]], [r[k] for r in steps[:3]]) for k in steps[0]) if trained \
-        else relative(scores, known)
+    row["same"] = relative(scores, known)
+    if trained:
+        by_step = [max(abs(mine[k] - step[k]) / max(abs(step[k]), 1e-6) for k in step)
+                   for mine, step in zip(losses[:3], steps[:3], strict=True)]
+        row["same_first"], row["same"] = by_step[0], max(by_step)
 
     # as published
     limit = 4 if args.small else FEW.get(method, 32)
@@ -179,6 +193,7 @@ def right(method, args, root, out):
         torch.cuda.reset_peak_memory_stats()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
+        warnings.simplefilter("ignore", ResourceWarning)  # of files that live as long as their objects
         results, scores, _ = run(method, out / "a", *usual)
     row["warnings"] = sorted({str(w.message).split("\n")[0][:150] for w in caught})
     row["gb"] = results["peak_memory_gib"].get("gpu", 0) * 2**30 / 1e9
@@ -216,15 +231,32 @@ def work(args):
     print(json.dumps(row | dict(seconds=round(time.time() - started, 1))))
 
 
-def in_processes(args):
-    """The rows of all methods, six at a time; each is written to args.out as it comes."""
+@contextlib.contextmanager
+def phantom(args):
+    """The root folder of a phantom benchmark."""
+    size, count = (64, 4) if args.small else (256, 128 if args.part == "fast" else 32)
     with tempfile.TemporaryDirectory() as root:
-        size, count = (64, 4) if args.small else (256, 32)
         subprocess.run([sys.executable, ROOT / "datasets/phantom.py", "--root", root, "--size", str(size),
-                        *(f"--{split}={count}" for split in common.SPLITS)], check=True, stdout=subprocess.DEVNULL)
-        (Path(root) / "few").mkdir()
-        for image in sorted((Path(root) / "phantom/test/Ungood/img").iterdir())[:3]:
-            shutil.copy(image, Path(root) / "few")
+                        f"--train={count}", f"--valid={min(count, 32)}", f"--test={min(count, 64)}"], check=True,
+                       stdout=subprocess.DEVNULL)
+        yield Path(root)
+
+
+def note(args, row):
+    """Append a row to --out and print it; figures with three digits."""
+    row |= dict(device=torch.cuda.get_device_name() if args.device == "cuda" else args.device, torch=torch.__version__)
+    with open(args.out, "a") as f:
+        f.write(json.dumps(row) + "\n")
+    shown = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
+    print(*(f"{k} {v}" for k, v in shown.items() if k not in ("part", "device", "torch")), sep="  ", flush=True)
+
+
+def in_processes(args):
+    """`right` for all methods, eight processes at a time."""
+    with phantom(args) as root:
+        (root / "few").mkdir()
+        for image in sorted((root / "phantom/test/Ungood/img").iterdir())[:3]:
+            shutil.copy(image, root / "few")
 
         def one(method):
             command = [sys.executable, __file__, args.part, method, "--device", args.device, "--worker", root,
@@ -234,22 +266,214 @@ def in_processes(args):
                 row = json.loads(done.stdout.splitlines()[-1])
             except (IndexError, ValueError):
                 row = dict(method=method, error=f"exit status {done.returncode}")
-            if "error" in row or done.stderr:
-                row["stderr"] = done.stderr[-600:]
-            with open(args.out, "a") as f:
-                f.write(json.dumps(row) + "\n")
-            print(row["method"], {k: v for k, v in row.items() if k != "method"}, flush=True)
-            return row
+            note(args, row | (dict(stderr=done.stderr[-600:]) if done.stderr else {}))
 
         with ThreadPoolExecutor(2 if args.small else 8) as pool:
-            return list(pool.map(one, args.methods or METHODS))
+            list(pool.map(one, args.methods or METHODS))
+
+
+# ----------------------------------------------------------------------------------------------------------------- fast
+class Calls:
+    """Records the calls of modules that no other module made, with their inputs, to make them again alone."""
+
+    def __init__(self):
+        self.calls, self.depth = [], 0
+
+    def __enter__(self):
+        def before(module, inputs):
+            if self.depth == 0 and any(isinstance(x, torch.Tensor) for x in inputs):
+                state = torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), module.training
+                self.calls.append((module, [x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor)
+                                            else x for x in inputs], *state))
+            self.depth += 1
+
+        def after(*_):
+            self.depth -= 1
+
+        hooks = torch.nn.modules.module
+        self.hooks = [hooks.register_module_forward_pre_hook(before),
+                      hooks.register_module_forward_hook(after, always_call=True)]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def seconds(self, device, repeats=3):
+        """Median seconds of all recorded forward passes and, where gradients were on, backward passes."""
+        taken = []
+        for _ in range(repeats + 1):
+            started = now(device)
+            for module, inputs, grad, autocast, training in self.calls:
+                module.train(training)
+                with torch.set_grad_enabled(grad), torch.autocast(device, torch.bfloat16, enabled=autocast):
+                    found = module(*inputs)
+                found = list(found.values()) if isinstance(found, dict) else found
+                found = [y for y in (found if isinstance(found, list | tuple) else [found])
+                         if isinstance(y, torch.Tensor) and y.requires_grad]
+                if found:
+                    torch.autograd.backward(found, [torch.ones_like(y) for y in found])
+            taken.append(now(device) - started)
+        return sorted(taken[1:])[repeats // 2]
+
+
+def now(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def fast(method, args, root):
+    """Images a second of one method: ours and bare, in training and scoring."""
+    flags, trained = settings(method, root, args.small)
+    count = 4 if args.small else min(FEW.get(method, 128), 128)
+    flags += ["--limit", count, "--device", args.device, *BRIEF.get(method, []),
+              *([STAGES[method], 3] if method in STAGES else []), *(["--epochs", 3, "--eval-every", 3] * trained)]
+    ends, scored, calls = [], [], Calls()
+    validate, evaluate = common.Run.validate, common.evaluate
+
+    def timed_validate(run, model, epoch, *rest, **losses):
+        ends.append(now(args.device))
+        if epoch == 2:
+            calls.__enter__()
+        if epoch == 3:
+            calls.__exit__()
+            row["bare_train"] = calls.seconds(args.device)
+            run.started += now(args.device) - ends[-1]
+            calls.calls.clear()
+        validate(run, model, epoch, *rest, **losses)
+
+    def timed_evaluate(predict, split, *rest):
+        started = now(args.device)
+        result = evaluate(predict, split, *rest)
+        scored.append((len(split) / (now(args.device) - started), split.name))
+        if split.name == "test":
+            with Calls() as calls:
+                predict(split.batch(np.arange(min(rest[0], len(split))), args.device))
+            row["bare_score"] = min(rest[0], len(split)) / max(calls.seconds(args.device), 1e-9)
+        return result
+
+    row = dict(part="fast", method=method, images=count)
+    common.Run.validate, common.evaluate = timed_validate, timed_evaluate
+    try:
+        with tempfile.TemporaryDirectory() as out:
+            started = now(args.device)
+            results, _, _ = run(method, Path(out), *flags)
+    finally:
+        common.Run.validate, common.evaluate = validate, evaluate
+    if trained:
+        # The third epoch ran with the recording hooks, which cost little; the second without
+        images = count if method != "cutpaste" else results["args"]["batch_size"] * results["args"]["steps_per_epoch"]
+        row["train"] = images / (ends[1] - ends[0])
+        row["bare_train"] = images / max(row.pop("bare_train"), 1e-9)
+        row["train_share"] = row["train"] / row["bare_train"]
+        if method in STAGES:
+            row["stage"] = 3 * count / (ends[0] - started - (ends[1] - ends[0]))
+    else:
+        row["train"] = count / results["train_seconds"]
+    row["score"] = scored[-1][0]
+    row["score_share"] = row["score"] / row["bare_score"]
+    return row
+
+
+# ----------------------------------------------------------------------------------------------------------------- full
+def full(args):
+    """Yields rows: what the largest benchmarks take."""
+    def measured(what, work):
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        started = now(args.device)
+        more = work() or {}
+        peak = torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else 0.0
+        return dict(part="full", what=what, seconds=now(args.device) - started, gb=peak) | more
+
+    import clip_recon
+    import padim
+    import patchcore
+
+    for images, share in [(20, 0.1)] if args.small else [(2000, 0.02), (4000, 0.02), (8000, 0.02), (1000, 0.1),
+                                                         (2000, 0.1), (26315, 0.0005)]:
+        def coreset(images=images, share=share):
+            points = torch.randn(images * 1024, patchcore.PROJECTED, device=args.device, dtype=torch.float16)
+            patchcore.greedy_coreset(points, max(2, int(share * len(points))))
+
+        with torch.inference_mode():
+            yield measured(f"PatchCore: {share:.2%} of {images} images' patches picked, made-up features", coreset)
+
+    def fit():
+        images = 4 if args.small else 7500
+        settings = ["--backbone", "mobilenet_v2", "--image-size", "64"] if args.small else []
+        asked = tyro.cli(padim.Args, args=["--weights", "none", *settings])
+        model = padim.build_model(asked).to(args.device)
+        some = torch.rand(asked.batch_size, 3, asked.image_size, asked.image_size, device=args.device)
+        model.fit(some for _ in range(-(-images // len(some))))
+        predict = now(args.device)
+        model.predict(some)
+        return dict(images=images, ms_per_image=1000 * (now(args.device) - predict) / len(some))
+
+    yield measured("PaDiM: default model fitted", fit)
+
+    def steps():
+        settings = ["--model", "tiny", "--image-size", "64"] if args.small else []
+        asked = tyro.cli(clip_recon.Args, args=["--clip-weights", "none", *settings])
+        model = clip_recon.build_model(asked).to(args.device)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], asked.lr)
+        features = model.image_features(torch.rand(asked.batch_size, 3, asked.image_size, asked.image_size,
+                                                   device=args.device))
+        for step in range(6):
+            if step == 1:
+                started = now(args.device)
+            loss = sum(d.mean() for d in model.distances(features))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        each = (now(args.device) - started) / 5
+        hours = 400 * -(-7500 // asked.batch_size) * each / 3600
+        return dict(ms_per_step=1000 * each, hours_of_400_epochs_of_brain=hours)
+
+    yield measured("clip_recon: training steps of the default model, batches of 8", steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------- suite
+def suite(args):
+    """Yields rows: hours of a method on each benchmark, one seed, from the lines that `fast` wrote to --out."""
+    from check import PUBLISHED
+
+    rows = [json.loads(line) for line in Path(args.out).read_text().splitlines()] if Path(args.out).exists() else []
+    rows = {row["method"]: row for row in rows if row.get("part") == "fast" and "score" in row}
+    if not rows:
+        raise common.Error(f"{args.out} holds no lines of `fast`; run that part first")
+    for method, row in rows.items():
+        spec = runpy.run_path(str(ROOT / f"methods/{method}.py"), run_name="asked")["Args"]()
+        hours = {}
+        for data, counts in PUBLISHED.items():
+            train, valid, test = map(sum, counts)
+            epochs, every = getattr(spec, "epochs", 1), getattr(spec, "eval_every", 1)
+            images = spec.batch_size * spec.steps_per_epoch if method == "cutpaste" else train
+            brief = {"patchsvdd": spec.repeat / 10 if method == "patchsvdd" else 1}.get(method, 1)  # see BRIEF
+            seconds = epochs * images / row["train"] * brief + (test + valid * (epochs // every)) / row["score"]
+            if method in STAGES:
+                seconds += getattr(spec, STAGES[method][2:].replace("-", "_")) * train / row["stage"]
+            hours[data] = seconds / 3600
+        yield dict(part="suite", method=method, **hours, sum_of_five_seeds=5 * sum(hours.values()))
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and args.part != "suite" and not torch.cuda.is_available():
         raise common.Error("no GPU: PyTorch sees none here; --device cpu --small tests this script")
     if args.worker:
         work(args)
-    else:
+    elif args.part == "right":
         in_processes(args)
+    elif args.part == "fast":
+        with phantom(args) as root:
+            for method in args.methods or METHODS:
+                try:
+                    note(args, fast(method, args, root))
+                except (Exception, SystemExit) as e:
+                    note(args, dict(part="fast", method=method, error=f"{type(e).__name__}: {e}"[:300]))
+    else:
+        for row in (full if args.part == "full" else suite)(args):
+            note(args, row)
