@@ -6,19 +6,18 @@ difference of the images and of their discriminator features.
 
 Settings: the paper for the search (500 steps, lambda = 0.1). No official code is known, so all else is as in
 LeeDoYup/AnoGAN-tf (carpedm20's DCGAN in TensorFlow 1): networks, 64 pixels, Adam 2e-4, batches of 64, 25 epochs, two
-steps of the generator for one of the discriminator; in the search Adam with 1e-3 and beta1 = 0.5. The thesis names the
-method but has no row for it.
+steps of the generator for one of the discriminator; in the search Adam with beta1 = 0.5 and 0.05, as the help of its
+flag says: with its 1e-3 the 500 steps end on the way. The thesis names the method but has no row for it.
 Differences from the paper: three channels; no map of the residual, since images of 64 pixels have no place for lesions.
 Differences from LeeDoYup/AnoGAN-tf:
 - 500 steps (paper), there 100; the score is the loss after the last step, there before it.
 - Every image's search starts from the same random code, which is part of the model, so no score depends on the images
-  before or beside it. There the search goes on from the code, and with Adam's moments, at which the last image ended.
+  before or next to it. There the search starts at the code, and with Adam's moments, at which the last image ended.
 - The features come from batch normalisation's running statistics; there from those of the one image and of its twin.
 - All images of a batch are searched for at once: the sum of their losses has for each code the gradient of its own, and
   Adam works value by value.
 - Convolutions are padded alike on all sides (there: as TensorFlow does); a last batch that is not full is trained on;
   images come in random order; the epoch is chosen on valid.
-
 Parameters at 64 pixels: generator 5,135,363, discriminator 4,316,545.
 Cost, measured: 200 images at 32 pixels, width 16, 10 epochs: 14 s on one busy CPU thread, 0.8 GiB; 50 steps of the
 search in batches of 16: 58 ms an image. The default was not timed; its 500 steps are about 0.4 TFLOP.
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 BETAS = 0.5, 0.999  # of Adam, in training and in the search (LeeDoYup)
-GENERATOR_STEPS = 2  # for one step of the discriminator: its loss shall not go to zero (LeeDoYup)
+GENERATOR_STEPS = 2  # for one step of the discriminator: its loss should not go to zero (LeeDoYup)
 
 
 @dataclass
@@ -77,10 +76,10 @@ class Args:
     """channels at half the image's size, doubled at each halving (LeeDoYup)"""
     steps: int = 500
     """of the search for each image's code (paper)"""
-    search_lr: float = 1e-3
-    """Adam's learning rate in the search (LeeDoYup)"""
+    search_lr: float = 0.05
+    """Adam's learning rate in the search (help of LeeDoYup's flag; its code has 1e-3)"""
     feature_weight: float = 0.1
-    """lambda, weight of the features' residual beside 1 - lambda of the image's (paper)"""
+    """lambda, weight of the features' residual, next to 1 - lambda of the image's (paper)"""
 
 
 def channels(image_size, width):
@@ -123,14 +122,12 @@ def init_weights(module):
 
 
 class AnoGAN(nn.Module):
-    def __init__(self, image_size, latent=100, width=64, steps=500, search_lr=1e-3, feature_weight=0.1):
+    def __init__(self, image_size, latent=100, width=64, steps=500, search_lr=0.05, feature_weight=0.1):
         super().__init__()
         if image_size < 16 or image_size & (image_size - 1):
-            raise common.Error(f"--image-size {image_size}: the networks double 4x4 up to it; give 16, 32, 64, 128, "
-                               f"...")
+            raise common.Error(f"--image-size {image_size}: the networks double 4x4 up to it; give 16, 32, 64, ...")
         if not 0 <= feature_weight <= 1:
-            raise common.Error(f"--feature-weight {feature_weight}: the image's residual has the rest of 1; give 0 to "
-                               f"1")
+            raise common.Error(f"--feature-weight {feature_weight}: the image has the rest of 1; give 0 to 1")
         self.steps, self.search_lr, self.feature_weight = steps, search_lr, feature_weight
         self.generator = Generator(image_size, latent, width).apply(init_weights)
         self.discriminator = Discriminator(image_size, width).apply(init_weights)
@@ -169,16 +166,19 @@ def discriminator_loss(real, fake):
 
 
 def generator_loss(fake):
-    """Logits (B,) of generated images, which shall pass for real ones."""
+    """Logits (B,) of generated images, which should pass for real ones."""
     return F.softplus(-fake).mean()
+
+
+def build_model(args):
+    return AnoGAN(args.image_size, args.latent, args.width, args.steps, args.search_lr, args.feature_weight)
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    model = AnoGAN(args.image_size, args.latent, args.width, args.steps, args.search_lr, args.feature_weight)
-    model.to(run.device)
+    model = build_model(args).to(run.device)
     generator, discriminator = model.generator, model.discriminator
     if not args.checkpoint:
         optimizer_g, optimizer_d = (torch.optim.Adam(network.parameters(), args.lr, BETAS)
@@ -189,17 +189,16 @@ if __name__ == "__main__":
             for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)):
                 real = 2 * image - 1
                 z = (2 * torch.rand(len(real), args.latent) - 1).to(run.device)
-                with torch.no_grad():
-                    fake = generator(z)
+                fake = generator(z).detach()
                 loss_d = discriminator_loss(discriminator(real), discriminator(fake))  # a batch norm for each of them
-                optimizer_d.zero_grad()
+                optimizer_d.zero_grad()  # also of what the generator's loss left there
                 loss_d.backward()
                 optimizer_d.step()
                 losses_d.append(loss_d.detach())
                 for _ in range(GENERATOR_STEPS):
                     loss_g = generator_loss(discriminator(generator(z)))
                     optimizer_g.zero_grad()
-                    loss_g.backward(inputs=list(generator.parameters()))
+                    loss_g.backward()
                     optimizer_g.step()
                 losses_g.append(loss_g.detach())
             run.validate(model, epoch, valid, discriminator=float(torch.stack(losses_d).mean()),

@@ -7,15 +7,14 @@ anomalous: the score is the residual of the image and of its features.
 Settings: thesis, Table 3.5 (Adam, 2e-4, batches of 32, codes of length 100); networks, the rest of the training and 200
 epochs for each stage: BMAD, the thesis' code, which took them from A03ki/f-AnoGAN.
 Differences from the paper: these networks are not its residual ones (for 64 pixels, tSchlegl/f-AnoGAN) but those of
-PyTorch-GAN's DCGAN. Their critic has batch normalisation, so that the gradient penalty of an image depends on the
-images beside, and dropout; `--critic-norm layer` is the paper's normalisation, without dropout.
+PyTorch-GAN's DCGAN. Their critic has dropout and batch normalisation, so that the gradient penalty of an image depends
+on the other images of its batch; `--critic-norm layer` is the paper's normalisation, without dropout.
 Differences from A03ki/f-AnoGAN and BMAD:
 - x^ of the gradient penalty takes one weight an image (Gulrajani et al., 2017), not one for each of its channels.
 - Higher scores are more anomalous (BMAD's test prints the AUROC of the opposite), and test images are never flipped.
 - The encoder's epoch is chosen on valid; they keep the last one.
-- The same with less arithmetic: the generator's step uses the images that the critic just saw, not the same ones
-  generated again (running statistics see them once, not twice); frozen networks get no gradients; enlarging and
-  convolving is one step, see `UpConv`.
+- The generator's step uses the images that the critic just saw; there the same ones are generated again, so that its
+  running statistics see them twice.
 
 Parameters at 256 pixels: generator 53.2 M (53.0 M in its linear layer), critic 0.13 M, encoder 3.4 M.
 Cost, measured: 200 images at 32 pixels, 15 + 15 epochs: 43 s on one busy CPU thread, 0.89 GiB; 4 ms an image.
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -87,19 +85,6 @@ def augment(image):
     return torch.where(flip.to(image.device), image.flip(3), image)
 
 
-class UpConv(nn.Conv2d):
-    """Enlarging twice by nearest neighbour and then convolving 3x3 is, exactly, one transposed convolution of stride 2
-    with 2.25 times fewer products: each input pixel stands for 2x2 equal ones, so its kernel is the sum of 2x2."""
-
-    def __init__(self, channels, out_channels):
-        super().__init__(channels, out_channels, 3)
-
-    def forward(self, x):  # (B, C, h, w) -> (B, out_channels, 2h, 2w)
-        kernel = self.weight.transpose(0, 1).flip(2, 3)
-        kernel = sum(F.pad(kernel, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1))  # 3x3 -> 4x4
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
-
-
 class Generator(nn.Module):
     def __init__(self, image_size, latent):
         super().__init__()
@@ -107,8 +92,8 @@ class Generator(nn.Module):
         self.linear = nn.Linear(latent, 128 * self.side**2)
         self.blocks = nn.Sequential(
             nn.BatchNorm2d(128),
-            UpConv(128, 128), nn.BatchNorm2d(128, EPS), nn.LeakyReLU(0.2),
-            UpConv(128, 64), nn.BatchNorm2d(64, EPS), nn.LeakyReLU(0.2),
+            nn.Upsample(scale_factor=2), nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128, EPS), nn.LeakyReLU(0.2),
+            nn.Upsample(scale_factor=2), nn.Conv2d(128, 64, 3, padding=1), nn.BatchNorm2d(64, EPS), nn.LeakyReLU(0.2),
             nn.Conv2d(64, 3, 3, padding=1), nn.Tanh(),
         )
 
@@ -144,8 +129,7 @@ class FAnoGAN(nn.Module):
     def __init__(self, image_size, latent, kappa, critic_norm):
         super().__init__()
         if image_size < 32 or image_size % 16:
-            raise common.Error(f"--image-size {image_size}: critic and encoder halve it four times; give 32, 48, 64, "
-                               f"...")
+            raise common.Error(f"--image-size {image_size}: critic and encoder halve it 4 times; give 32, 48, 64, ...")
         self.kappa = kappa
         self.generator = Generator(image_size, latent)
         self.critic = Critic(image_size, critic_norm)
@@ -176,42 +160,45 @@ def gradient_penalty(critic, real, fake):
 
 
 def critic_loss(critic, real, fake):
-    """WGAN-GP: the critic's values of real images (B, 3, H, W) shall be high, of generated ones low, its slope 1."""
+    """WGAN-GP: the critic's values of real images (B, 3, H, W) should be high, of generated ones low, its slope 1."""
     return -critic(real).mean() + critic(fake).mean() + PENALTY * gradient_penalty(critic, real, fake)
+
+
+def build_model(args):
+    return FAnoGAN(args.image_size, args.latent, args.kappa, args.critic_norm)
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    model = FAnoGAN(args.image_size, args.latent, args.kappa, args.critic_norm).to(run.device)
+    model = build_model(args).to(run.device)
     generator, critic, encoder = model.generator, model.critic, model.encoder
     if not args.checkpoint:
         optimizer_g, optimizer_d, optimizer_e = (torch.optim.Adam(m.parameters(), args.lr, BETAS)
                                                  for m in (generator, critic, encoder))
-        for epoch in range(1, 0 if run.resumed else args.gan_epochs + 1):
+        for epoch in range(1, 0 if run.kept else args.gan_epochs + 1):
             losses_d, losses_g = [], []
             for step, image in enumerate(train.batches(args.batch_size, run.device, shuffle=(args.seed, 1, epoch))):
                 real = 2 * augment(image) - 1
-                z = torch.randn(len(real), args.latent).to(run.device)
-                generator_too = step % N_CRITIC == 0
-                with torch.set_grad_enabled(generator_too):
-                    fake = generator(z)
+                fake = generator(torch.randn(len(real), args.latent).to(run.device))
                 loss_d = critic_loss(critic, real, fake.detach())
                 optimizer_d.zero_grad()
                 loss_d.backward()
                 optimizer_d.step()
                 losses_d.append(loss_d.detach())
-                if generator_too:
+                if step % N_CRITIC == 0:
                     loss_g = -critic(fake).mean()
                     optimizer_g.zero_grad()
-                    loss_g.backward(inputs=list(generator.parameters()))
+                    loss_g.backward()
                     optimizer_g.step()
                     losses_g.append(loss_g.detach())
             run.notes |= dict(critic=float(torch.stack(losses_d).mean()), generator=float(torch.stack(losses_g).mean()))
             if epoch % args.eval_every == 0 or epoch == args.gan_epochs:
                 print(f"GAN, epoch {epoch}/{args.gan_epochs}  critic {run.notes['critic']:.4f}  "
                       f"generator {run.notes['generator']:.4f}", flush=True)
+        generator.requires_grad_(False)  # the GAN is frozen from here on
+        critic.requires_grad_(False)
         for epoch in run.epochs(model, optimizer_e):
             model.eval()  # the GAN's running statistics, no dropout in the critic
             encoder.train()
@@ -219,8 +206,9 @@ if __name__ == "__main__":
             for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, 2, epoch)):
                 loss = model.residual(2 * augment(image) - 1).mean()
                 optimizer_e.zero_grad()
-                loss.backward(inputs=list(encoder.parameters()))
+                loss.backward()
                 optimizer_e.step()
                 losses.append(loss.detach())
             run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
+        model.requires_grad_()  # for results.json, which counts what was trained
     common.finish(run, model, (train, valid, test))

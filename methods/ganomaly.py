@@ -1,18 +1,18 @@
 """GANomaly (Akcay, Atapour-Abarghouei, Breckon, ACCV 2018, arXiv:1805.06725).
 
 An encoder and a decoder reconstruct the image, and a second encoder codes the reconstruction once more. Trained on
-normal images only, beside a discriminator whose features the reconstruction has to match, the two codes agree there;
+normal images only, against a discriminator whose features the reconstruction has to match, the two codes agree there;
 how far they lie apart is the score of an image.
 
 Settings: thesis, Table 3.5 (Adam, 2e-4, betas 0.5 and 0.999, loss weights 1, 50, 1); batches of 32 and at most 100
 epochs: BMAD, the thesis' code; losses, networks, initial weights: samet-akcay/ganomaly, the official code.
 Differences from the paper: the squared distance of the codes, as in the official code, not their L1 distance.
 Differences from the official code:
-- 256 pixels, as all methods here, instead of 32: the networks grow with the image (5.1 M weights at 32).
+- 256 pixels, as all methods here, instead of 32: the networks grow with the image (3.9 M weights at 32).
 - The test uses the running statistics of batch normalisation. The official test uses those of the test batch, so that
-  its scores depend on the images beside; `--instance-stats` is what that code does when it tests image by image.
+  its scores depend on the other images; `--instance-stats` is what that code does when it tests image by image.
 - The epoch is chosen on valid, not on test, and scores are not rescaled by the test set's range.
-- The discriminator sees each image once a step, not twice, with the same losses and gradients, and gives logits.
+- The discriminator gives logits, not probabilities; its loss is the same.
 
 Differences from BMAD and anomalib, which made the thesis' figures: the discriminator's features are matched, not its
 outputs, and codes by their squared, not their smooth L1 distance; the first convolution is padded by 1, not 4; images
@@ -36,7 +36,7 @@ import common
 
 W_ADV, W_CON, W_ENC = 1, 50, 1  # weights of the generator's losses (thesis, Table 3.5)
 BETAS = 0.5, 0.999  # of Adam (thesis, Table 3.5)
-COLLAPSED = 1e-5  # below this loss the discriminator has won, and starts anew (official code)
+COLLAPSED = 1e-5  # below this loss the discriminator has won, and starts again (official code)
 
 
 @dataclass
@@ -127,8 +127,7 @@ class Generator(nn.Module):
     def __init__(self, image_size, latent, width, instance_stats=False):
         super().__init__()
         if image_size < 16 or image_size & (image_size - 1):
-            raise common.Error(f"--image-size {image_size}: each layer halves the image, down to 4; give 16, 32, 64, "
-                               f"128, 256")
+            raise common.Error(f"--image-size {image_size}: each layer halves it, down to 4; give 16, 32, 64, 128, 256")
         self.encoder1 = encoder(image_size, latent, width)
         self.decoder = decoder(image_size, latent, width)
         self.encoder2 = encoder(image_size, latent, width)
@@ -164,31 +163,28 @@ class Discriminator(nn.Module):
         return f, self.classifier(f).flatten()
 
 
-def losses(generator, discriminator, x):
-    """The generator's L_adv, L_con, L_enc (paper, Eq. 2 to 4) and the discriminator's loss, from one pass of each.
-
-    Their graphs overlap: L_adv is the generator's alone and the last one the discriminator's, see `backward` below."""
+def generator_losses(generator, discriminator, x):
+    """L_adv, L_con and L_enc of images x (paper, Eq. 2 to 4), and their reconstructions (B, 3, H, W)."""
     recon, z_recon, z = generator(x)
-    f_real, real = discriminator(x)
-    f_fake, fake = discriminator(recon)
-    loss_adv = F.mse_loss(f_fake, f_real.detach())
-    loss_con = F.l1_loss(recon, x)
-    loss_enc = F.mse_loss(z_recon, z)
-    loss_d = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())  # cross entropy with labels 1 and 0
-    return loss_adv, loss_con, loss_enc, loss_d
+    f_real, f_fake = discriminator(x)[0].detach(), discriminator(recon)[0]
+    return F.mse_loss(f_fake, f_real), F.l1_loss(recon, x), F.mse_loss(z_recon, z), recon
 
 
-def backward(generator, discriminator, loss_g, loss_d):
-    """Gradients of each loss for its own network only: nothing flows from loss_d into the generator, as if detached."""
-    loss_g.backward(inputs=list(generator.parameters()), retain_graph=True)
-    loss_d.backward(inputs=list(discriminator.parameters()))
+def discriminator_loss(discriminator, real, fake):
+    """Cross entropy of images (B, 3, H, W) with the labels 1 (real) and 0 (reconstruction), halved (official code)."""
+    real, fake = discriminator(real)[1], discriminator(fake.detach())[1]  # logits (B,); nothing for the generator
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def build_model(args):
+    return Generator(args.image_size, args.latent, args.features, args.instance_stats)
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    generator = Generator(args.image_size, args.latent, args.features, args.instance_stats).to(run.device)
+    generator = build_model(args).to(run.device)
     if not args.checkpoint:
         discriminator = Discriminator(args.image_size, args.features).to(run.device)
         optimizer_g = torch.optim.Adam(generator.parameters(), args.lr, BETAS)
@@ -197,12 +193,15 @@ if __name__ == "__main__":
             generator.train()
             total = []
             for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch), drop_last=True):
-                loss_adv, loss_con, loss_enc, loss_d = losses(generator, discriminator, 2 * image - 1)
+                x = 2 * image - 1
+                loss_adv, loss_con, loss_enc, recon = generator_losses(generator, discriminator, x)
                 loss_g = W_ADV * loss_adv + W_CON * loss_con + W_ENC * loss_enc  # paper, Eq. 5
                 optimizer_g.zero_grad()
-                optimizer_d.zero_grad()
-                backward(generator, discriminator, loss_g, loss_d)
+                loss_g.backward()
                 optimizer_g.step()
+                loss_d = discriminator_loss(discriminator, x, recon)
+                optimizer_d.zero_grad()  # also of what the generator's loss left there
+                loss_d.backward()
                 optimizer_d.step()
                 if loss_d < COLLAPSED:  # waits for the device
                     discriminator.apply(initialize)

@@ -8,7 +8,7 @@ Settings: thesis, Table 3.6: VGG-16, batches of 64, Adam 1e-3, lambda 0.01. 200 
 thesis' row (the official code: 51 for MNIST to 601 for MVTec AD). The cloner is the official smaller one.
 Differences from the official code (rohban-lab/Knowledge_Distillation_AD): images are normalised as ImageNet's, which
 the source was trained on (it does so for CIFAR-10 only; BMAD always); the epoch is chosen on valid (there the last is
-taken); 256 pixels (there 128, BMAD 224); maps of a batch come from one backward pass.
+taken); 256 pixels (there 128, BMAD 224).
 The official map is stretched to [0, 1] image by image, so the hottest pixels of a normal image count as much as those
 of a lesion, and a map says nothing about how anomalous its image is. `--map-norm none` leaves the smoothed gradient as
 it is, comparable across images as other methods' maps are. On the phantom (128 pixels, mobilenet_v2, 12 epochs, one
@@ -76,7 +76,7 @@ class Args:
     weights: str = "imagenet"
     """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
     value_weight: float = 0.01
-    """lambda, weight of the values beside the direction (thesis, Table 3.6)"""
+    """lambda, weight of the values next to the direction (thesis, Table 3.6)"""
     map_norm: Literal["image", "none"] = "image"
     """anomaly maps: each image's stretched to [0, 1] up to its 99th percentile (official code), or none, see above"""
 
@@ -101,14 +101,14 @@ class Cloner(nn.Module):
 
     def forward(self, x, guided=False):
         """(B, 3, H, W) -> (B, C, h, w) at strides 4, 8, 16, 32. guided: so is backpropagation, see MKD.localize."""
-        found = []
+        features = []
         for stage in self.stages:
             for layer in stage:
                 x = layer(x)
                 if guided and isinstance(layer, nn.ReLU):
                     x.register_hook(lambda grad: grad.clamp(min=0))
-            found.append(x)
-        return found[1:]
+            features.append(x)
+        return features[1:]
 
 
 def discrepancy(pred, target, value_weight):
@@ -124,8 +124,7 @@ class MKD(nn.Module):
     def __init__(self, backbone, weights, value_weight, map_norm):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
-                               f"LAYERS")
+            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         layers, widths, positive = LAYERS[backbone]
         self.source = common.feature_extractor(backbone, layers, weights)
         self.cloner = Cloner(widths, positive)
@@ -140,7 +139,7 @@ class MKD(nn.Module):
     def predict(self, image):
         """Anomaly map (B, H, W): |gradient| of the score at the pixels, smoothed; anomaly score (B,): discrepancy."""
         self.eval()
-        parts = [self.localize(part) for part in image.split(16)]  # bounds what the backward pass holds
+        parts = [self.localize(part) for part in image.split(1)]  # alone: at a ReLU's kink rounding counts
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     @torch.enable_grad()  # the map is a gradient, also where the caller needs none
@@ -150,34 +149,25 @@ class MKD(nn.Module):
         image = common.normalize(image).requires_grad_()
         pred, target = self.cloner(image, guided=True), list(self.source(image).values())
         score = discrepancy(pred[1:], target[1:], self.value_weight)
-        grad, = torch.autograd.grad(score.sum(), image)  # images do not meet in eval mode: each gets its own gradient
-        anomaly_map = grad.abs().sum(1, keepdim=True)  # (B, 1, H, W)
+        grad, = torch.autograd.grad(score.sum(), image)
+        anomaly_map = grad.abs().sum(1)  # (B, H, W)
         if self.map_norm == "image":
             values = anomaly_map.flatten(1)  # (B, H*W)
             low, high = values.amin(1, keepdim=True), values.quantile(0.99, dim=1, keepdim=True)
             scaled = (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
             anomaly_map = scaled.clamp(max=1).view_as(anomaly_map)
-        return smooth(anomaly_map)[:, 0], score.detach()
+        return common.smooth(anomaly_map), score.detach()
 
 
-def smooth(anomaly_map, sigma=4):
-    """Gaussian filter of (B, 1, H, W) cut at 4 sigma, edge pixels mirrored, equal to scipy.ndimage.gaussian_filter."""
-    radius = 4 * sigma
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=anomaly_map.device) / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    for dim in (2, 3):  # separable
-        size = anomaly_map.shape[dim]
-        head, tail = (anomaly_map.narrow(dim, s, radius).flip(dim) for s in (0, size - radius))
-        padded = torch.cat([head, anomaly_map, tail], dim)
-        anomaly_map = F.conv2d(padded, kernel.view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)))
-    return anomaly_map
+def build_model(args):
+    return MKD(args.backbone, args.weights, args.value_weight, args.map_norm)
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    model = MKD(args.backbone, args.weights, args.value_weight, args.map_norm).to(run.device)
+    model = build_model(args).to(run.device)
     if not args.checkpoint:
         optimizer = torch.optim.Adam(model.cloner.parameters(), args.lr)
         for epoch in run.epochs(model, optimizer):

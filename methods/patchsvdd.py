@@ -1,26 +1,24 @@
 """PatchSVDD (Yi, Yoon: Patch SVDD, ACCV 2020, arXiv:2006.16067).
 
-An encoder of patches learns two things from normal images: patches that almost coincide shall lie close together (the
-SVDD of each patch is its neighbourhood, with no common centre), and of two neighbours it shall be possible to say on
+An encoder of patches learns two things from normal images: patches that almost coincide should lie close together (the
+SVDD of each patch is its neighbourhood, with no common centre), and of two neighbours it should be possible to say on
 which side of the first the second lies, which only an encoder that looks at the content can do. A patch is as anomalous
 as its distance to the nearest patch of the normal images, at two scales: 64 and 32 pixels.
 
 Settings: thesis, Table 3.2 (D = 64, lambda = 0.9); all else: nuclearboy95/Anomaly-Detection-PatchSVDD-PyTorch
-(934d623), whose lambda is 1, 0.001 in its example. Image size, strides, widths and noise are those of its code.
+(934d623), whose lambda is 1, 0.001 in its example.
 Differences from the official code:
 - The same numbers with less arithmetic: one pass over the whole image embeds all of its patches, since the encoder pads
   nothing and halves only once (21 times less); the four losses share one pass.
 - Nearest neighbours are exact at both scales; there by a k-d tree at 64 pixels and the approximate NGT at 32.
-- Its MVTec AD classes have up to 391 images, whose 1.3 million patches are all kept. Larger sets keep `--bank` patches
-  of each scale, as many of each image, drawn at random: 0.33 GB a scale, where 26,315 images would need 22 GB.
+- There all patches are kept, up to 1.3 million of an MVTec AD class. Here at most `--bank` of each scale are, as many
+  of each image, drawn at random: 0.33 GB a scale, where 26,315 images would need 22 GB.
 - The epoch is chosen on valid. There test is scored each epoch, the last one is kept, and 299 of the 300 train.
 - The last layer of the position classifiers, which the official code normalises in such a way that no gradient reaches
   it, is frozen, with normalised columns, from the start.
-
 As there: a neighbour that would leave the image is moved back into it, which makes some position labels wrong.
-
 Parameters: encoder 360,832 + 41,152, position classifiers 25,864 each (of these 1,024 frozen).
-Trap: until positions are learned nothing keeps patches apart. While the position losses in log.csv stay at ln 8 = 2.08,
+Note: until positions are learned nothing keeps patches apart. While the position losses in log.csv stay at ln 8 = 2.08,
 as in 150 steps on the phantom, the embedding says nothing; the published budget has 100,000 steps and more.
 Cost, measured on one busy CPU thread: 128 pixels, batches of 4, 100 steps and the bank: 71 s; 138 ms to score an image
 against 10,000 patches, 0.96 GiB. The default was not timed: 219 GFLOP a step.
@@ -141,8 +139,7 @@ class PatchSVDD(nn.Module):
     def __init__(self, image_size):
         super().__init__()
         if image_size <= 64 or image_size % 16:
-            raise common.Error(f"--image-size {image_size}: patches of 64 pixels, 16 apart, fill it; give 80, 96, 112, "
-                               f"...")
+            raise common.Error(f"--image-size {image_size}: patches of 64 pixels, 16 apart, fill it; give 80, 96, ...")
         widths = 3, 32, 64, 128, 128, 64, 32, 32, DIM
         convs = [nn.Conv2d(a, b, 3, 1 + (a == 3)) for a, b in zip(widths, widths[1:], strict=False)]
         # 32x32 pixels -> 1x1: no padding, and a stride of 2 in the first layer only
@@ -180,7 +177,7 @@ class PatchSVDD(nn.Module):
         """All patches of images (B, 3, H, W) in one pass: (B, D, h, w) of 64 pixels, 16 apart, and of 32, 4 apart.
 
         The encoder's output cell (i, j) over a whole image is the embedding of the 32x32 patch at pixel (2i, 2j)."""
-        fine = torch.cat([self.small(x - self.mean)[..., ::2, ::2] for x in image.split(8)])  # 8 at a time: memory
+        fine = torch.cat([self.small(x - self.mean)[..., ::2, ::2] for x in image.split(1)])  # one by one: memory
         return self.join(fine[..., ::4, ::4], dilation=2), fine  # quadrants lie 32 pixels apart, cells here 16
 
     @torch.no_grad()
@@ -209,15 +206,19 @@ class PatchSVDD(nn.Module):
     def predict(self, image):
         """Anomaly map (B, H, W): the product of the two scales' maps; anomaly score (B,): its maximum."""
         self.eval()
-        anomaly_map = 1
-        embedded, banks = self.embed(image), (self.bank64, self.bank32)
-        for (patch, stride), h, bank in zip(STRIDES.items(), embedded, banks, strict=True):
-            distance = nearest(h.permute(0, 2, 3, 1).flatten(0, 2), bank).view(len(h), *h.shape[2:])  # (B, h, w)
-            anomaly_map = anomaly_map * spread(distance, image.shape[-1], patch, stride)
+        anomaly_map = torch.cat([self.localize(x) for x in image.split(1)])  # alone: rounding depends on the batch
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
 
+    def localize(self, image):
+        """Anomaly map (1, H, W) of one image; where its patches almost coincide with the bank's, rounding counts."""
+        anomaly_map = 1
+        for (k, stride), h, bank in zip(STRIDES.items(), self.embed(image), (self.bank64, self.bank32), strict=True):
+            distance = nearest(h[0].flatten(1).T, bank).view(1, *h.shape[2:])  # (1, D, h, w) -> (1, h, w)
+            anomaly_map = anomaly_map * spread(distance, image.shape[-1], k, stride)
+        return anomaly_map
 
-def nearest(points, bank, rows=4096, columns=8192):
+
+def nearest(points, bank, rows=8192):
     """Distance of each of the points (n, D) to the nearest row of the bank (K, D): (n,).
 
     Matrix products, |a|^2 - 2ab + |b|^2, find the row; they lose digits where a and b almost coincide, so the distance
@@ -225,14 +226,11 @@ def nearest(points, bank, rows=4096, columns=8192):
     middle = bank.mean(dim=0)  # what cancels is smaller around it
     best = torch.full((len(points),), torch.inf, device=points.device)  # squared distance, less |a|^2
     index = torch.zeros(len(points), dtype=torch.long, device=points.device)
-    centered = points - middle
-    for start in range(0, len(bank), columns):
-        part = bank[start : start + columns] - middle
-        squared = part.square().sum(dim=1)
-        for a, least, row in zip(*(t.split(rows) for t in (centered, best, index)), strict=True):
-            found = torch.addmm(squared, a, part.T, alpha=-2).min(dim=1)  # (rows, columns) -> (rows,)
-            row.copy_(torch.where(found.values < least, found.indices + start, row))
-            least.copy_(torch.minimum(found.values, least))
+    for start in range(0, len(bank), rows):
+        part = bank[start : start + rows] - middle
+        value, row = torch.addmm(part.square().sum(dim=1), points - middle, part.T, alpha=-2).min(dim=1)  # (n,) of rows
+        index = torch.where(value < best, row + start, index)
+        best = torch.minimum(best, value)
     return (points - bank[index]).norm(dim=1)
 
 
@@ -247,11 +245,15 @@ def spread(distance, size, patch, stride):
     return share @ distance @ share.T
 
 
+def build_model(args):
+    return PatchSVDD(args.image_size)
+
+
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    model = PatchSVDD(args.image_size).to(run.device)
+    model = build_model(args).to(run.device)
     if not args.checkpoint:
         if min(args.repeat, args.bank) < 1:
             raise common.Error("--repeat and --bank must be at least 1: an epoch needs patches, scores need a bank")
@@ -262,8 +264,7 @@ if __name__ == "__main__":
             history = []
             for start in common.progress(range(0, len(order), args.batch_size), f"epoch {epoch}"):
                 image = train.batch(order[start : start + args.batch_size], run.device) - model.mean
-                losses = model.losses(*draw(image, 64), *draw(image, 32))
-                position64, position32, svdd64, svdd32 = losses
+                position64, position32, svdd64, svdd32 = losses = model.losses(*draw(image, 64), *draw(image, 32))
                 loss = position64 + position32 + args.svdd * (svdd64 + svdd32)  # paper, Eq. 6
                 optimizer.zero_grad()
                 loss.backward()
@@ -271,7 +272,6 @@ if __name__ == "__main__":
                 history.append(torch.stack(losses).detach())
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 model.fit(train, args.batch_size, run.device, args.bank)
-            means = torch.stack(history).mean(dim=0).tolist()
-            run.validate(model, epoch, valid, position64=means[0], position32=means[1], svdd64=means[2],
-                         svdd32=means[3])
+            names = "position64", "position32", "svdd64", "svdd32"
+            run.validate(model, epoch, valid, **dict(zip(names, torch.stack(history).mean(0).tolist(), strict=True)))
     common.finish(run, model, (train, valid, test))

@@ -6,6 +6,10 @@ Trained on normal images only, neither of the two carries an anomaly through: wh
 anomalous. Map of a layer (Eq. 2): M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)); anomaly map: the M^k, enlarged,
 summed and smoothed; score: its maximum.
 
+    image -> teacher E:  f_E^1  f_E^2  f_E^3 --> one-class bottleneck --> phi
+                           |      |      |                                 |
+             student D:  f_D^1  f_D^2  f_D^3 <-----------------------------'    M^k compares f_E^k with f_D^k
+
 Settings: thesis, Table 3.6: wide_resnet50_2, Adam with learning rate 0.005 and betas 0.5 and 0.99 (the official code
 has 0.5 and 0.999). Epochs, batch and image size: hq-deng/RD4AD (6554076).
 Differences from the paper: the loss takes the cosine of a layer's whole map as one vector, as the official code does,
@@ -164,8 +168,7 @@ class RD4AD(nn.Module):
     def __init__(self, backbone, weights, combine):
         super().__init__()
         if backbone not in BACKBONES:
-            raise common.Error(f"--backbone {backbone}: known are {', '.join(BACKBONES)}, each with a decoder of its "
-                               f"own")
+            raise common.Error(f"--backbone {backbone}: take {', '.join(BACKBONES)}, each with a decoder of its own")
         layers, channels, kind, blocks = BACKBONES[backbone]
         self.combine = combine
         self.teacher = common.feature_extractor(backbone, layers, weights)
@@ -185,12 +188,13 @@ class RD4AD(nn.Module):
     def predict(self, image):
         """Anomaly map (B, H, W): the layers' maps, enlarged, combined, smoothed; anomaly score (B,): its maximum."""
         self.eval()
-        layer_maps = torch.stack([
-            F.interpolate(1 - F.cosine_similarity(e, d, dim=1)[:, None], image.shape[-2:], mode="bilinear",
-                          align_corners=True)  # corners aligned: the official code
-            for e, d in zip(*self(image), strict=True)])  # (3, B, 1, H, W)
-        anomaly_map = layer_maps.sum(0) if self.combine == "sum" else layer_maps.prod(0)
-        anomaly_map = smooth(anomaly_map)[:, 0]
+        layer_maps = []
+        for e, d in zip(*self(image), strict=True):
+            layer_map = 1 - F.cosine_similarity(e, d, dim=1)  # (B, h, w), Eq. 2
+            layer_maps.append(F.interpolate(layer_map[:, None], image.shape[-2:], mode="bilinear",
+                                            align_corners=True)[:, 0])  # corners aligned: the official code
+        layer_maps = torch.stack(layer_maps)  # (3, B, H, W)
+        anomaly_map = common.smooth(layer_maps.sum(0) if self.combine == "sum" else layer_maps.prod(0))
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
 
 
@@ -201,27 +205,17 @@ def distillation_loss(target, pred):
     return sum(1 - F.cosine_similarity(e.flatten(1), d.flatten(1)).mean() for e, d in zip(target, pred, strict=True))
 
 
-def smooth(anomaly_map, sigma=4):
-    """Gaussian filter of (B, 1, H, W) cut at 4 sigma, edge pixels mirrored, equal to scipy.ndimage.gaussian_filter."""
-    radius = 4 * sigma
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=anomaly_map.device) / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    for dim in (2, 3):  # separable
-        size = anomaly_map.shape[dim]
-        head, tail = (anomaly_map.narrow(dim, s, radius).flip(dim) for s in (0, size - radius))
-        padded = torch.cat([head, anomaly_map, tail], dim)
-        anomaly_map = F.conv2d(padded, kernel.view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)))
-    return anomaly_map
+def build_model(args):
+    return RD4AD(args.backbone, args.weights, args.combine)
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     if args.image_size % 32:
-        raise common.Error(f"--image-size {args.image_size}: the decoder doubles the grid of stride 32; take a "
-                           f"multiple of 32")
+        raise common.Error(f"--image-size {args.image_size}: the decoder starts at stride 32; take a multiple of 32")
     train, valid, test = common.load_benchmark(args)
-    model = RD4AD(args.backbone, args.weights, args.combine).to(run.device)
+    model = build_model(args).to(run.device)
     if not args.checkpoint:
         optimizer = torch.optim.Adam([*model.bottleneck.parameters(), *model.decoder.parameters()], args.lr, BETAS)
         for epoch in run.epochs(model, optimizer):

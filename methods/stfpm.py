@@ -6,18 +6,16 @@ the two differ there, at all three layers at once.
 
 Settings: thesis, Table 3.6: SGD with learning rate 0.4, momentum 0.9, weight decay 1e-4; resnet18 (the default here)
 and wide_resnet50_2, in one row that does not say which. Epochs, batch and image size: gdwang08/STFPM (2598a5e).
+The thesis cites Yamada and Hotta (arXiv:2111.15376) for STFPM, its [69]; its benchmark ran the method here, its [103].
 Differences from the paper: the squared difference is not halved, as in the official code (lr belongs to that).
 Differences from gdwang08/STFPM:
 - The epoch is chosen on valid, which has anomalies, and all training images are trained on; the official code holds out
   a fifth of them and takes the epoch with the smallest map there.
 - Each layer's map is enlarged to the image before the product, as in anomalib and the thesis' benchmark; the official
   code multiplies on the grid of stride 4 and enlarges the product.
-- Both networks end after the last layer that is read; the official ones run layer4 as well, for nothing.
-
 Difference from anomalib, with which the thesis' benchmark ran: its loss is half the sum over the batch, ours the mean
 over it. With batches of B images that is our loss at a learning rate B/2 times higher (32 images: --lr 6.4) and a
 weight decay B/2 times lower.
-
 Parameters, trained and as many frozen: resnet18 2,782,784, wide_resnet50_2 24,862,528, mobilenet_v2 542,528.
 Cost, measured: mobilenet_v2, 128 pixels, batches of 8, one CPU thread: 37 s for 4 epochs of 200 images with one look
 at valid, 20 ms to score an image, 1.1 GiB. The default was not timed.
@@ -87,10 +85,9 @@ class STFPM(nn.Module):
     def __init__(self, backbone, weights):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
-                               f"LAYERS")
+            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.teacher = common.feature_extractor(backbone, LAYERS[backbone], weights)
-        # Trap: an untrained teacher comes from seed 0; a student from that very seed would have nothing to learn.
+        # Note: an untrained teacher comes from seed 0; a student from that very seed would have nothing to learn.
         torch.manual_seed(torch.initial_seed() + 1)
         self.student = create_feature_extractor(get_model(backbone, weights=None), LAYERS[backbone])
 
@@ -108,17 +105,20 @@ class STFPM(nn.Module):
     def predict(self, image):
         """Anomaly map (B, H, W): the product of the layers' maps, enlarged; anomaly score (B,): its maximum."""
         self.eval()
-        anomaly_map = 1
-        for distance in self(image):
-            anomaly_map = anomaly_map * F.interpolate(distance[:, None], image.shape[-2:], mode="bilinear")[:, 0]
+        layer_maps = [F.interpolate(d[:, None], image.shape[-2:], mode="bilinear")[:, 0] for d in self(image)]
+        anomaly_map = torch.stack(layer_maps).prod(dim=0)
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
+
+
+def build_model(args):
+    return STFPM(args.backbone, args.weights)
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    model = STFPM(args.backbone, args.weights).to(run.device)
+    model = build_model(args).to(run.device)
     if not args.checkpoint:
         optimizer = torch.optim.SGD(model.student.parameters(), args.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
         for epoch in run.epochs(model, optimizer):

@@ -5,6 +5,8 @@ import torch
 from conftest import load_script
 from torch import nn
 
+import common
+
 anogan = load_script("methods/anogan.py")
 
 
@@ -95,7 +97,7 @@ def test_the_search_finds_the_code_of_a_generated_image(model):
     assert other.min() > after.max()  # what the generator cannot make
 
 
-def test_a_score_does_not_depend_on_the_images_beside_or_before(model):
+def test_a_score_does_not_depend_on_the_other_images(model):
     image = torch.rand(5, 3, 16, 16)
     with torch.no_grad():  # as common.evaluate calls it
         anomaly_map, together = model.predict(image)
@@ -126,7 +128,6 @@ def test_the_start_belongs_to_the_model_and_to_its_seed(model):
 
 @pytest.mark.parametrize("arguments, words", [((48,), "--image-size 48"), ((8,), "--image-size 8"),
                                               ((16, 8, 4, 5, 1e-3, 1.5), "--feature-weight 1.5")])
-def test_wrong_arguments_end_with_one_line(arguments, words, capsys):
-    with pytest.raises(SystemExit):
+def test_wrong_arguments_end_with_one_line(arguments, words):
+    with pytest.raises(common.Error, match=words):
         anogan.AnoGAN(*arguments)
-    assert words in capsys.readouterr().err

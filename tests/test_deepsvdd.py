@@ -130,7 +130,21 @@ def test_contrast_normalisation_maps_the_training_set_to_0_1(images):
     assert torch.allclose(brighter, found[:4], atol=1e-4)
     x = deepsvdd.contrast_normalize(images)
     assert x.mean(dim=(1, 2, 3)).abs().max() < 1e-5 and torch.allclose(x.abs().mean(dim=(1, 2, 3)), torch.ones(24))
-    assert (deepsvdd.contrast_normalize(torch.zeros(1, 3, 4, 4)) == 0).all()
+    greys = torch.linspace(0, 1, 50).view(50, 1, 1, 1).expand(50, 3, 64, 64)
+    assert model.prepare(greys).unique().numel() == 1  # uniform images have no contrast to bring out
+    dot = torch.full((1, 3, 64, 64), 0.5)
+    dot[..., 8, 8] += 1 / 255  # the smallest contrast of an 8-bit image
+    assert deepsvdd.contrast_normalize(dot).abs().mean().item() == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("scaling", ["imagenet", "gcn"])
+def test_equal_images_get_equal_scores_whatever_their_batch(scaling, images):
+    torch.manual_seed(0)
+    model = deepsvdd.DeepSVDD(scaling, "one-class", 0.1)
+    model.init_center(model.load([images]))
+    same = images[:1].expand(23, -1, -1, -1)
+    scores = [torch.cat([model.predict(batch)[1] for batch in same.split(size)]) for size in (1, 7, 8, 23)]
+    assert torch.cat(scores).unique().numel() == 1
 
 
 def test_each_image_comes_once_an_epoch_and_never_alone():

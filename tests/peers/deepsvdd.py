@@ -1,4 +1,4 @@
-"""DeepSVDD beside lukasruff/Deep-SVDD-PyTorch (--peer): its networks, trainers and contrast normalisation run as they
+"""DeepSVDD next to lukasruff/Deep-SVDD-PyTorch (--peer): its networks, trainers and contrast normalisation run as they
 are, on the images that our `prepare` makes. The peer's seeded weights go into ours, by order. An epoch of a trainer
 over one batch is one step; then both sides score other images. Undone: nothing. Not met here: a coordinate of c that is
 exactly zero, and milestones."""
@@ -49,7 +49,7 @@ def side_by_side(what, ours, peer, names):
 
 def compare(args, train, test):
     if args.peer is None:
-        common.fail("deepsvdd is compared with the official code: give its checkout with --peer")
+        raise common.Error("deepsvdd is compared with the official code: give its checkout with --peer")
     sys.path.insert(0, f"{args.peer}/src")
     from datasets.preprocessing import global_contrast_normalization
     from deepSVDD import DeepSVDD

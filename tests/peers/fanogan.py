@@ -1,7 +1,7 @@
-"""f-AnoGAN beside A03ki/f-AnoGAN (commit 900f9d6), given as --peer: its three programs run as they are, one batch each,
-with an Adam that keeps the gradients and changes nothing. In double precision: in single, values that rounding puts on
-the other side of a LeakyReLU's kink change gradients by 1e-3. The critic's last layer is enlarged, since its losses are
-read from what the programs print, with six decimals.
+"""f-AnoGAN next to A03ki/f-AnoGAN (commit 900f9d6), given as --peer: its three programs run as they are, on one batch
+each, with an Adam that keeps the gradients and changes nothing. In double precision: in single, values that rounding
+puts on the other side of a LeakyReLU's kink change gradients by 1e-3. The critic's last layer is enlarged, since its
+losses are read from what the programs print, with six decimals.
 
 Undone: its gradient penalty draws one weight an image and channel; its generator sees the batch a second time."""
 
@@ -24,7 +24,7 @@ script = load_script("methods/fanogan.py")
 
 
 class Recorder:
-    """In the place of Adam: holds the gradients of the last step."""
+    """In place of Adam: holds the gradients of the last step."""
 
     def __init__(self, parameters, **_):
         self.parameters = list(parameters)
@@ -64,7 +64,7 @@ def run_peer(program, *arguments):
 
 def compare(args, train, test):
     if not args.peer:
-        common.fail("fanogan is compared with A03ki/f-AnoGAN: give its folder with --peer")
+        raise common.Error("fanogan is compared with A03ki/f-AnoGAN: give its folder with --peer")
     sys.path[:0] = [args.peer, f"{args.peer}/mvtec_ad"]
     del sys.modules["fanogan"]  # ours; theirs has the same name
     from fanogan.test_anomaly_detection import test_anomaly_detection

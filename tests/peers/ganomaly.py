@@ -1,4 +1,4 @@
-"""GANomaly beside anomalib 2.7.0, or with --peer beside the official samet-akcay/ganomaly (commit 78da4ea), whose own
+"""GANomaly next to anomalib 2.7.0, or with --peer next to the official samet-akcay/ganomaly (commit 78da4ea), whose own
 class then makes the training step and the test; only its plots are left out.
 
 Undone, for anomalib: it pads the first convolution by 4, its adversarial loss compares outputs of the discriminator,
@@ -71,9 +71,12 @@ def compare(args, train, test):
     size, x = args.image_size, 2 * train.batch(range(len(train))) - 1
     made = official(args.peer, size, x) if args.peer else anomalib(size, x)
     (generator, discriminator), peer_g, peer_d, peer_losses, score = made
-    losses = script.losses(generator, discriminator, x)
-    yield from zip(("L_adv", "L_con", "L_enc", "L_D"), losses, peer_losses, strict=True)
-    script.backward(generator, discriminator, losses[0] + 50 * losses[1] + losses[2], losses[3])
+    adv, con, enc, recon = script.generator_losses(generator, discriminator, x)
+    (adv + 50 * con + enc).backward()
+    discriminator.zero_grad()
+    loss_d = script.discriminator_loss(discriminator, x, recon)
+    loss_d.backward()
+    yield from zip(("L_adv", "L_con", "L_enc", "L_D"), (adv, con, enc, loss_d), peer_losses, strict=True)
     for part in ("encoder1", "decoder", "encoder2"):
         yield f"gradients, {part}", gradients(getattr(generator, part)), gradients(getattr(peer_g, part))
     yield "gradients, discriminator", gradients(discriminator), gradients(peer_d)

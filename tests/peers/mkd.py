@@ -1,4 +1,4 @@
-"""MKD beside the official code, rohban-lab/Knowledge_Distillation_AD in --peer, with its state and the same untrained
+"""MKD next to the official code, rohban-lab/Knowledge_Distillation_AD in --peer, with its state and the same untrained
 VGG-16 in both (its training loop needs a GPU, so its networks, loss and test functions are called from here). Its maps
 have 128 pixels: run with --image-size 128. They are compared with `--map-norm image`, and the gradient that all maps
 are made of by itself."""
@@ -84,7 +84,7 @@ def compare_with(networks, losses, functions, train, test):
     raw = []
     with mock.patch.object(functions, "convert_to_grayscale", lambda g: raw.append(np.abs(g).sum(0)) or g[:1]):
         official_map(cloner, vgg, batch, functions)
-    with mock.patch.object(script, "smooth", lambda m: m):
+    with mock.patch.object(common, "smooth", lambda m: m):
         ours.map_norm = "none"
         yield "guided gradient, summed over colours", ours.predict(image)[0], torch.as_tensor(np.stack(raw))
     yield "anomaly map", anomaly_map, official_map(cloner, vgg, batch, functions)

@@ -1,4 +1,4 @@
-"""PatchSVDD beside nuclearboy95/Anomaly-Detection-PatchSVDD-PyTorch (commit 934d623), given as --peer: its networks,
+"""PatchSVDD next to nuclearboy95/Anomaly-Detection-PatchSVDD-PyTorch (commit 934d623), given as --peer: its networks,
 losses, embedding of patches one by one and maps run as they are, on the CPU. The peer's seeded weights go into ours, by
 order; both get the patches that ours draws. The convolutions' weights are doubled, since untrained embeddings of
 different patches are almost equal. Its pairs of patches are compared with ours by what they look like on average.
@@ -36,7 +36,7 @@ def moments(first, second):
 
 def compare(args, train, test):
     if not args.peer:
-        common.fail("patchsvdd is compared with the official code: give its checkout with --peer")
+        raise common.Error("patchsvdd is compared with the official code: give its checkout with --peer")
     sys.path.insert(0, args.peer)
     sys.modules["imageio"] = mock.MagicMock()  # reads images, which ours does here
     from codes import datasets, inspection, nearest_neighbor, utils

@@ -1,4 +1,4 @@
-"""RD4AD beside anomalib 2.7.0 with resnet18 and, where --peer gives its checkout, beside the official hq-deng/RD4AD
+"""RD4AD next to anomalib 2.7.0 with resnet18 and, where --peer gives its checkout, next to the official hq-deng/RD4AD
 with wide_resnet50_2; the peer's seeded state in both. --weights is not read: the peers' decoders exist for ResNets
 only. Undone: anomalib's smoothing reflects the border without repeating the edge pixel (the official code smooths as
 ours does, with scipy). anomalib's bottleneck of wide_resnet50_2 has half the published width, hence the official."""
@@ -69,7 +69,7 @@ def anomalib(train, test):
     blur = torch.nn.Identity()
     for ours.combine, mode in (("sum", "add"), ("product", "multiply")):
         model.anomaly_map_generator.mode = mode
-        with mock.patch.object(script, "smooth", blur), torch.no_grad(), \
+        with mock.patch.object(common, "smooth", blur), torch.no_grad(), \
                 mock.patch("anomalib.models.image.reverse_distillation.anomaly_map.GaussianBlur2d", lambda **_: blur):
             anomaly_map, score = ours.predict(test)
             found = model(common.normalize(test))

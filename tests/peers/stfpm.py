@@ -1,5 +1,5 @@
-"""STFPM beside anomalib 2.7.0, with our student in both. Undone: its loss is half the sum over the batch, its map has
-a factor 1/2 a layer, its weight decay is 1e-3. Trap: given a network, anomalib takes that one object, frozen, as
+"""STFPM next to anomalib 2.7.0, with our student in both. Undone: its loss is half the sum over the batch, its map has
+a factor 1/2 a layer, its weight decay is 1e-3. Note: given a network, anomalib takes that one object, frozen, as
 teacher and as student, and nothing is learned; its student is replaced here."""
 
 from unittest import mock
