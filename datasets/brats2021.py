@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
+import volumes
 from prepare import common
 
 FIRST, LAST = 60, 99
@@ -57,8 +58,8 @@ def tumour_free(files, folder):
     flair, seg = files
     if seg is None:
         raise prepare.Damaged(f"{flair} has no segmentation beside it (_seg.nii.gz); download the training set")
-    label = common.Volume(seg)
-    prepare.same_shape(common.Volume(flair), label)
+    label = volumes.Volume(seg)
+    prepare.same_shape(volumes.Volume(flair), label)
     return (FIRST + np.flatnonzero(~(label.axial(FIRST, LAST + 1) > 0).any(axis=(1, 2)))).tolist()
 
 
@@ -97,10 +98,10 @@ def read_groups(file, cases):
 def write_case(item, folder):
     """The slices of one case as PNG; their manifest rows."""
     case, (flair, seg), (split, slices) = item
-    volume, tumour = common.Volume(flair).axial(FIRST, LAST + 1), common.Volume(seg).axial(FIRST, LAST + 1) > 0
+    volume, tumour = volumes.Volume(flair).axial(FIRST, LAST + 1), volumes.Volume(seg).axial(FIRST, LAST + 1) > 0
     rows = []
     for label, z in [(label, z) for label, chosen in slices.items() for z in chosen]:
-        image, mask = common.stretched(volume[z - FIRST]), tumour[z - FIRST] if label else None
+        image, mask = volumes.stretched(volume[z - FIRST]), tumour[z - FIRST] if label else None
         rows.append(prepare.save(folder, split, label, f"{case}_{z}", image, mask, case=case, slice=z))
     return rows
 

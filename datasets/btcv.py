@@ -27,6 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
+import volumes
 from prepare import common
 
 WINDOW = -200, 250  # HU
@@ -63,7 +64,7 @@ def liver_slices(files, is_liver, equalized):
     is_liver: turns labels into a mask."""
     if files[1] is None:
         raise prepare.Damaged(f"{files[0]} has no label; download the labels, too")
-    volume, label = map(common.Volume, files)
+    volume, label = map(volumes.Volume, files)
     prepare.same_shape(volume, label)
     for start in range(0, label.shape[2], BLOCK):
         labels = label.axial(start, min(start + BLOCK, label.shape[2]))  # (n, H, W)

@@ -23,8 +23,9 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from volumes import Damaged
+
 import common
-from common import Damaged
 
 
 @dataclass

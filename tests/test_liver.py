@@ -102,13 +102,13 @@ def test_volumes_are_read_in_blocks_that_do_not_change_the_slices(tmp_path, monk
     write_btcv(tmp_path, 1, 0)
     files, read = btcv.find_cases(tmp_path)["img0001"], []
     whole = list(btcv.liver_slices(files, lambda label: label == btcv.LIVER, True))
-    axial = btcv.common.Volume.axial
+    axial = btcv.volumes.Volume.axial
 
     def counted(volume, start, stop):
         read.append(stop - start)
         return axial(volume, start, stop)
 
-    monkeypatch.setattr(btcv.common.Volume, "axial", counted)
+    monkeypatch.setattr(btcv.volumes.Volume, "axial", counted)
     monkeypatch.setattr(btcv, "BLOCK", 2)
     pieces = list(btcv.liver_slices(files, lambda label: label == btcv.LIVER, True))
     assert max(read) == 2 and [z for z, *_ in pieces] == [z for z, *_ in whole] == [1, 2, 3, 4]
