@@ -20,7 +20,7 @@ SHORT = ["--model", "tiny", "--clip-weights", "none", "--image-size", 64, "--cli
 @pytest.fixture(scope="module")
 def model():
     """A tiny model at 64 pixels, 4 x 4 patches."""
-    return zs.ZeroShot(zs.Args(model="tiny", clip_weights="none", image_size=64, clip_size=64))
+    return zs.build_model(zs.Args(model="tiny", clip_weights="none", image_size=64, clip_size=64))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def images():
 def test_the_image_score_is_clips_own_softmax_over_two_sentences(model, images):
     classes = zs.sentences("brain", "plain", "named")
     assert classes == [[["axial FLAIR MRI slice of a normal brain"]], [["axial FLAIR MRI slice of an abnormal brain"]]]
-    model.read(classes)
+    model.set_classes(classes)
     with torch.inference_mode():
         ids = open_clip.tokenize([classes[0][0][0], classes[1][0][0]])
         logits = model.clip.get_logits(common.normalize(images, model.clip.mean, model.clip.std), ids)[0]
@@ -44,15 +44,15 @@ def test_the_image_score_is_clips_own_softmax_over_two_sentences(model, images):
 def test_the_map_asks_the_same_of_the_last_blocks_patches(model, images):
     model.text.copy_(F.normalize(torch.randn(2, 128, generator=torch.Generator().manual_seed(1)), dim=1))
     maps = model.predict(images)[0]
-    tower, outputs = model.clip.visual, []
-    hook = tower.transformer.resblocks[-1].register_forward_hook(lambda _, __, x: outputs.append(x))
+    encoder, outputs = model.clip.visual, []
+    hook = encoder.transformer.resblocks[-1].register_forward_hook(lambda _, __, x: outputs.append(x))
     with torch.inference_mode():
         model.clip.encode_image(common.normalize(images, model.clip.mean, model.clip.std))
         hook.remove()
         for i in range(3):
             expected = torch.zeros(4, 4)
             for p in range(16):
-                patch = tower.ln_post(outputs[0][i, 1 + p]) @ tower.proj
+                patch = encoder.ln_post(outputs[0][i, 1 + p]) @ encoder.proj
                 normal, anomalous = (float(F.cosine_similarity(patch, t, dim=0)) / 0.01 for t in model.text)
                 expected[p // 4, p % 4] = 1 / (1 + torch.tensor(normal - anomalous).exp())
             assert expected.std() > 0.01
@@ -86,11 +86,11 @@ def test_the_ensemble_is_winclips(words):
 
 
 def test_what_winclip_and_this_script_share_is_the_same():
-    for name in ("published_file", "load_clip", "text_features", "benchmark_words"):
+    for name in ("encode_text", "benchmark_words"):
         assert inspect.getsource(getattr(zs, name)) == inspect.getsource(getattr(winclip, name))
-    for name in ("TAG", "TINY", "PATIENCE", "WORDS", "NORMAL", "ANOMALOUS", "TEMPLATES"):
+    for name in ("WORDS", "NORMAL", "ANOMALOUS", "TEMPLATES"):
         assert getattr(zs, name) == getattr(winclip, name)
-    assert inspect.getsource(zs.ZeroShot.read) == inspect.getsource(winclip.WinCLIP.read)
+    assert inspect.getsource(zs.ZeroShot.set_classes) == inspect.getsource(winclip.WinCLIP.set_classes)
 
 
 def run_zeroshot(*arguments):
@@ -99,19 +99,29 @@ def run_zeroshot(*arguments):
         runpy.run_path(str(ROOT / "methods/clip_zeroshot.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("prompts, notes", [
-    ("plain", dict(words="phantom", prompts="plain", findings="none", sentences=[1, 1])),
-    ("ensemble", dict(words="phantom", prompts="ensemble", findings="named", sentences=[144, 272]))])
-def test_notes_say_what_was_used_and_nothing_is_trained(prompts, notes, phantom, tmp_path):
-    run_zeroshot("--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT, "--prompts", prompts)
+@pytest.mark.parametrize("arguments, notes", [
+    ([], dict(words="phantom", prompts="plain", findings="none", sentences=[1, 1])),
+    (["--prompts", "ensemble"], dict(words="phantom", prompts="ensemble", findings="none", sentences=[64, 32])),
+    (["--prompts", "ensemble", "--findings", "named"],
+     dict(words="phantom", prompts="ensemble", findings="named", sentences=[144, 272]))])
+def test_notes_say_what_was_used_and_nothing_is_trained(arguments, notes, phantom, tmp_path):
+    run_zeroshot("--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT, *arguments)
     folder = tmp_path / "phantom/clip_zeroshot/seed0"
     results = json.loads((folder / "results.json").read_text())
     assert results["notes"] == notes and results["parameters"]["trained"] == 0
     assert set(torch.load(folder / "model.pt", weights_only=True)["state"]) == {"text"}
 
 
-def test_a_size_below_a_patch_ends_with_one_line(phantom, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
+def test_a_size_that_patches_cannot_tile_ends_with_one_line(phantom, tmp_path):
+    with pytest.raises(common.Error, match="^tiny: 15 pixels [^\n]*$"):
         run_zeroshot("--root", phantom, "--out", tmp_path, "--device", "cpu", *SHORT, "--clip-size", 15)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: --clip-size 15") and error.count("\n") == 1
+
+
+def test_a_kept_model_is_the_same_when_it_is_loaded_from_python(phantom, tmp_path, images):
+    run_zeroshot("--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT)
+    kept = torch.load(tmp_path / "phantom/clip_zeroshot/seed0/model.pt", weights_only=True)
+    loaded = zs.build_model(zs.Args(**kept["args"]))
+    loaded.load_state_dict(kept["state"], strict=False)
+    expected = zs.build_model(zs.Args(**kept["args"]))
+    expected.set_classes(zs.sentences("phantom", "plain", "none"))
+    torch.testing.assert_close(loaded.predict(images), expected.predict(images))
