@@ -1,7 +1,9 @@
 """Shared by all tests: the repository on the path, scripts as modules, scripts as a user runs them, a small phantom."""
 
+import fcntl
 import importlib.util
 import io
+import os
 import runpy
 import subprocess
 import sys
@@ -16,6 +18,29 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "datasets")]
 import common
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out by `bash tests/run.sh quick`")
+    config.addinivalue_line("markers", "long: runs in `bash tests/run.sh long` only")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("finished", "padim") not in ("padim", "stfpm"):
+            item.add_marker("slow")
+
+
+def once(factory, name, make):
+    """A folder that `make(folder)` fills, once for all processes of a test run. factory: tmp_path_factory."""
+    base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder = base / name
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            make(folder)
+    return folder
 
 
 def load_script(path):
@@ -82,7 +107,8 @@ def write_nifti(file, array, axes="LAS", dtype=None, slope=None, inter=0.0):
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory):
     """The root folder of a small phantom benchmark."""
-    root = tmp_path_factory.mktemp("data")
-    done = run_script("datasets/phantom.py", "--root", root, "--size", 64, "--train", 12, "--valid", 4, "--test", 6)
-    assert done.returncode == 0, done.stderr
-    return root
+    def make(root):
+        done = run_script("datasets/phantom.py", "--root", root, "--size", 64, "--train", 12, "--valid", 4, "--test", 6)
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "phantom-root", make)

@@ -1,5 +1,6 @@
 """Every script of methods/ as a user runs it, on a small phantom, with untrained weights and short budgets."""
 
+import ast
 import csv
 import dataclasses
 import json
@@ -14,7 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_script, run_script, write_nifti
+from conftest import ROOT, load_script, once, run_script, write_nifti
 from PIL import Image
 
 import common
@@ -65,15 +66,20 @@ def run_here(method, *arguments):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(m, marks=pytest.mark.xdist_group(m)) for m in METHODS])
+@pytest.fixture(scope="module", params=METHODS)
 def finished(request, phantom, tmp_path_factory):
     """(method, run folder, common arguments, stdout) of a finished run, started from the shell."""
-    out = tmp_path_factory.mktemp("runs")
-    arguments = ["--data", "phantom", "--root", phantom, "--device", "cpu", *SHORT[request.param]]
-    done = run_script(f"methods/{request.param}.py", *arguments, "--out", out, "--maps", 3)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "" or "Warning" in done.stderr, done.stderr  # no progress bar outside a terminal
-    return request.param, out / "phantom" / request.param / "seed0", arguments, done.stdout
+    method = request.param
+    arguments = ["--data", "phantom", "--root", phantom, "--device", "cpu", *SHORT[method]]
+
+    def make(out):
+        done = run_script(f"methods/{method}.py", *arguments, "--out", out, "--maps", 3)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "" or "Warning" in done.stderr, done.stderr  # no progress bar outside a terminal
+        (out / "stdout.txt").write_text(done.stdout)
+
+    out = once(tmp_path_factory, f"finished-{method}", make)
+    return method, out / "phantom" / method / "seed0", arguments, (out / "stdout.txt").read_text()
 
 
 def read_csv(file):
@@ -239,6 +245,18 @@ def test_predict_scores_any_folder_of_images_one_by_one_as_in_a_batch(finished, 
     assert method in IMAGE_ONLY or len(list((found / "maps").iterdir())) == 6
 
 
+def test_six_lines_load_the_model_in_python(finished, phantom):
+    method, folder, *_ = finished
+    script = load_script(f"methods/{method}.py")
+    kept = torch.load(folder / "model.pt", weights_only=True)
+    model = script.build_model(script.Args(**kept["args"]))
+    model.load_state_dict(kept["state"], strict=False)  # frozen networks are not in the file
+    image, _ = common.decode(phantom / "phantom/test/Ungood/img/0000.png", kept["args"]["image_size"])
+    anomaly_map, score = model.eval().predict(torch.from_numpy(image.copy())[None] / 255)
+    known = {r["path"]: float(r["score"]) for r in read_scores(folder)}["test/Ungood/img/0000.png"]
+    assert float(score) == pytest.approx(known, rel=5e-3) and (anomaly_map is None) == (method in IMAGE_ONLY)
+
+
 @pytest.mark.parametrize("axes", ["LAS", "PIR"])
 def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom, tmp_path):
     arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 2]
@@ -292,6 +310,14 @@ def test_a_wrong_data_folder_leaves_a_finished_run_as_it_is(phantom, tmp_path):
     with pytest.raises(SystemExit):
         run_here("padim", "--root", tmp_path, "--out", tmp_path, "--device", "cpu", *SHORT["padim"])
     assert (tmp_path / "phantom/padim/seed0/results.json").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_argument_is_declared_once(method):
+    tree = ast.parse((ROOT / f"methods/{method}.py").read_text())
+    args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    names = [node.target.id for node in args.body if isinstance(node, ast.AnnAssign)]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("method", METHODS)
