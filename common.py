@@ -504,10 +504,12 @@ def image_metrics(labels, scores):
 class PixelMetrics:
     """Pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps, exact: all scores are sorted, once.
 
-    Holds 4 bytes a normal pixel and 8 an anomalous one: 1 GB for the largest benchmark with masks (brain)."""
+    Holds 4 bytes a normal pixel and 8 an anomalous one: 1 GB for the largest benchmark with masks (brain).
+    `best`: after `compute`, the threshold of the highest Dice; scores at or above it are anomalous."""
 
-    def __init__(self, pixels):
-        """pixels: how many will come at most."""
+    def __init__(self, pixels, threshold=None):
+        """pixels: how many will come at most. threshold: the `best` of the valid split, for `dice_valid`."""
+        self.threshold, self.best = threshold, None
         self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of the normal pixels, and their number
         self.anomalous, self.region = [], []  # scores of the anomalous ones, and the region that each belongs to
         self.regions, self.low, self.high, self.curve = 0, math.inf, -math.inf, []
@@ -529,13 +531,13 @@ class PixelMetrics:
             self.n += scores.size
 
     def compute(self):
-        """{pixel_auroc, pixel_ap, aupro, dice}, each in [0, 1]; None where no pixel or every pixel is anomalous.
+        """{pixel_auroc, pixel_ap, aupro, dice, dice_valid}, each in [0, 1]; None where no or every pixel is anomalous.
 
         aupro: the mean overlap per region against the false positive rate, one curve over all images, area to 30%
         divided by 0.3 (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5 of the maps scaled to [0, 1] by the minimum
-        and maximum of the whole set (thesis, Eq. 3.3)."""
+        and maximum of the whole set (thesis, Eq. 3.3). dice_valid: at the threshold. Both pool all pixels."""
         if not self.regions or not self.n:
-            return dict(pixel_auroc=None, pixel_ap=None, aupro=None, dice=None)
+            return dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro", "dice", "dice_valid"))
         normal = self.normal[: self.n]
         normal.sort()
         anomalous, region = np.concatenate(self.anomalous), np.concatenate(self.region)
@@ -547,7 +549,11 @@ class PixelMetrics:
         tp, pro = last + 1, pro[last]
         fp_above, fp = (self.n - np.searchsorted(normal, anomalous[last], side) for side in ("right", "left"))
         hits, middle = np.diff(tp, prepend=0), np.float32(self.low / 2 + self.high / 2)
-        dice_tp, dice_fp = np.sum(anomalous > middle), self.n - np.searchsorted(normal, middle, "right")
+        self.best = float(anomalous[last][np.argmax(2 * tp / (tp + fp + tp[-1]))])
+
+        def dice(threshold):
+            true, false = np.sum(anomalous >= threshold), self.n - np.searchsorted(normal, threshold)
+            return float(2 * true / (true + false + tp[-1]))
 
         # The curves' corners: level from one anomalous score to the next, then a step (slanted where scores are equal)
         fpr = np.append(np.stack([fp_above, fp], axis=1).ravel(), self.n) / self.n
@@ -559,17 +565,18 @@ class PixelMetrics:
         x, y = np.append(fpr[inside], 0.3), np.append(pro[inside], np.interp(0.3, fpr, pro))
         return dict(pixel_auroc=float(np.sum(hits * (self.n - fp / 2 - fp_above / 2)) / tp[-1] / self.n),
                     pixel_ap=float(np.sum(hits * tp / (tp + fp)) / tp[-1]), aupro=float(np.trapezoid(y, x) / 0.3),
-                    dice=float(2 * dice_tp / (dice_tp + dice_fp + tp[-1])))
+                    dice=dice(np.nextafter(middle, np.float32(np.inf))),  # above the middle, not at it
+                    dice_valid=None if self.threshold is None else dice(np.float32(self.threshold)))
 
 
 @torch.no_grad()
-def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
-    """Score a split: an object with metrics {image_auroc, ..., dice}, scores (N,), ms_per_image (from the image on the
-    device to score and map), map_range (minimum, maximum) of all maps or None, and curve, see PixelMetrics.
+def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None, threshold=None):
+    """Score a split: an object with metrics {image_auroc, ..., dice_valid}, scores (N,), ms_per_image (from the image
+    on the device to score and map), map_range (minimum, maximum) of all maps or None; curve, best: see PixelMetrics.
 
     predict: images (B, 3, H, W) in [0, 1] -> anomaly maps (B, H, W) or None, anomaly scores (B,); higher is more
     anomalous. The maps at `map_indices` are written to `map_file` as they come, float32."""
-    pixel = PixelMetrics(len(split) * split.size**2 * split.has_masks)
+    pixel = PixelMetrics(len(split) * split.size**2 * split.has_masks, threshold)
     scores, low, high, seconds, done = [], math.inf, -math.inf, 0.0, 0
     for image in progress(split.batches(batch_size, device), f"scoring {split.name}", -(-len(split) // batch_size)):
         started = time.perf_counter()
@@ -590,7 +597,7 @@ def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None):
     scores = np.concatenate(scores)
     return SimpleNamespace(metrics=image_metrics(split.labels, scores) | pixel.compute(), scores=scores,
                            ms_per_image=1000 * seconds / done, map_range=(low, high) if low <= high else None,
-                           curve=pixel.curve)
+                           curve=pixel.curve, best=pixel.best)
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
@@ -782,8 +789,11 @@ def finish(run, model, splits):
     count = len(test) if args.maps < 0 else min(args.maps, len(test))
     shown = [i * len(test) // count for i in range(count)]  # the same images for all methods
     wanted = range(len(test)) if volume else shown
+    threshold = None  # of the pixels: the best for Dice on valid
+    if splits[1] and splits[1].has_masks:
+        threshold = evaluate(model.predict, splits[1], args.batch_size, run.device).best
     with tempfile.TemporaryFile(dir=folder) as raw:
-        result = evaluate(model.predict, test, args.batch_size, run.device, wanted, raw)
+        result = evaluate(model.predict, test, args.batch_size, run.device, wanted, raw, threshold)
         if result.map_range and wanted:
             raw.flush()
             maps = np.memmap(raw, np.float32, "r", shape=(len(wanted), test.size, test.size))
@@ -797,6 +807,9 @@ def finish(run, model, splits):
         print(f"{len(test)} scores, {count if result.map_range else 0} heat maps: {folder}")
         return
     write_csv(folder / "curves.csv", result.curve) if result.curve else None
+    published = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
+    if "epochs" in published:  # where nothing is trained, the batch size changes nothing but speed and memory
+        published["batch_size"] = type(args).batch_size
     packages = ("torch", "torchvision", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # GiB
     on_gpu = run.device.type == "cuda"
@@ -805,13 +818,13 @@ def finish(run, model, splits):
     results = dict(
         format=FORMAT, method=run.script.stem, data=folder.parts[-3], seed=args.seed, metrics=result.metrics,
         images={s.name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum())) for s in splits if s},
-        check=test.check, epoch=epoch, train_seconds=train_seconds, test_ms_per_image=result.ms_per_image,
+        pixel_threshold=threshold, check=test.check, epoch=epoch, train_seconds=train_seconds,
+        test_ms_per_image=result.ms_per_image,
         peak_memory_gib=dict(ram=peak) | (dict(gpu=torch.cuda.max_memory_allocated() / 2**30) if on_gpu else {}),
         parameters=dict(total=sum(p.numel() for p in model.parameters()),
                         trained=sum(p.numel() for p in model.parameters() if p.requires_grad)),
         weights=_weights(model), notes=run.notes, args=dataclasses.asdict(args),
-        changed={f.name: getattr(args, f.name) for f in dataclasses.fields(args)
-                 if f.name not in FREE | {"seed"} and getattr(args, f.name) != f.default},  # not as published
+        changed={name: getattr(args, name) for name, value in published.items() if getattr(args, name) != value},
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         device=torch.cuda.get_device_name() if on_gpu else str(run.device), threads=torch.get_num_threads(),
         commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

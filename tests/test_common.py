@@ -47,6 +47,7 @@ def sorted_reference(maps, masks):
     x, y = np.append(fpr[cut], 0.3), np.append(pro[cut], np.interp(0.3, fpr, pro))
     predicted = scores > scores.min() / 2 + scores.max() / 2
     return dict(
+        dice_valid=None,
         pixel_auroc=roc_auc_score(truth, scores),
         pixel_ap=average_precision_score(truth, scores),
         aupro=np.trapezoid(y, x) / 0.3,
@@ -96,6 +97,25 @@ def test_the_curve_has_the_area_of_the_metrics():
     assert np.trapezoid(tpr, fpr) == pytest.approx(found["pixel_auroc"], abs=1e-3)
 
 
+def test_the_best_threshold_and_the_dice_there_are_those_of_a_search_over_all_scores():
+    masks, signal = blobs(0, 6)
+    maps = np.round(4 * signal).astype(np.float32)
+
+    def dice(threshold):
+        predicted = maps >= threshold
+        return 2 * (predicted & masks).sum() / (predicted.sum() + masks.sum())
+
+    valid = common.PixelMetrics(maps.size)
+    valid.update(maps, masks)
+    valid.compute()
+    every = {float(t): dice(t) for t in np.unique(maps)}
+    assert every[valid.best] == max(every.values())
+    for threshold in (valid.best, 0.3, -50, 50):
+        test = common.PixelMetrics(maps.size, threshold)
+        test.update(maps, masks)
+        assert test.compute()["dice_valid"] == pytest.approx(dice(threshold), abs=1e-12)
+
+
 def test_aupro_worked_out_by_hand():
     masks = np.zeros((1, 4, 4), bool)
     masks[0, 0, 0] = masks[0, 3, 2:] = True  # two regions, of 1 and 2 pixels; 13 normal pixels
@@ -118,7 +138,7 @@ def test_diagonal_neighbours_are_one_region():
 def test_perfect_maps_score_one_and_constant_maps_one_half():
     masks, _ = blobs(0)
     perfect, constant = streamed(masks.astype(np.float32), masks), streamed(np.full(masks.shape, 7.0), masks)
-    assert perfect == pytest.approx(dict(pixel_auroc=1, pixel_ap=1, aupro=1, dice=1), abs=1e-12)
+    assert perfect == pytest.approx(dict(pixel_auroc=1, pixel_ap=1, aupro=1, dice=1, dice_valid=None), abs=1e-12)
     assert constant["pixel_auroc"] == pytest.approx(0.5)
     assert constant["aupro"] == pytest.approx(0.15)  # the diagonal's area up to 0.3, divided by 0.3
 

@@ -96,10 +96,11 @@ def test_a_run_leaves_complete_results(finished):
     results = json.loads((folder / "results.json").read_text())
     assert set(results) == {"method", "data", "seed", "metrics", "images", "epoch", "train_seconds",
                             "test_ms_per_image", "peak_memory_gib", "parameters", "weights", "notes", "args",
-                            "format", "check", "changed", "versions", "device", "threads", "commit", "finished"}
+                            "format", "check", "changed", "pixel_threshold", "versions", "device", "threads",
+                            "commit", "finished"}
     assert (results["method"], results["data"], results["seed"]) == (method, "phantom", 0)
     metrics = results["metrics"]
-    assert list(metrics) == ["image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "dice"]
+    assert list(metrics) == ["image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "dice", "dice_valid"]
     for name, value in metrics.items():
         if method in IMAGE_ONLY and not name.startswith("image"):
             assert value is None
