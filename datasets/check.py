@@ -13,13 +13,14 @@ deviation of that difference. Brightness, contrast and gamma hardly change it.
 2. Both images are read again at half their size (64 to 256 pixels), aligned by shifting, and one gets the tone curve of
    the other. Their similarity is the correlation of the textures: fine details and noise tell a copy from a second
    photograph. From 0.965 (SAME) on it is the same picture, from 0.75 (NEAR) on a near-duplicate.
-Measured on 50 solar cells and 50 brain MR images each (lowest; median): mirrored 0.994; 0.999, JPEG of quality 80
-0.982; 0.993, of 60 0.967; 0.989, at 70% of the size and back 0.981; 0.991, gamma 0.6 or 1.6 0.992; 0.997, contrast 0.5
-or 1.5 0.985; 0.996, inverted 0.989; 0.997. Mirrored, at 70%, gamma 1.6 and JPEG of 60 together: 0.955; 0.981, so a few
-of these are called near-duplicates, as are JPEG copies of images that are almost flat. What is not a copy (median;
-highest): solar cells of one silicon block 0.950; 0.962, adjacent MR slices 1 mm apart 0.851; 0.931, 2 mm apart 0.663;
-0.834. The gap at 0.965 is narrow: slices interpolated between thicker ones can be above it (0.961; 0.981), a copy that
-was cropped, shifted by parts of a pixel, or enlarged is below it. So look at the picture.
+Measured on 50 solar cells and 50 brain MR images, each copied (lowest; the lower of both medians): mirrored 0.994;
+0.999, JPEG of quality 80 0.982; 0.991, of 60 0.967; 0.982, at 70% of the size and back 0.981; 0.990, gamma 0.6 or 1.6
+0.992; 0.996, contrast 0.5 or 1.5 0.985; 0.992, inverted 0.989; 0.996. Mirrored, at 70%, gamma 1.6 and JPEG of 60
+together: 0.955; 0.981, so a few of these are called near-duplicates, as are JPEG copies of almost flat images. What is
+not a copy (median; highest): the ten closest pairs of solar cells, of one silicon block each, 0.950; 0.962, adjacent MR
+slices, 1 mm apart, 0.851; 0.931, 2 mm apart 0.663; 0.834. The gap at 0.965 is narrow: slices interpolated between
+thicker ones can be above it (0.961; 0.981), a copy that was cropped, enlarged or shifted is below it. So look at the
+picture.
 """
 
 import csv
@@ -107,9 +108,9 @@ def look_at_mask(mask, size):
 
 
 def patients(files, base):
-    """{("error" or, where a name only may tell it, "notice", patient): {split: an image}}; files: {split: [image, ...]}.
+    """{(level, patient): {split: an image}}: an error in two splits, or a notice where names only may tell patients.
 
-    A manifest of the preparation scripts, a CSV file with the columns image and case, counts before names."""
+    files: {split: [image, ...]}. A manifest of the preparation scripts (CSV with image, case) counts before names."""
     cases, found = {}, defaultdict(dict)
     for manifest in base.glob("*.csv"):
         with open(manifest, newline="", errors="replace") as f:
