@@ -9,6 +9,7 @@
 #   bash run_all.sh ablation [--list]                                  clip_recon's variants (thesis, Figures 4.6 to 4.8, and
 #                                                                      'Ours' of Tables 4.1 to 4.4): runs/ablation/<variant>/
 #   bash run_all.sh setup                                              only makes .venv and installs requirements.txt
+# Each benchmark is checked once, by datasets/check.py; what it says is in the report.
 # Where data/ holds no benchmark it makes the phantom and runs a short demonstration there (flags: `demo` below).
 # DEMO=1 runs the short budgets on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" gives their weights.
 # FLAGS="--device cuda:1" adds flags to every command.
@@ -59,8 +60,8 @@ demo() { # the budgets of the demonstration: untrained or ImageNet weights, whic
     esac
 }
 
-benchmarks='import common, pathlib
-print(*[n for n, folders in common.NAMES.items() if n != "phantom" and common._child(pathlib.Path("data"), *folders)])'
+benchmarks='import common
+print(*[name for name in common.NAMES if name != "phantom" and common.named_folder(name, "data")])'
 : "${DATA:=$($python -c "$benchmarks")}" "${METHODS:=$(basename -s .py methods/*.py | xargs)}" "${JOBS:=1}"
 if [ -z "$DATA" ]; then
     echo "no benchmark under data/ (see datasets/): a short demonstration on the phantom, one seed" >&2
@@ -113,6 +114,7 @@ elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     [ -n "$line" ] || { echo "error: the list has $(list | wc -l) lines, none $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
     gpus=0 one "$line" # Slurm deals out the GPUs
 else
+    for data in $DATA; do $python datasets/check.py --data "$data" >&2; done # errors are shown, and the runs go on
     list | xargs -d '\n' -P "$JOBS" -I{} --process-slot-var=SLOT bash -c 'one "$1"' _ {}
     $python report.py runs || echo "$python report.py runs" >> "$failed"
     [ ! -s "$failed" ] || { echo "failed:"; cat "$failed"; exit 1; } >&2

@@ -251,6 +251,11 @@ if __name__ == "__main__":
     entries = sum((classes if args.limit else listed).values(), [])
     record = Path(args.root) / ".cache" / f"{common.fingerprint(entries, base)}.check.json"
 
+    if record.exists():
+        kept = json.loads(record.read_text())
+        print(*kept["findings"], f"checked {kept['checked']}: {record}", f"{base}: {kept['summary']}", sep="\n")
+        raise SystemExit(int("errors: none" not in kept["summary"]))
+
     files, textures, kinds = defaultdict(list), defaultdict(list), defaultdict(Counter)
     entries = [(name, entry) for name in CLASSES for entry in classes[name]]
     with ThreadPoolExecutor() as pool:
