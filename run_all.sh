@@ -74,7 +74,8 @@ exec 9<&-
 
 variants() { # of clip_recon, a line each
     printf -- '%s\n' --base --prompt-tokens\ {8,24,32} --layers\ {1,2,3,4,'1 2','1 2 3','2 3 4','3 4'} --da-levels\ {0,1,2,4} \
-        '--frame bare' --adapter-reduction\ {4,1,0.25} --backbone\ resnet{18,50}
+        --modules\ {prompts,adapter} '--frame bare' '--join append' '--loss layer' '--blocks first' '--da-sum saturate' \
+        '--smooth-sigma 4' --adapter-reduction\ {4,1,0.25} --backbone\ resnet{18,50}
 }
 
 list() {
