@@ -1,23 +1,24 @@
 """CFLOW-AD (Gudovskiy, Ishizaka, Kozuka, WACV 2022, arXiv:2107.12571).
 
-A normalizing flow for each of three layers of a pretrained CNN learns how likely a feature vector is at its position
-in the image, which it is told by a positional code. Features of lesions are unlikely; likelihoods of all layers are
-enlarged to the image and added.
+A normalizing flow for each of three layers of a pretrained CNN learns how likely a feature vector is, given a code of
+its position in the image. Features of lesions are unlikely; the likelihoods of all layers are enlarged to the image
+and added.
 
 Settings: thesis, Table 3.3: wide_resnet50_2, Adam with learning rate 1e-4, codes of 128 numbers, clamp 1.9. Where it is
-silent, the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks each with a random rotation, batches
-of 32 images, steps of 256 feature vectors, 200 epochs with warm-up and cosine, images turned by up to 5 degrees.
-Trained with wide_resnet50_2: 81,647,616 weights.
+silent, the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks each with a random rotation of the
+channels, batches of 32 images, steps of 256 feature vectors, 200 epochs with warm-up and cosine, images rotated by up
+to 5 degrees. Trained with wide_resnet50_2: 81,647,616 weights.
 Differences from the paper: 256 pixels on all data.
-Differences from the official code: the likeliest vector of each layer, to which all others are compared, is that of
-the training images, kept with the weights (there: of the whole test set, which no single image can know); the epoch is
-chosen on valid, not on test; each layer has its own Adam (there one, whose momentum moves all layers at the step of
-any); the CNN pads with zeros, as it was trained (there by reflection); the rotations are orthogonal matrices from a
-QR decomposition (SciPy's draw of 2,048 dimensions is very slow).
-Differences from anomalib's and BMAD's, which made the thesis' row: those compare to the likeliest vector of each batch,
-so that scores of different batches are not comparable; permute channels instead of rotating them; take 64 vectors a
-step (anomalib's default), a constant learning rate (--schedule constant) and images as they are
-(--augment-degrees 0).
+Differences from the official code:
+- The likeliest vector of each layer, to which all others are compared, is that of the training images, kept with the
+  weights; there it is that of the whole test set, which no single image can know.
+- The epoch is chosen on valid, not on test.
+- A step moves the flow of one layer; with the PyTorch of that code Adam's momentum moves the others, too.
+- The CNN pads with zeros, as it was trained; there by reflection.
+- The rotations come from a QR decomposition, as SciPy's draw of 2,048 dimensions is very slow.
+Differences from anomalib and BMAD, which made the thesis' row: they compare to the likeliest vector of each batch, so
+that scores of different batches are not comparable; permute channels instead of rotating them; take 64 vectors a step
+(--fiber-batch 64), a constant learning rate (--schedule constant) and images as they are (--augment-degrees 0).
 
 Cost, measured on one CPU thread: mobilenet_v2 at 128 pixels 50 ms an image in training and 18 ms in testing, 0.9 GiB;
 wide_resnet50_2 at 256 pixels 1.3 s an image in testing. Its rotations take 9 s to draw and 176 MB of the checkpoint.
@@ -32,6 +33,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.v2 import RandomRotation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
@@ -93,15 +95,7 @@ class Args:
     schedule: Literal["cosine", "constant"] = "cosine"
     """learning rate: warm-up and cosine (official code) or constant (anomalib, BMAD)"""
     augment_degrees: float = 5
-    """the most that a training image is turned (official code); 0 switches it off"""
-
-
-def rotate(image, degrees):
-    """Turn each image (B, 3, H, W) by its own random angle, nearest pixel, black outside, as torchvision does it."""
-    angle = torch.empty(len(image)).uniform_(-degrees, degrees).deg2rad()
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3).to(image.device)
-    return F.grid_sample(image, F.affine_grid(theta, image.shape, align_corners=False), "nearest", align_corners=False)
+    """maximum rotation of a training image in degrees (official code); 0 switches it off"""
 
 
 def positional_code(dim, h, w):
@@ -113,36 +107,24 @@ def positional_code(dim, h, w):
 
 
 class CouplingBlock(nn.Module):
-    """Affine coupling, global affine and rotation, as FrEIA's AllInOneBlock of 2021, which the official code takes."""
+    """Affine coupling, global affine and rotation: FrEIA's AllInOneBlock of 2021, as in the official code."""
 
     def __init__(self, channels, condition):
         super().__init__()
         self.split = channels - channels // 2, channels // 2
         width = self.split[0] + condition
-        self.subnet = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(),
-                                    nn.Linear(2 * width, 2 * self.split[1]))
-        self.scale = nn.Parameter(torch.full((channels,), 2 * math.log(math.exp(5) - 1)))  # softplus makes it 1
+        self.subnet = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 2 * self.split[1]))
+        self.scale = nn.Parameter(torch.full((channels,), 2 * math.log(math.exp(5) - 1)))  # a gain of 1
         self.offset = nn.Parameter(torch.zeros(channels))
         q, r = torch.linalg.qr(torch.randn(channels, channels))
         self.register_buffer("rotation", q * r.diagonal().sign())  # uniform over all orthogonal matrices
 
-    def coefficients(self, x1, code):
-        """log-scale and shift of x2 from x1 (..., C/2) and the code; one code can serve all images of a batch."""
-        first, relu, last = self.subnet
-        # W [x1, code] = W_x x1 + W_c code, the second once for all images
-        of_x, of_code = first.weight.split([self.split[0], code.shape[-1]], dim=1)
-        hidden = relu(F.linear(x1, of_x) + F.linear(code, of_code, first.bias))
-        log_scale, shift = (0.1 * last(hidden)).split(self.split[1], dim=-1)
-        return CLAMP * torch.tanh(log_scale), shift
-
-    def gain(self):
-        return 0.1 * F.softplus(self.scale, beta=0.5)
-
     def forward(self, x, code):
-        """x (..., C) and code, broadcast to it -> y (..., C) and log |det dy/dx| (...)."""
+        """x (..., C) and its code (..., D) -> y (..., C) and log |det dy/dx| (...)."""
         x1, x2 = x.split(self.split, dim=-1)
-        log_scale, shift = self.coefficients(x1, code)
-        gain = self.gain()
+        log_scale, shift = (0.1 * self.subnet(torch.cat([x1, code], dim=-1))).chunk(2, dim=-1)
+        log_scale = CLAMP * torch.tanh(log_scale)
+        gain = 0.1 * F.softplus(self.scale, beta=0.5)
         y = torch.cat([x1, x2 * log_scale.exp() + shift], dim=-1) * gain + self.offset
         return F.linear(y, self.rotation), log_scale.sum(-1) + gain.log().sum()
 
@@ -154,25 +136,24 @@ class Flow(nn.ModuleList):
     def forward(self, x, code):
         log_det = 0
         for block in self:
-            x, d = block(x, code)
-            log_det = log_det + d
+            x, block_log_det = block(x, code)
+            log_det = log_det + block_log_det
         return x, log_det
 
     def log_likelihood(self, x, code):
-        """log p(x | code) / C of feature vectors (..., C): (...)."""
+        """log p(x | code) / C of feature vectors x (..., C): that of z under N(0, I), plus log |det dz/dx|."""
         z, log_det = self(x, code)
         channels = x.shape[-1]
         return (log_det - z.square().sum(-1) / 2) / channels - math.log(2 * math.pi) / 2
 
 
 class CFlow(nn.Module):
-    """P_l = h_l * w_l positions of layer l, C_l channels."""
+    """P_l = h_l * w_l positions of layer l, C_l channels; codes of D numbers."""
 
     def __init__(self, backbone, weights, image_size, blocks, condition):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
-                               f"LAYERS")
+            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         if condition < 4 or condition % 4 or blocks < 1:
             raise common.Error(f"--condition {condition} --blocks {blocks}: a multiple of 4, and at least one block")
         self.backbone = common.feature_extractor(backbone, LAYERS[backbone], weights)
@@ -180,29 +161,42 @@ class CFlow(nn.Module):
         shapes = [f.shape[1:] for f in self.backbone(torch.zeros(1, 3, image_size, image_size)).values()]
         self.grids = [(h, w) for _, h, w in shapes]
         for l, grid in enumerate(self.grids):
-            self.register_buffer(f"code{l}", positional_code(condition, *grid), persistent=False)  # (P_l, condition)
+            self.register_buffer(f"code{l}", positional_code(condition, *grid), persistent=False)  # (P_l, D)
         self.flows = nn.ModuleList(Flow(c, condition, blocks) for c, _, _ in shapes)
         self.register_buffer("likeliest", torch.zeros(len(shapes)))  # largest log-likelihood of the training images
 
     @torch.no_grad()
     def features(self, image):
         """The frozen part: (B, 3, H, W) -> feature vectors of each layer, [(B, P_l, C_l)]."""
-        found = self.backbone(common.normalize(image))
-        return [found[k].flatten(2).mT.contiguous() for k in self.layers]
+        maps = self.backbone(common.normalize(image))
+        return [maps[k].flatten(2).mT.contiguous() for k in self.layers]
+
+    def with_codes(self, features):
+        """For each layer the vectors of all images (B*P_l, C_l) and their positional codes (B*P_l, D)."""
+        for l, x in enumerate(features):
+            yield x.flatten(0, 1), self.get_buffer(f"code{l}").repeat(len(x), 1)
+
+    def fiber_batches(self, features, size):
+        """Yield (l, x, code): `size` random feature vectors of layer l and their codes, until all are used up."""
+        for l, (x, code) in enumerate(self.with_codes(features)):
+            shuffled = torch.randperm(len(x)).to(x.device)
+            whole = len(x) // size * size  # the rest is left out
+            for rows in shuffled[: whole or len(x)].split(size):
+                yield l, x[rows], code[rows]
 
     def log_likelihoods(self, features):
         """[(B, P_l)], of each layer."""
-        return [flow.log_likelihood(x, self.get_buffer(f"code{l}"))
-                for l, (flow, x) in enumerate(zip(self.flows, features, strict=True))]
+        return [flow.log_likelihood(x, code).view(len(features[0]), -1)
+                for flow, (x, code) in zip(self.flows, self.with_codes(features), strict=True)]
 
     @torch.inference_mode()
     def find_likeliest(self, batches):
-        """Set what `predict` compares to, from the `features` of all training images, in batches; to be called when the
+        """Set what `predict` compares to, from batches of the `features` of all training images; to be called when the
         flows have changed."""
         self.likeliest.fill_(-torch.inf)
         for features in batches:
-            found = torch.stack([found.max() for found in self.log_likelihoods(features)])
-            self.likeliest.copy_(torch.maximum(self.likeliest, found))
+            largest = torch.stack([log_p.max() for log_p in self.log_likelihoods(features)])
+            self.likeliest.copy_(torch.maximum(self.likeliest, largest))
 
     @torch.inference_mode()
     def predict(self, image):
@@ -210,11 +204,15 @@ class CFlow(nn.Module):
         (B,): its maximum."""
         self.eval()
         anomaly_map = torch.zeros_like(image[:, :1])  # (B, 1, H, W)
-        for l, found in enumerate(self.log_likelihoods(self.features(image))):
-            unlikely = -torch.expm1((found - self.likeliest[l]).clamp(max=0))  # (B, P_l), in [0, 1]
+        for l, log_p in enumerate(self.log_likelihoods(self.features(image))):
+            unlikely = 1 - (log_p - self.likeliest[l]).clamp(max=0).exp()  # (B, P_l), in [0, 1]
             anomaly_map += F.interpolate(unlikely.unflatten(1, self.grids[l])[:, None], image.shape[-2:],
                                          mode="bilinear", align_corners=True)
         return anomaly_map[:, 0], anomaly_map.amax(dim=(1, 2, 3))
+
+
+def build_model(args):
+    return CFlow(args.backbone, args.weights, args.image_size, args.blocks, args.condition)
 
 
 def learning_rate(lr, step, steps):
@@ -230,31 +228,26 @@ if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    model = CFlow(args.backbone, args.weights, args.image_size, args.blocks, args.condition).to(run.device)
+    model = build_model(args).to(run.device)
     if not args.checkpoint:
         frozen = common.Features(model.features, train, args, run)
-        optimizers = [torch.optim.Adam(flow.parameters(), args.lr, fused=True) for flow in model.flows]
-        per_epoch = max(1, len(train) // args.batch_size)
-        for epoch in run.epochs(model, *optimizers):
-            losses = []
-            order = dict(shuffle=(args.seed, epoch), drop_last=True)
+        optimizer = torch.optim.Adam(model.flows.parameters(), args.lr, fused=True)
+        rotate, per_epoch = RandomRotation(args.augment_degrees), max(1, len(train) // args.batch_size)
+        for epoch in run.epochs(model, optimizer):
+            losses, order = [], dict(shuffle=(args.seed, epoch), drop_last=True)
             batches = frozen.batches(args.batch_size, **order)
             if args.augment_degrees:  # other images each epoch
                 images = train.batches(args.batch_size, run.device, **order)
-                batches = (model.features(rotate(image, args.augment_degrees)) for image in images)
+                batches = (model.features(torch.stack([rotate(x) for x in image])) for image in images)
             for step, features in enumerate(batches, (epoch - 1) * per_epoch):
-                for l, (flow, optimizer, x) in enumerate(zip(model.flows, optimizers, features, strict=True)):
-                    if args.schedule == "cosine":
-                        optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, args.epochs * per_epoch)
-                    x, code = x.flatten(0, 1), model.get_buffer(f"code{l}")  # (B*P, C)
-                    shuffled = torch.randperm(len(x)).to(run.device)
-                    whole = len(x) // args.fiber_batch * args.fiber_batch  # the rest is left out
-                    for rows in shuffled[: whole or len(x)].split(args.fiber_batch):
-                        loss = -F.logsigmoid(flow.log_likelihood(x[rows], code[rows % len(code)])).mean()
-                        optimizer.zero_grad()
-                        loss.backward()
-                        optimizer.step()
-                        losses.append(loss.detach())
+                if args.schedule == "cosine":
+                    optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, args.epochs * per_epoch)
+                for l, x, code in model.fiber_batches(features, args.fiber_batch):
+                    loss = -F.logsigmoid(model.flows[l].log_likelihood(x, code)).mean()
+                    optimizer.zero_grad()  # to None: Adam leaves the other layers' flows alone
+                    loss.backward()
+                    optimizer.step()
+                    losses.append(loss.detach())
             if epoch % args.eval_every == 0 or epoch == args.epochs:
                 model.find_likeliest(frozen.batches(args.batch_size))
             run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))

@@ -1,12 +1,14 @@
 """The mathematics of CFLOW: the flow's inverse and density, positional codes, schedule, score."""
 
+import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_script
-from torchvision.transforms.functional import rotate
+
+import common
 
 cflow = load_script("methods/cflow.py")
 
@@ -29,10 +31,11 @@ def random_flow(channels, condition=8, blocks=3):
 
 def inverse(flow, z, code):
     for block in reversed(flow):
-        y = (z @ block.rotation - block.offset) / block.gain()  # the rotation's inverse is its transpose
+        y = z @ block.rotation - block.offset  # the rotation's inverse is its transpose
+        y = y / (0.2 * (1 + (block.scale / 2).exp()).log())  # softplus with beta 0.5, times 0.1
         x1, y2 = y.split(block.split, dim=-1)
-        log_scale, shift = block.coefficients(x1, code)
-        z = torch.cat([x1, (y2 - shift) * (-log_scale).exp()], dim=-1)
+        log_scale, shift = (0.1 * block.subnet(torch.cat([x1, code], dim=-1))).split(block.split[1], dim=-1)
+        z = torch.cat([x1, (y2 - shift) * (-1.9 * log_scale.tanh()).exp()], dim=-1)
     return z
 
 
@@ -56,19 +59,22 @@ def test_log_likelihood_equals_the_change_of_variables_by_autograd(channels):
         assert found[i].item() == pytest.approx((normal + expected).item() / channels, abs=1e-9)
 
 
-def test_coupling_equals_the_subnet_of_features_and_code_and_is_clamped():
-    block = random_flow(6, blocks=1)[0]
-    x1, code = 100 * torch.randn(3, 10, 3).double(), torch.randn(10, 8).double()  # 3 images share 10 positions' codes
-    a = 0.1 * block.subnet(torch.cat([x1, code.expand(3, -1, -1)], dim=-1))
-    log_scale, shift = block.coefficients(x1, code)
-    assert torch.allclose(log_scale, 1.9 * torch.tanh(a[..., :3])) and torch.allclose(shift, a[..., 3:])
-    assert log_scale.abs().max() <= 1.9
+def test_the_log_scale_of_a_coupling_is_clamped():
+    torch.manual_seed(0)
+    block = cflow.CouplingBlock(6, 8)
+    x, code = 1e6 * torch.randn(50, 6), torch.randn(50, 8)
+    log_det = block(x, code)[1].detach()
+    assert log_det.abs().max() <= 3 * 1.9 + 1e-4 and log_det.abs().max() > 1.9
 
 
 def test_block_starts_with_gain_one_and_an_orthogonal_rotation_in_its_state():
     torch.manual_seed(0)
     block = cflow.CouplingBlock(32, 8)
-    assert torch.allclose(block.gain(), torch.ones(32), atol=1e-6) and not block.offset.any()
+    x, code = torch.randn(5, 32), torch.randn(5, 8)
+    for parameter in block.subnet.parameters():  # without the coupling a block only rotates
+        torch.nn.init.zeros_(parameter)
+    y, log_det = block(x, code)
+    assert torch.allclose(y, x @ block.rotation.T, atol=1e-5) and torch.allclose(log_det, torch.zeros(5), atol=1e-5)
     assert torch.allclose(block.rotation @ block.rotation.T, torch.eye(32), atol=1e-5)
     assert block.rotation.abs().max() < 0.9  # mixes all channels, unlike a permutation
     assert "rotation" in block.state_dict() and not block.rotation.requires_grad
@@ -98,22 +104,37 @@ def test_learning_rate_is_the_official_one_of_25_meta_epochs():
         assert cflow.learning_rate(lr, step, 25 * per_meta) == pytest.approx(expected, rel=1e-9)
 
 
-def test_images_are_turned_as_torchvision_turns_them():
-    image = smooth_images(3).contiguous()
-    torch.manual_seed(5)
-    turned = cflow.rotate(image, 5)
-    torch.manual_seed(5)
-    angles = torch.empty(3).uniform_(-5, 5)
-    for i, angle in enumerate(angles.tolist()):
-        assert (turned[i] != rotate(image[i], angle)).float().mean() < 0.01  # pixels half-way between two
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     model = cflow.CFlow("mobilenet_v2", "none", 64, 2, 8)
     model.find_likeliest(map(model.features, smooth_images(6).split(4)))
     return model
+
+
+def test_fiber_batches_use_each_vector_once_with_the_code_of_its_position(model):
+    features = model.features(smooth_images(3))  # 3 * 64, 3 * 16 and 3 * 4 vectors
+    for l, x in enumerate(features):
+        seen = [(v, code) for i, v, code in model.fiber_batches(features, 20) if i == l]
+        vectors, codes = (torch.cat(side) for side in zip(*seen, strict=True))
+        whole = x.flatten(0, 1)
+        assert [len(v) for v, _ in seen] == ([20] * (len(whole) // 20) or [len(whole)])  # the rest is left out
+        rows = torch.cdist(vectors, whole, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+        assert torch.equal(vectors, whole[rows]) and len(rows.unique()) == len(rows)
+        assert torch.equal(codes, model.get_buffer(f"code{l}")[rows % (len(whole) // 3)])
+
+
+def test_a_step_of_the_shared_optimizer_moves_the_flow_of_one_layer(model):
+    """Adam leaves a parameter without gradient alone, its momentum included."""
+    flows, features = copy.deepcopy(model.flows), model.features(smooth_images(2))
+    optimizer = torch.optim.Adam(flows.parameters(), 1e-3, fused=True)
+    for l in (0, 1):
+        before = {k: v.clone() for k, v in flows.named_parameters()}
+        _, x, code = next(batch for batch in model.fiber_batches(features, 8) if batch[0] == l)
+        optimizer.zero_grad()
+        flows[l].log_likelihood(x, code).mean().backward()
+        optimizer.step()
+        assert {k.split(".")[0] for k, v in flows.named_parameters() if not torch.equal(v, before[k])} == {str(l)}
 
 
 def test_likeliest_is_that_of_all_training_images(model):
@@ -137,7 +158,7 @@ def test_map_is_what_is_missing_to_the_likeliest_at_every_layer(model):
 
 def test_training_raises_the_likelihood_and_moves_only_the_flows(model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    flow, x, code = model.flows[0], model.features(smooth_images(4))[0], model.code0
+    flow, x, code = model.flows[0], model.features(smooth_images(4))[0].flatten(0, 1), model.code0.repeat(4, 1)
     optimizer = torch.optim.Adam(flow.parameters(), 1e-3)
     first = flow.log_likelihood(x, code).mean().item()
     for _ in range(5):
@@ -157,7 +178,12 @@ def test_trained_weights_with_the_published_backbone():
     assert counts == [5_523_456, 17_074_176, 59_049_984] and sum(counts) == 81_647_616
 
 
-def test_an_impossible_code_ends_with_one_line(capsys):
-    with pytest.raises(SystemExit):
+def test_an_impossible_code_is_refused():
+    with pytest.raises(common.Error, match="--condition 130"):
         cflow.CFlow("mobilenet_v2", "none", 64, 8, 130)
-    assert "--condition 130" in capsys.readouterr().err
+
+
+def test_build_model_follows_the_arguments():
+    args = cflow.Args(backbone="mobilenet_v2", weights="none", image_size=64, blocks=2, condition=8)
+    model = cflow.build_model(args)
+    assert [len(flow) for flow in model.flows] == [2, 2, 2] and model.code0.shape == (64, 8)

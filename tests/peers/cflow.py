@@ -1,5 +1,5 @@
-"""CFLOW beside anomalib 2.7.0, whose state is copied into ours, its scales and offsets drawn at random (at the start
-they do nothing). Undone: its permutation is put in the place of our rotation; its map compares to the likeliest vector
+"""CFLOW and anomalib 2.7.0, whose state is copied into ours, its scales and offsets drawn at random (at the start they
+do nothing). Undone: its permutation is put in the place of our rotation; its map compares to the likeliest vector
 and the largest sum of the batch, so ours gets the first and its map is moved to start at 0."""
 
 import anomalib.models.image.cflow.torch_model as peer_script
