@@ -88,23 +88,20 @@ class Args:
 
 
 def pool(feature, width):
-    """(B, C, h, w) -> (B, width, h, w): the 3x3 neighbourhood of each position, averaged as the official code does it.
+    """(B, C, h, w) -> (B, width, h, w): the 3x3 neighbourhood of each position, 9C values, averaged to `width` values.
 
-    It unfolds the neighbourhood to 9C values, ordered by channel, row, column, with zeros beyond the border, and pools
-    that sequence to `width` means of equal length. Here a mean takes in k = 3C / width whole rows, so the nine values
-    are never unfolded. Where k is 2 or 4 a mean may straddle two channels; where it is 3 it is a channel's 3x3 mean."""
-    h = feature.shape[2]
-    rows = F.pad(F.avg_pool2d(feature, (1, 3), stride=1, padding=(0, 1)), (0, 0, 1, 1))  # (B, C, h + 2, w)
-    rows = torch.stack([rows[:, :, row : row + h] for row in range(3)], dim=2)  # (B, C, 3, h, w)
-    return rows.flatten(1, 2).unflatten(1, (width, -1)).mean(2)
+    As in the official code: the values are ordered by channel, row, column and pooled to means of equal length. With
+    9C / width = 9 such a mean is that of a channel's 3x3 neighbourhood; with 6 or 12 it may straddle two channels."""
+    neighbourhoods = F.unfold(feature, 3, padding=1)  # (B, 9C, h*w)
+    pooled = F.adaptive_avg_pool1d(neighbourhoods.mT, width)  # (B, h*w, width)
+    return pooled.mT.unflatten(2, feature.shape[-2:])
 
 
 class SimpleNet(nn.Module):
     def __init__(self, backbone, weights):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
-                               f"LAYERS")
+            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.layers, self.widths = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         width = sum(self.widths)  # D
@@ -116,55 +113,43 @@ class SimpleNet(nn.Module):
 
     @torch.no_grad()
     def features(self, image):
-        """(B, 3, H, W) -> patch features (B, h, w, D) on the finer layer's grid; frozen: constants of the image."""
-        found = self.backbone(common.normalize(image))
-        fine, coarse = (pool(found[k], width) for k, width in zip(self.layers, self.widths, strict=True))
-        coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear")  # commutes with pooling; cheaper after it
+        """o: (B, 3, H, W) -> patch features (B, h, w, D) on the finer layer's grid; frozen: constants of the image."""
+        maps = self.backbone(common.normalize(image))
+        fine, coarse = (pool(maps[k], width) for k, width in zip(self.layers, self.widths, strict=True))
+        coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear")
         return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
 
     def loss(self, features, noise):
         """Paper, Eq. 6, of features (n, D): the truncated l1 loss, zero where both kinds keep their margin."""
-        q = self.adaptor(features)
-        anomalous = q + noise * torch.randn_like(q)  # q- in the paper; the gradient reaches the adaptor by both
-        both = self.discriminator(torch.cat([q, anomalous]))  # one batch: batch norm must see both
-        normal, anomalous = both.chunk(2)
-        return F.relu(MARGIN - normal).mean() + F.relu(MARGIN + anomalous).mean()
+        normal = self.adaptor(features)  # q
+        anomalous = normal + noise * torch.randn_like(normal)  # q-; the gradient reaches the adaptor through both
+        answers = self.discriminator(torch.cat([normal, anomalous]))  # one batch: batch norm must see both
+        d_normal, d_anomalous = answers.chunk(2)
+        return F.relu(MARGIN - d_normal).mean() + F.relu(MARGIN + d_anomalous).mean()
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): -D(q) of each patch, smoothed; anomaly score (B,): the largest of the patches."""
+        """Anomaly map (B, H, W): -D(q) of each patch, smoothed; anomaly score (B,): the maximum over the patches."""
         self.eval()
-        features = self.features(image)  # (B, h, w, D)
-        first = self.discriminator[0]  # linear, as the adaptor before it: one matrix does for both
-        weight, bias = first.weight @ self.adaptor.weight, F.linear(self.adaptor.bias, first.weight, first.bias)
-        patch_score = -self.discriminator[1:](F.linear(features.flatten(0, 2), weight, bias)).view(features.shape[:3])
-        anomaly_map = F.interpolate(patch_score[:, None], image.shape[-2:], mode="bilinear")
-        return smooth(anomaly_map)[:, 0], patch_score.amax(dim=(1, 2))
+        features = self.features(image)
+        q = self.adaptor(features.flatten(0, 2))  # (B*h*w, D)
+        patch_score = -self.discriminator(q).view(features.shape[:3])  # (B, h, w)
+        anomaly_map = F.interpolate(patch_score[:, None], image.shape[-2:], mode="bilinear")[:, 0]
+        return common.smooth(anomaly_map), patch_score.amax(dim=(1, 2))
 
 
-def smooth(anomaly_map, sigma=4):
-    """Gaussian filter of (B, 1, H, W) cut at 4 sigma, edge pixels mirrored, equal to scipy.ndimage.gaussian_filter."""
-    radius = 4 * sigma
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=anomaly_map.device) / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    for dim in (2, 3):  # separable
-        size = anomaly_map.shape[dim]
-        head, tail = (anomaly_map.narrow(dim, s, radius).flip(dim) for s in (0, size - radius))
-        padded = torch.cat([head, anomaly_map, tail], dim)
-        anomaly_map = F.conv2d(padded, kernel.view((1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)))
-    return anomaly_map
+def build_model(args):
+    return SimpleNet(args.backbone, args.weights)
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    model = SimpleNet(args.backbone, args.weights).to(run.device)
+    model = build_model(args).to(run.device)
     if not args.checkpoint:
-        noise = args.noise
-        if noise is None and args.backbone == "wide_resnet50_2":
-            noise = NOISE
-        elif noise is None:
+        noise = NOISE if args.noise is None else args.noise
+        if args.noise is None and args.backbone != "wide_resnet50_2":
             features = model.features(train.batch(range(min(args.batch_size, len(train))), run.device))
             noise = RELATIVE_NOISE * float(features.flatten(0, 2).std(0).mean())
         run.notes["noise"] = noise

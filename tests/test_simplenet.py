@@ -76,7 +76,7 @@ def test_noise_is_drawn_for_each_value_and_both_kinds_share_a_batch(model):
     noise = (anomalous - normal).detach()
     assert float(noise.std()) == pytest.approx(0.3, rel=0.02) and abs(float(noise.mean())) < 0.01
     assert float(noise.std(0).min()) > 0.2 and float(noise.std(1).min()) > 0.2
-    assert not torch.equal(seen[0], seen[1])  # anew at each step
+    assert not torch.equal(seen[0], seen[1])  # drawn again at each step
 
 
 def test_the_gradient_reaches_the_adaptor_through_both_kinds(model):
@@ -103,6 +103,19 @@ def test_training_moves_heads_only_and_lowers_the_loss(image):
     assert losses[-1] < 0.5 * losses[0]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith("backbone."), name
+
+
+def test_heads_start_as_in_the_official_code():
+    """Xavier-normal weights, PyTorch's own biases and batch norm."""
+    torch.manual_seed(0)
+    model = simplenet.SimpleNet("mobilenet_v2", "none")
+    first, norm = model.discriminator[:2]
+    for layer in (model.adaptor, first, model.discriminator[3]):
+        deviation = (2 / (layer.in_features + layer.out_features)) ** 0.5
+        assert float(layer.weight.detach().std()) == pytest.approx(deviation, rel=0.1)
+    for layer in (model.adaptor, first):
+        assert 0.9 * 128**-0.5 < float(layer.bias.detach().abs().max()) <= 128**-0.5
+    assert (norm.weight == 1).all() and not norm.bias.any() and model.discriminator[3].bias is None
 
 
 def test_image_score_is_the_largest_patch_score_and_the_map_is_smoothed_as_scipy_does(model, image):

@@ -1,4 +1,4 @@
-"""SimpleNet beside the official code, DonaldRR/SimpleNet in --peer, with its state and the same noise in both. The
+"""SimpleNet and the official code, DonaldRR/SimpleNet in --peer, with its state and the same noise in both. The
 published backbone is compared untrained; mobilenet_v2 shows trained features, with the pooling of our choice put into
 the peer: each layer to its own number of channels, then side by side."""
 
