@@ -1,23 +1,22 @@
 """CS-Flow (Rudolph, Wehrbein, Rosenhahn, Wandt, WACV 2022, arXiv:2110.02855).
 
-A normalizing flow maps the deep features of a normal image, taken at three sizes of that image, to standard normal
-noise. Its coupling blocks work on all three scales at once and exchange information between them. Features that are
-unlike the normal ones end far from the origin.
+A normalizing flow maps the deep features of a normal image, taken at three sizes of it, to standard normal noise;
+features that are unlike the normal ones end far from the origin. In its coupling blocks one half of the channels
+scales and shifts the other, after neighbouring scales have exchanged information:
 
-Settings: thesis, Table 3.3 (clamp 3, gradients clamped to 1, Adam 2e-4 with decay 1e-5). Where it is silent: official
-code (marco-rudolph/cs-flow), but batches of 64, 300 epochs and 256 pixels as in BMAD's code, which made the thesis' row
-(official: 16, 240, 768).
-Differences from the official code: torchvision's EfficientNet-B5 instead of efficientnet_pytorch's, another training of
-the same network with symmetric padding; the epoch is chosen on valid (the last is kept there).
-Differences from the thesis: none that is known; its tables give image scores only. The map is the official code's:
-at 256 pixels it has 8x8 cells. Where a benchmark has masks it has its part in the choice of the epoch, as in all
-methods. anomalib 2.7 differs: its loss multiplies the log-determinant by the batch size, betas are (0.5, 0.9), one
+    image      -> CNN -> x_0 -> conv -> y_0 -> conv(y_0) + up(y_1)                up: enlarged by 2, then convolved
+    image, 1/2 -> CNN -> x_1 -> conv -> y_1 -> conv(y_1) + up(y_2) + down(y_0)    down: convolved with stride 2
+    image, 1/4 -> CNN -> x_2 -> conv -> y_2 -> conv(y_2) + down(y_1)
+
+Settings: thesis, Table 3.3 (clamp 3, gradients clamped to 1, Adam 2e-4 with decay 1e-5); else the official code
+(marco-rudolph/cs-flow), but batches of 64, 300 epochs and 256 pixels as in BMAD's code (official: 16, 240, 768).
+Differences from the official code: torchvision's EfficientNet-B5, of the same weights as efficientnet_pytorch's but
+symmetric padding; the epoch is chosen on valid (there the last). The map is the official one, 8x8 at 256 pixels.
+Differences from anomalib 2.7: its loss multiplies the log-determinant by the batch size, betas are (0.5, 0.9), one
 permutation serves all scales, the map is the product of three scales.
 
-Parameters: 275,227,288 in the flow, of 304 channels (mobilenet_v2: 289,711,640, of 320). The features of a
-training image, computed once, are 0.1 MB at 256 pixels.
-It starts slowly, as gamma is 0 and Adam's eps large: after 100 steps at 2e-4 the scores are still those of the
-untrained flow (phantom, 128 pixels, mobilenet_v2: image AUROC 0.60 before and after).
+Parameters: 275,227,288 in the flow (mobilenet_v2: 289,711,640). Cached features: 0.1 MB an image of 256 pixels.
+It starts slowly (gamma is 0, Adam's eps large): the first 100 steps at 2e-4 hardly change a score.
 Cost, measured on one busy CPU thread: 200 images of 128 pixels, mobilenet_v2, --hidden 256, batches of 8: 27 s an
 epoch, 49 ms an image to score, 2.2 GiB. With 1,024, a step of 8 images of 256 pixels: 8 s; flow and Adam: 4.4 GB.
 """
@@ -88,7 +87,7 @@ class Args:
 
 # A list holds the three scales s = 0, 1, 2, (B, C, h, w), (B, C, h/2, w/2), (B, C, h/4, w/4), with h = H / 32.
 class CrossConvolutions(nn.Module):
-    """What one half of the channels says of the other: scale and shift, (B, 2 C, ., .) for each s (paper, Fig. 4)."""
+    """Scale and shift of one half of the channels from the other half: (B, 2 C, ., .) for each s (paper, Fig. 4)."""
 
     def __init__(self, channels, hidden, kernel):
         super().__init__()
@@ -121,8 +120,8 @@ class Coupling(nn.Module):
         first, second = zip(*(v.chunk(2, dim=1) for v in x), strict=True)
         first, log_det2 = affine(first, self.net2(second))
         second, log_det1 = affine(second, self.net1(first))
-        x = [torch.cat(halves, dim=1).clamp(-1e6, 1e6) for halves in zip(first, second, strict=True)]
-        return x, log_det1 + log_det2
+        y = [torch.cat(halves, dim=1).clamp(-1e6, 1e6) for halves in zip(first, second, strict=True)]
+        return y, log_det1 + log_det2
 
 
 def affine(x, r):
@@ -150,8 +149,8 @@ class CrossScaleFlow(nn.Module):
         log_det = 0
         for k, coupling in enumerate(self.couplings):
             order = self.get_buffer(f"order{k}")
-            x, share = coupling([x[s][:, order[s]] for s in range(3)])
-            log_det = log_det + share
+            x, block_log_det = coupling([x[s][:, order[s]] for s in range(3)])
+            log_det = log_det + block_log_det
         return x, log_det
 
 
@@ -159,16 +158,13 @@ class CSFlow(nn.Module):
     def __init__(self, backbone, weights, hidden, image_size):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
-                               f"LAYERS")
-        if image_size < 128 or image_size % 128:
-            raise common.Error(f"--image-size {image_size}: three scales of stride 32 need a multiple of 128")
-        if hidden < 1:
-            raise common.Error(f"--hidden {hidden}: the coupling networks need at least one channel")
+            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+        if image_size < 128 or image_size % 128 or hidden < 1:
+            raise common.Error(f"--image-size {image_size} --hidden {hidden}: a multiple of 128, and at least 1")
         self.layer = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, [self.layer], weights)
-        self.shapes = [f.shape[1:] for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (C, h, w)
-        self.flow = CrossScaleFlow(self.shapes[0][0], hidden)
+        channels = self.features(torch.zeros(1, 3, image_size, image_size))[0].shape[1]
+        self.flow = CrossScaleFlow(channels, hidden)
 
     @torch.no_grad()
     def features(self, image):
@@ -191,11 +187,15 @@ class CSFlow(nn.Module):
         return anomaly_map, torch.cat([v.flatten(1) for v in z], dim=1).square().mean(1) / 2
 
 
+def build_model(args):
+    return CSFlow(args.backbone, args.weights, args.hidden, args.image_size)
+
+
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    model = CSFlow(args.backbone, args.weights, args.hidden, args.image_size).to(run.device)
+    model = build_model(args).to(run.device)
     if not args.checkpoint:
         frozen = common.Features(model.features, train, args, run)
         # eps 1e-4 matters: the loss is divided by dim, so many gradients are smaller (official code, train.py)

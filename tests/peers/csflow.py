@@ -1,4 +1,4 @@
-"""CS-Flow beside anomalib 2.7.0: mobilenet_v2's features.17 in both, 304 of its 320 channels, since anomalib's flow has
+"""CS-Flow and anomalib 2.7.0: mobilenet_v2's features.17 in both, 304 of its 320 channels, since anomalib's flow has
 no other width; its state, with gamma drawn at random (zero would switch the coupling networks off). Undone: anomalib
 sums the log-determinant over the batch (ours: one for each image, as in the official code), so its loss is taken image
 by image; its map is the product of three scales, ours the largest scale (anomalib's own mode "max"). Both flows with
