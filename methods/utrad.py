@@ -5,30 +5,29 @@ The features of a pretrained CNN are the tokens of a U-shaped transformer autoen
 copy. Trained on normal images it fails to reconstruct what it never saw; the error is divided by the error that a
 second head expects at that place.
 
+    64x64 --> encoder --> 16x16 --> encoder --> 4x4 --> encoder --> 1 token    each group of 4x4 becomes one token
+                 | skip                | skip              | skip     |        through a bottleneck
+    64x64 <-- decoder <-- 16x16 <-- decoder <-- 4x4 <-- decoder <-----+        each token becomes a group of 4x4
+
 Settings: thesis, Table 3.6 (ReLU, batch 8, Adam 1e-4). Where it is silent, the thesis' code (DorisBao/BMAD): 150
 epochs, no augmentation. Structure, initialisation and score are those of the official gordon-chenmo/UTRAD.
 Differences from the official code:
 - ReLU, as the thesis says; its code and the official one run GELU (`--activation gelu`).
-- Batches of 8 instead of 2, and no padding, rotation and cropping in training: as behind the thesis' numbers.
+- Batches of 8 instead of 2, and no padding, rotation and cropping in training: as in the code of the thesis.
 - Images are resized to a square, not by their short side: the grid of tokens must be square.
 - The epoch is chosen on valid (thesis, 3.4.1); there it is the one of the lowest training loss.
-- |std|, which divides the error, is at least 1e-6; nothing keeps it from zero there.
-- Sizes other than 256: 4x4 tokens a group while the grid can be divided by 4, and what is left is the last group. 64
-  pixels have two levels, 128 three with 2x2 groups at the top. The four scales of the score follow the groups.
-- On a GPU the transformer runs in bfloat16 (autocast): almost all of the cost are its dense layers.
-- mobilenet_v2 as another backbone; only the first and the last layer change.
-
+- |std|, which divides the error, is at least 1e-6; there nothing keeps it from zero.
+- Sizes other than 256: 4x4 tokens a group while the grid can be divided by 4; what is left is the last group (2x2 at
+  128 pixels). The scales of the score follow the groups.
+- On a GPU the transformer runs in bfloat16 (autocast): its dense layers are almost all of the cost.
 Kept, though it looks like an accident: both position tables are random codes that are never trained, one norm serves
 the encoders of all levels and another the decoders, and the layers of a level start with equal attention weights.
-91.719 M parameters as published, the 2.122 M fixed position codes included; beside them resnet18's frozen 2.783 M.
 
-Short runs: until the second head has learned the error's size (loss_std), dividing by it does harm. On the phantom
-at 64 pixels with `--width 64 --layers 1 --batch-size 2 --lr 3e-3` loss_std was below 1 after 300 steps; the ratio still
-found less (after 800 steps, pixel AUROC 0.74) than the bare error (0.87).
-
-Cost: 275 GFLOP an image at 256 pixels (counted), thrice that in training, so no method for a CPU. Measured, one thread
-of a busy machine: 200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`, 4 epochs: 176 s, 1.5
-GiB; 81 ms per image.
+Parameters: 91.719 M as published, of which 2.122 M are the fixed position codes, and resnet18's frozen 2.783 M.
+Short runs: dividing by the expected error does harm until it is learned (loss_std): phantom, 64 pixels, 800 steps of
+`--width 64 --layers 1 --batch-size 2 --lr 3e-3`: pixel AUROC 0.74, of the error alone 0.87.
+Cost: 275 GFLOP an image at 256 pixels (counted), three times that in training. Measured, one thread of a busy machine:
+200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`, 4 epochs: 176 s, 1.5 GiB; 81 ms an image.
 """
 
 import sys
@@ -53,7 +52,7 @@ LAYERS = {
 SIDE = 4  # tokens along a group's side
 HEADS, DROPOUT = 8, 0.1
 BETAS = (0.5, 0.999)  # Adam's
-LEAST_STD = 1e-6
+MIN_STD = 1e-6
 
 
 @dataclass
@@ -142,8 +141,7 @@ class UTRAD(nn.Module):
     def __init__(self, backbone, weights, image_size, width, layers, activation):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
-                               f"LAYERS")
+            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         if image_size < 16 or image_size % 16:
             raise common.Error(f"--image-size {image_size}: the tokens need a multiple of 16; take 256, 128 or 64")
         if width < HEADS or width % HEADS or layers < 1:
@@ -196,7 +194,7 @@ class UTRAD(nn.Module):
         self.eval()
         features = self.features(image)
         recon, std = self(features)
-        ratio = (recon - features).norm(dim=1, keepdim=True) / std.abs().clamp(min=LEAST_STD)  # (B, 1, h, h)
+        ratio = (recon - features).norm(dim=1, keepdim=True) / std.abs().clamp(min=MIN_STD)  # (B, 1, h, h)
         pooled = [F.interpolate(F.avg_pool2d(ratio, scale), ratio.shape[-2:], mode="bilinear") for scale in self.scales]
         anomaly_map = F.interpolate(sum(pooled) / len(pooled), image.shape[-2:], mode="bilinear")[:, 0]
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
@@ -208,20 +206,22 @@ def losses(features, recon, std):
     return F.mse_loss(recon, features), F.mse_loss(std, error)
 
 
+def build_model(args):
+    return UTRAD(args.backbone, args.weights, args.image_size, args.width, args.layers, args.activation)
+
+
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.start_run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    model = UTRAD(args.backbone, args.weights, args.image_size, args.width, args.layers, args.activation).to(run.device)
+    model = build_model(args).to(run.device)
     if not args.checkpoint:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(trained, args.lr, BETAS)
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, BETAS)  # the frozen ones get no gradient
         frozen = common.Features(lambda image: [model.features(image)], train, args, run)
         for epoch in run.epochs(model, optimizer):
             logged = []
             model.train()
-            for (features,) in common.progress(frozen.batches(args.batch_size, shuffle=(args.seed, epoch)),
-                                               f"epoch {epoch}", -(-len(train) // args.batch_size)):
+            for (features,) in frozen.batches(args.batch_size, shuffle=(args.seed, epoch)):
                 loss_recon, loss_std = losses(features, *model(features))
                 optimizer.zero_grad()
                 (loss_recon + loss_std).backward()

@@ -212,8 +212,12 @@ def test_an_expected_error_of_zero_gives_a_finite_score(monkeypatch):
     (("mobilenet_v2", "none", 64, 20, 1, "relu"), "--width 20"),
     (("mobilenet_v2", "none", 64, 16, 0, "relu"), "--layers 0"),
 ])
-def test_bad_arguments_end_with_one_line(arguments, named, capsys):
-    with pytest.raises(SystemExit):
+def test_bad_arguments_are_refused(arguments, named):
+    with pytest.raises(common.Error, match=named):
         script.UTRAD(*arguments)
-    error = capsys.readouterr().err
-    assert named in error and error.count("\n") == 1
+
+
+def test_build_model_follows_the_arguments():
+    args = script.Args(backbone="mobilenet_v2", weights="none", image_size=32, width=16, layers=3, activation="gelu")
+    model = script.build_model(args)
+    assert [len(level.encoder.layers) for level in model.levels] == [3, 3] and model.recon.weight.shape[:2] == (152, 16)

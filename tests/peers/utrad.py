@@ -1,4 +1,4 @@
-"""UTRAD beside the official gordon-chenmo/UTRAD (--peer): its networks from models.py, and from its main.py, where all
+"""UTRAD and the official gordon-chenmo/UTRAD (--peer): its networks from models.py, and from its main.py, where all
 else stands in one function, the lines themselves: feature concatenation, losses and score. 128 channels instead of 512,
 float64 (an untrained expected error is close to zero, and the ratio magnifies rounding), GELU and no dropout in both.
 The score is written for 256 pixels there; at other sizes only what comes before is compared. Undone: |std|'s floor."""
@@ -112,7 +112,7 @@ def compare(args, train, test):
     if args.image_size != 256:
         return
     image = test.batch([0, len(test) - 1]).double()
-    with mock.patch.object(script, "LEAST_STD", 0):
+    with mock.patch.object(script, "MIN_STD", 0):
         anomaly_map, score = ours.predict(image)
     peer.eval()
     found = list(ours.backbone(common.normalize(image)).values())
