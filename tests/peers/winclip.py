@@ -1,6 +1,6 @@
-"""WinCLIP beside anomalib 2.7.0, zero-shot and with 4 shots: one seeded, untrained state of ViT-B-16-plus-240 in both.
+"""WinCLIP next to anomalib 2.7.0, zero-shot and with 4 shots: one seeded, untrained state of ViT-B-16-plus-240 in both.
 Images have 240 pixels, the peer's only size; --weights is not read. Two of each split are enough (--limit 2). The two
-text features that the maps are compared with are random: those of an untrained text tower lie so close together that
+text features that the maps are compared with are random: those of an untrained text encoder lie so close together that
 all scores would be 0.5.
 
 Repaired: anomalib turns its windows' tokens to (tokens, windows, width) for a transformer that takes them the other way
@@ -31,20 +31,20 @@ def timed(work):
 def compare(args, train, test):
     train, test = (F.interpolate(split.batch([0, len(split) - 1]), (240, 240), mode="bilinear")
                    for split in (train, test))
-    train = torch.cat([train, train.flip(3)])  # four references of two images: the tower takes its time
-    ours = script.WinCLIP(script.Args(clip_weights="none", shots=len(train)))
-    create, tower = open_clip.create_model_and_transforms, ours.clip.state_dict()
+    train = torch.cat([train, train.flip(3)])  # four references of two images: the encoder is slow
+    ours = script.build_model(script.Args(clip_weights="none", shots=len(train)))
+    create, state = open_clip.create_model_and_transforms, ours.clip.state_dict()
     with mock.patch.object(open_clip, "create_model_and_transforms", lambda name, pretrained: create(name)):
         peer = WinClipModel().eval()
-    peer.clip.load_state_dict(tower)
+    peer.clip.load_state_dict(state)
     seen, wanted = (common.normalize(images, ours.clip.mean, ours.clip.std) for images in (train, test))
 
     sentences = create_prompt_ensemble("brain")
     with torch.inference_mode():
         peer.setup("brain")
-        mine = torch.stack([script.text_features(ours.clip, s).mean(dim=0) for s in sentences])
+        mine = torch.stack([ours.clip.encode_text(open_clip.tokenize(s)).mean(dim=0) for s in sentences])
     yield "mean of the sentences' features", mine, peer.text_embeddings
-    ours.read([[s] for s in sentences])
+    ours.set_classes([[s] for s in sentences])
     off = 1 - F.cosine_similarity(ours.text, peer.text_embeddings).min()
     print(f"normalised before averaging or not: cosines differ from 1 by up to {off:.1e}")
 
@@ -64,7 +64,7 @@ def compare(args, train, test):
     transformer.forward = repaired
     for shots in (0, len(train)):
         if shots:
-            ours.remember(train)
+            ours.set_references(train)
             peer.setup(reference_images=seen)
             for k, found in zip(script.SCALES, peer.visual_embeddings, strict=True):
                 found = F.normalize(found.flatten(0, 1), dim=-1)
