@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import math
+import operator
 import os
 import platform
 import resource
@@ -25,10 +26,12 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import numpy as np
 import torch
 import tyro
+from annotated_types import Ge, Gt, Interval
 from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
@@ -52,7 +55,23 @@ def command_line(Args, description):
         sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = in_one_line
-    return tyro.cli(Args, description=description)
+    args = tyro.cli(Args, description=description)
+    check_ranges(args)
+    return args
+
+
+def check_ranges(args):
+    """`Error` for a number that is not in the range of its declaration, such as Annotated[int, Ge(1)]."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        limits = [limit for limit in getattr(kind, "__metadata__", ()) if isinstance(limit, (Ge, Gt, Interval))]
+        rules = [rule for limit in limits for part in (limit if isinstance(limit, Interval) else [limit])
+                 for rule in dataclasses.asdict(part).items()]  # [("ge", 1), ...]
+        values = getattr(args, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, int | float) and not all(getattr(operator, op)(value, bound) for op, bound in rules):
+                signs = dict(ge="at least", gt="above", le="at most", lt="below")
+                asked = " and ".join(f"{signs[op]} {bound}" for op, bound in rules)
+                raise Error(f"--{name.replace('_', '-')} {value}: the value must be {asked}")
 
 
 @contextmanager

@@ -26,9 +26,11 @@ search in batches of 16: 58 ms an image. The default was not timed; its 500 step
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,44 +43,44 @@ GENERATOR_STEPS = 2  # for one step of the discriminator: its loss should not go
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 64
+    image_size: Annotated[int, Ge(16)] = 64
     """images are resized to this many pixels squared (paper): a power of two, at least 16"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """images a batch, in training and in the search (LeeDoYup)"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 25
+    epochs: Annotated[int, Ge(1)] = 25
     """passes over the normal training images (LeeDoYup)"""
-    lr: float = 2e-4
+    lr: Annotated[float, Gt(0)] = 2e-4
     """Adam's learning rate, of both networks (LeeDoYup)"""
-    eval_every: int = 10
-    """epochs between looks at valid, which choose the checkpoint"""
-    latent: int = 100
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
+    latent: Annotated[int, Ge(1)] = 100
     """length of the code z (LeeDoYup)"""
-    width: int = 64
+    width: Annotated[int, Ge(1)] = 64
     """channels at half the image's size, doubled at each halving (LeeDoYup)"""
-    steps: int = 500
+    steps: Annotated[int, Ge(1)] = 500
     """of the search for each image's code (paper)"""
-    search_lr: float = 0.05
+    search_lr: Annotated[float, Gt(0)] = 0.05
     """Adam's learning rate in the search (help of LeeDoYup's flag; its code has 1e-3)"""
-    feature_weight: float = 0.1
+    feature_weight: Annotated[float, Interval(ge=0, le=1)] = 0.1
     """lambda, weight of the features' residual, next to 1 - lambda of the image's (paper)"""
 
 
@@ -176,7 +178,7 @@ def build_model(args):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     generator, discriminator = model.generator, model.discriminator

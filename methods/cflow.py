@@ -28,10 +28,11 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 from torchvision.transforms.v2 import RandomRotation
 
@@ -51,50 +52,50 @@ CLAMP = 1.9  # alpha, the largest log-scale of a coupling (thesis, Table 3.3)
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
-    """images are resized to this many pixels squared (thesis, 4.3.3)"""
-    batch_size: int = 32
+    image_size: Annotated[int, Ge(16)] = 256
+    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    batch_size: Annotated[int, Ge(1)] = 32
     """images a batch (official code); an incomplete last one is left out in training"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 200
+    epochs: Annotated[int, Ge(1)] = 200
     """passes over the normal training images (official code: 25 times 8)"""
-    lr: float = 1e-4
+    lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (thesis, Table 3.3; official code: 2e-4)"""
-    eval_every: int = 10
-    """epochs between looks at valid, which choose the checkpoint"""
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
-    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
-    cache_features: float | Literal["auto"] = "auto"
-    """GiB of disk for the frozen features of the training images; auto: 16; 0: they are computed anew each epoch"""
-    blocks: int = 8
+    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    cache_features: Annotated[float | Literal["auto"], Ge(0)] = "auto"
+    """GiB of disk for the frozen features of the training images; auto: 16; 0: computed again each epoch"""
+    blocks: Annotated[int, Ge(1)] = 8
     """coupling blocks of each flow (official code)"""
-    condition: int = 128
+    condition: Annotated[int, Ge(4)] = 128
     """numbers that encode a position, a multiple of 4 (thesis, Table 3.3)"""
-    fiber_batch: int = 256
+    fiber_batch: Annotated[int, Ge(1)] = 256
     """feature vectors of one layer a training step (official code)"""
     schedule: Literal["cosine", "constant"] = "cosine"
     """learning rate: warm-up and cosine (official code) or constant (anomalib, BMAD)"""
-    augment_degrees: float = 5
+    augment_degrees: Annotated[float, Interval(ge=0, le=180)] = 5
     """maximum rotation of a training image in degrees (official code); 0 switches it off"""
 
 
@@ -226,7 +227,7 @@ def learning_rate(lr, step, steps):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:

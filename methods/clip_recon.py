@@ -43,10 +43,11 @@ import sys
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -63,35 +64,35 @@ SOS, EOT = 49406, 49407  # ids of CLIP's tokens that start and end a text
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
+    image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (thesis, 4.3.3)"""
-    batch_size: int = 8
+    batch_size: Annotated[int, Ge(1)] = 8
     """images a batch (the thesis is silent); each takes 1.3 GiB of a CPU's memory in training"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 400
+    epochs: Annotated[int, Ge(1)] = 400
     """passes over the normal training images (thesis, 4.3.3)"""
-    lr: float = 1e-3
+    lr: Annotated[float, Gt(0)] = 1e-3
     """AdamW's learning rate (thesis, 4.3.3); runs of a few hundred steps need 1e-2"""
-    eval_every: int = 10
-    """epochs between looks at valid, which choose the checkpoint"""
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
     model: str = "ViT-B-16-plus-240"
     """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
@@ -99,12 +100,12 @@ class Args:
     backbone: str = "clip"
     """image encoder: clip (CLIP's own), resnet18, resnet50 (thesis, Table 4.1), mobilenet_v2"""
     weights: str = "imagenet"
-    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
-    cache_features: float | Literal["auto"] = "auto"
-    """GiB of disk for the frozen features of the training images; auto: 16; 0: they are computed anew each epoch"""
-    prompt_tokens: int = 16
+    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    cache_features: Annotated[float | Literal["auto"], Ge(0)] = "auto"
+    """GiB of disk for the frozen features of the training images; auto: 16; 0: computed again each epoch"""
+    prompt_tokens: Annotated[int, Interval(ge=1, le=75)] = 16
     """M, learned words at each patch location (thesis, 4.3.3)"""
-    layers: tuple[int, ...] = (1, 2, 3, 4)
+    layers: Annotated[tuple[int, ...], Interval(ge=1, le=4)] = (1, 2, 3, 4)
     """stages whose distances are summed (thesis, 4.3.4)"""
     blocks: Literal["stages", "first"] = "stages"
     """what layers 1 to 4 are: quarters of the encoders (of 12 blocks 3, 6, 9 and 12), or their first four blocks"""
@@ -116,15 +117,15 @@ class Args:
     """what is trained (thesis, Figure 4.7): prompts: there is no adapter; adapter: the words stay as they start"""
     loss: Literal["position", "layer"] = "position"
     """1 - cos at each position, averaged (Eq. 4.5), or of a layer flattened to one vector (RD4AD's code)"""
-    adapter_reduction: float = 16
+    adapter_reduction: Annotated[float, Gt(0)] = 16
     """the adapter's hidden layer is this many times narrower than its input (thesis, 4.2.2); 0.25: four times wider"""
-    da_levels: int = 3
+    da_levels: Annotated[int, Ge(0)] = 3
     """K, pyramid levels of the augmentation (our choice: the thesis is silent); 0 switches it off"""
     da_sum: Literal["half", "saturate"] = "half"
     """sum of the image I and its low frequencies S: (I + S) / 2, or min(I + S, 1)"""
-    smooth_sigma: int = 0
+    smooth_sigma: Annotated[int, Ge(0)] = 0
     """of the Gaussian filter on the map, in pixels; 0: none; 4: RD4AD's"""
-    patches_per_step: int = 256
+    patches_per_step: Annotated[int, Ge(1)] = 256
     """locations a training step, drawn at random; 256 are all of them at 256 pixels"""
 
 
@@ -302,7 +303,7 @@ def build_model(args):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:

@@ -21,11 +21,12 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Interval
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,25 +38,25 @@ TAU = 0.01  # temperature of the softmax over the two classes
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
-    """images are resized to this many pixels squared (thesis, 4.3.3)"""
-    batch_size: int = 32
+    image_size: Annotated[int, Ge(16)] = 256
+    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    batch_size: Annotated[int, Ge(1)] = 32
     """images a batch; changes nothing but speed and memory"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
@@ -64,7 +65,7 @@ class Args:
     """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
     """of CLIP: a published TAG of open_clip, none (untrained), auto (laion400m_e32, else none), or a FILE"""
-    clip_size: int = 240
+    clip_size: Annotated[int, Ge(16)] = 240
     """images are resized once more, to this many pixels squared, for CLIP: 240 are its own 15 x 15 patches"""
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
     """what the sentences speak of (WORDS); auto: the benchmark of --data, generic for other folders"""
@@ -166,7 +167,7 @@ def sentences(words, prompts, findings):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:

@@ -24,11 +24,12 @@ epoch, 49 ms an image to score, 2.2 GiB. With 1,024, a step of 8 images of 256 p
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,42 +47,42 @@ CLAMP = 3  # thesis, Table 3.3
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
+    image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared, a multiple of 128 (BMAD's code)"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """images a batch (BMAD's code)"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 300
+    epochs: Annotated[int, Ge(1)] = 300
     """passes over the normal training images (BMAD's code)"""
-    lr: float = 2e-4
+    lr: Annotated[float, Gt(0)] = 2e-4
     """Adam's learning rate (thesis, Table 3.3)"""
-    eval_every: int = 10
-    """epochs between looks at valid, which choose the checkpoint"""
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "efficientnet_b5"
     """torchvision network: efficientnet_b5, mobilenet_v2"""
     weights: str = "imagenet"
-    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
-    cache_features: float | Literal["auto"] = "auto"
-    """GiB of disk for the frozen features of the training images; auto: 16; 0: they are computed anew each epoch"""
-    hidden: int = 1024
+    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    cache_features: Annotated[float | Literal["auto"], Ge(0)] = "auto"
+    """GiB of disk for the frozen features of the training images; auto: 16; 0: computed again each epoch"""
+    hidden: Annotated[int, Ge(1)] = 1024
     """channels inside the coupling networks (official code, config.py); 256 trains on a CPU"""
 
 
@@ -193,7 +194,7 @@ def build_model(args):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:

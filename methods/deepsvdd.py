@@ -22,10 +22,11 @@ epoch in either stage, 1 to 3 ms to score an image, 0.9 GiB.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,54 +40,54 @@ WARM_UP = 10  # epochs before the soft boundary's radius is set (official code)
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
+    image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (thesis, 4.3.3), and these to the network's 32"""
-    batch_size: int = 200
+    batch_size: Annotated[int, Ge(1)] = 200
     """images a batch (thesis, Table 3.2)"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 300
+    epochs: Annotated[int, Ge(1)] = 300
     """passes over the normal training images (thesis' code)"""
-    lr: float = 1e-4
+    lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (thesis, Table 3.2)"""
-    eval_every: int = 10
-    """epochs between looks at valid, which choose the checkpoint"""
-    weight_decay: float = 0.5e-7
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
+    weight_decay: Annotated[float, Ge(0)] = 0.5e-7
     """Adam's L2 penalty (thesis, Table 3.2); official code 0.5e-6"""
-    milestone: int = 50
+    milestone: Annotated[int, Ge(1)] = 50
     """epochs after which the learning rate falls to a tenth (official code)"""
-    ae_epochs: int = 300
+    ae_epochs: Annotated[int, Ge(1)] = 300
     """epochs of the autoencoder (thesis' code); 0 starts from random weights"""
-    ae_lr: float = 1e-5
+    ae_lr: Annotated[float, Gt(0)] = 1e-5
     """its learning rate (thesis' code); official code 1e-4"""
-    ae_batch_size: int = 64
+    ae_batch_size: Annotated[int, Ge(1)] = 64
     """its images a batch (thesis' code); official code 200"""
-    ae_weight_decay: float = 0.5e-6
+    ae_weight_decay: Annotated[float, Ge(0)] = 0.5e-6
     """its L2 penalty (thesis' code, official code)"""
-    ae_milestone: int = 250
+    ae_milestone: Annotated[int, Ge(1)] = 250
     """epochs after which its learning rate falls to a tenth (thesis' code, official code)"""
     scaling: Literal["imagenet", "gcn"] = "imagenet"
     """ImageNet's mean and deviation (thesis' code), or global contrast normalisation, then [0, 1] (official code)"""
     objective: Literal["one-class", "soft-boundary"] = "one-class"
     """mean distance to c (paper, Eq. 4; thesis' code), or a sphere that some images may leave (paper, Eq. 3)"""
-    nu: float = 0.1
+    nu: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """share of training images that may lie outside of the soft boundary (official code)"""
 
 
@@ -212,7 +213,7 @@ def build_model(args):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:

@@ -26,9 +26,11 @@ Cost, measured: 200 images at 32 pixels, 30 epochs: 58 s on one busy CPU thread,
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,38 +44,38 @@ COLLAPSED = 1e-5  # below this loss the discriminator has won, and starts again 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
+    image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (thesis, 4.3.3): a power of two, at least 16"""
-    batch_size: int = 32
+    batch_size: Annotated[int, Ge(1)] = 32
     """images a batch (BMAD; the thesis is silent)"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 100
+    epochs: Annotated[int, Ge(1)] = 100
     """passes over the normal training images (BMAD; the official code makes 15)"""
-    lr: float = 2e-4
+    lr: Annotated[float, Gt(0)] = 2e-4
     """Adam's learning rate, of both networks (thesis, Table 3.5)"""
-    eval_every: int = 10
-    """epochs between looks at valid, which choose the checkpoint"""
-    latent: int = 100
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
+    latent: Annotated[int, Ge(1)] = 100
     """length of the code z (official code: nz)"""
-    features: int = 64
+    features: Annotated[int, Ge(1)] = 64
     """channels of the first convolution, doubled by each further one (official code: ngf)"""
     instance_stats: bool = False
     """test with each image's own statistics of batch normalisation, not with the running ones"""
@@ -182,7 +184,7 @@ def build_model(args):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     generator = build_model(args).to(run.device)
     if not args.checkpoint:

@@ -22,10 +22,11 @@ Cost, measured, of the default on one busy CPU thread: 1.0 s a training image, 1
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,40 +43,40 @@ LAYERS = {
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
-    """images are resized to this many pixels squared (thesis, 4.3.3)"""
-    batch_size: int = 64
+    image_size: Annotated[int, Ge(16)] = 256
+    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    batch_size: Annotated[int, Ge(1)] = 64
     """images a batch (thesis, Table 3.6)"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 200
+    epochs: Annotated[int, Ge(1)] = 200
     """passes over the normal training images (BMAD)"""
-    lr: float = 1e-3
+    lr: Annotated[float, Gt(0)] = 1e-3
     """Adam's learning rate (thesis, Table 3.6)"""
-    eval_every: int = 10
-    """epochs between looks at valid, which choose the checkpoint"""
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "vgg16"
     """source, a torchvision network: vgg16, resnet18, mobilenet_v2"""
     weights: str = "imagenet"
-    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
-    value_weight: float = 0.01
+    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    value_weight: Annotated[float, Ge(0)] = 0.01
     """lambda, weight of the values next to the direction (thesis, Table 3.6)"""
     map_norm: Literal["image", "none"] = "image"
     """anomaly maps: each image's stretched to [0, 1] up to its 99th percentile (official code), or none, see above"""
@@ -165,7 +166,7 @@ def build_model(args):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:

@@ -27,10 +27,12 @@ against 10,000 patches, 0.96 GiB. The default was not timed: 219 GFLOP a step.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,40 +47,40 @@ NOISE = 0.02  # deviation of the shift of each channel, and of each value, of po
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
+    image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (official code): a multiple of 16, above 64"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """pairs of each loss a batch (official code), and images a batch when scoring"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 300
+    epochs: Annotated[int, Ge(1)] = 300
     """passes over the training images, each seen `repeat` times (official code)"""
-    lr: float = 1e-4
+    lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (official code)"""
-    eval_every: int = 10
-    """epochs between looks at valid, which choose the checkpoint"""
-    repeat: int = 100
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
+    repeat: Annotated[int, Ge(1)] = 100
     """how often an epoch draws patches from each image (official code)"""
-    svdd: float = 0.9
+    svdd: Annotated[float, Interval(ge=0, le=1)] = 0.9
     """lambda, weight of the two SVDD losses (thesis, Table 3.2); official code 1, in its example 1e-3"""
-    bank: int = 1_300_000
+    bank: Annotated[int, Ge(1)] = 1_300_000
     """at most this many normal patches of each scale to compare with, but at least one of each image (ours)"""
 
 
@@ -251,7 +253,7 @@ def build_model(args):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:

@@ -24,9 +24,11 @@ at valid, 20 ms to score an image, 1.1 GiB. The default was not timed.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -46,39 +48,39 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # thesis, Table 3.6
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
+    image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (official code)"""
-    batch_size: int = 32
+    batch_size: Annotated[int, Ge(1)] = 32
     """images a batch (official code)"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 100
+    epochs: Annotated[int, Ge(1)] = 100
     """passes over the normal training images (official code)"""
-    lr: float = 0.4
+    lr: Annotated[float, Gt(0)] = 0.4
     """SGD's learning rate (thesis, Table 3.6)"""
-    eval_every: int = 10
-    """epochs between looks at valid, which choose the checkpoint"""
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "resnet18"
     """torchvision network, of teacher and student: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
-    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
 
 
 class STFPM(nn.Module):
@@ -116,7 +118,7 @@ def build_model(args):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:

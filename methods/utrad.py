@@ -35,10 +35,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -58,46 +59,46 @@ MIN_STD = 1e-6
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
+    image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (thesis, 4.3.3); a multiple of 16"""
-    batch_size: int = 8
+    batch_size: Annotated[int, Ge(1)] = 8
     """images a batch (thesis, Table 3.6)"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 150
+    epochs: Annotated[int, Ge(1)] = 150
     """passes over the normal training images (thesis' code, official code)"""
-    lr: float = 1e-4
+    lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (thesis, Table 3.6); runs of a few hundred steps need 3e-3"""
-    eval_every: int = 10
-    """epochs between looks at valid, which choose the checkpoint"""
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "resnet18"
     """torchvision network: resnet18, mobilenet_v2"""
     weights: str = "imagenet"
-    """of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
-    cache_features: float | Literal["auto"] = "auto"
-    """GiB of disk for the frozen features of the training images; auto: 16; 0: they are computed anew each epoch"""
+    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    cache_features: Annotated[float | Literal["auto"], Ge(0)] = "auto"
+    """GiB of disk for the frozen features of the training images; auto: 16; 0: computed again each epoch"""
     activation: Literal["relu", "gelu"] = "relu"
     """of the transformers (thesis, Table 3.6); the thesis' and the official code ran gelu"""
-    width: int = 512
+    width: Annotated[int, Ge(1)] = 512
     """d, channels of a token; four times as many in the feed-forward layers (official code)"""
-    layers: int = 4
+    layers: Annotated[int, Ge(1)] = 4
     """transformer layers of each encoder and decoder (official code)"""
 
 
@@ -212,7 +213,7 @@ def build_model(args):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
