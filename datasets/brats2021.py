@@ -7,21 +7,29 @@ depth. Only FLAIR and the segmentation are read.
 
 The rule:
 1. of each FLAIR volume the 40 axial slices 60 to 99; a slice with any label above 0 is anomalous, that being its mask;
-2. each slice scaled by its own least and greatest value to 8 bits, 240x240, seen from below (the patient's right on the
-   left), whatever the affine of the file;
-3. patients ranked by how many of their 40 slices are free of tumour (most first; ties by name). The first 424 are
-   train, with all their tumour-free slices; the next 162 test-normal and the next 39 valid-normal, likewise;
-4. the remaining 626 show tumour in every slice: the first 11 are valid-anomalous with slices 60, 70, 80, 90, the other
-   615 test-anomalous with slices 60, 68, 76, 84, 92.
+2. each slice scaled by its own minimum and maximum to 8 bits, 240x240, seen from below (the patient's right on the
+   left), whatever the affine of the file. --colormap bone writes them as the benchmark's code did: through matplotlib's
+   colour map `bone`, rows from the patient's right to the left (the transpose of the above), as colour images;
+3. the 424 patients of train, 162 of test-normal and 39 of valid-normal are the published ones (brats2021_published.csv,
+   the lists in data_processing/brain of github.com/DorisBao/BMAD), with all their tumour-free slices. Patients of a
+   source that lacks one of these are ranked by how many of their 40 slices are free of tumour (most first; ties by
+   name), which is how the lists were made, and go to train, test-normal and valid-normal in this order;
+4. the remaining 626 show tumour in every slice: the first 11 by name are valid-anomalous with slices 60, 70, 80, 90,
+   the other 615 test-anomalous with slices 60, 68, 76, 84, 92. Which 11 the published ones are nobody can tell: the
+   benchmark's code took the first of a Python set of names, whose order differs from run to run.
 A cohort of another size is divided in the same shares, at least one patient in each part; of fewer than five, those of
 valid and test give both kinds of slices. --split FILE (CSV: case,split,label) fixes it instead.
+The validation part of the challenge has no segmentations and is passed over. A .nii.gz is read to its checksum; damage
+inside a .nii, which has none, cannot be seen, unless the file is cut off or its header is wrong.
 Published: train 7,500; valid 39 + 44; test 640 + 3,075 (the thesis calls that 1:1; about 0.4 GB).
 """
 
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -35,54 +43,66 @@ GROUPS = [("train", 0), ("test", 0), ("valid", 0), ("valid", 1), ("test", 1)]  #
 PATIENTS = [424, 162, 39, 11, 615]
 SLICES = dict(valid=range(60, 100, 10), test=range(60, 100, 8))  # of anomalous patients
 PUBLISHED = {("train", 0): 7500, ("valid", 0): 39, ("valid", 1): 44, ("test", 0): 640, ("test", 1): 3075}
+LISTS = Path(__file__).with_name("brats2021_published.csv")
 LOOKED_FOR = "cases like BraTS2021_00000/BraTS2021_00000_flair.nii.gz"
+MEMORY = 0.3  # GiB: a case of 240x240x155, its FLAIR and its segmentation unpacked
 
 
 @dataclass
 class Args(prepare.Args):
-    split: str | None = None
-    """CSV file with the columns case,split,label that says which patients go where, instead of the ranking"""
+    split: Path | None = None
+    """CSV file with the columns case,split,label that says which patients go where, instead of the published lists"""
+    colormap: Literal["grey", "bone"] = "grey"
+    """bone: coloured and turned as the published images"""
 
 
 def find_cases(raw):
     """{case: [flair file, seg file or None]}, by name."""
     files = {}
-    for file in sorted(raw.rglob("*.nii*")):
-        if match := re.fullmatch(r"(BraTS2021_\d+)_(flair|seg)\.nii(\.gz)?", file.name, re.IGNORECASE):
-            files.setdefault(match[1], {})[match[2].lower()] = str(file)
-    return {case: [found["flair"], found.get("seg")] for case, found in sorted(files.items()) if "flair" in found}
+    for file in prepare.files_below(raw):
+        if match := re.fullmatch(r"BraTS2021_(\d+)_(flair|seg)" + prepare.VOLUME, file.name, re.IGNORECASE):
+            prepare.note_file(files, f"BraTS2021_{match[1]}", match[2].lower(), file)
+    return prepare.labelled(files, raw, "flair", "seg")
 
 
 def tumour_free(files, folder):
     """The slices without tumour, of those that the rule reads."""
-    flair, seg = files
-    if seg is None:
-        raise prepare.Damaged(f"{flair} has no segmentation beside it (_seg.nii.gz); download the training set")
-    label = volumes.Volume(seg)
-    prepare.same_shape(volumes.Volume(flair), label)
+    _, label = prepare.volume_and_label(files)
     return (FIRST + np.flatnonzero(~(label.axial(FIRST, LAST + 1) > 0).any(axis=(1, 2)))).tolist()
 
 
-def plan(free):
-    """{case: (split, {label: slices})} from {case: tumour-free slices}."""
+def plan(free, groups=None):
+    """{case: (split, {label: slices})} from {case: tumour-free slices}; groups: {case: (split, label)} of those cases
+    that a list fixes, the others being anomalous."""
     ranked, planned = sorted(free, key=lambda case: (-len(free[case]), case)), {}
-    if len(free) < 3:
-        raise common.Error(f"{len(free)} usable cases; train, valid and test need one each")
+    if groups:
+        rest = [case for case in ranked if case not in groups]
+        groups = groups | {case: ("valid" if i < PATIENTS[3] else "test", 1) for i, case in enumerate(rest)}
+        return listed(free, groups)
     small = len(free) < len(GROUPS)  # then a patient of test or valid gives both normal and anomalous slices
-    groups = [("train", [0]), ("test", [0, 1]), ("valid", [0, 1])] if small else [(s, [y]) for s, y in GROUPS]
+    parts = [("train", [0]), ("test", [0, 1]), ("valid", [0, 1])] if small else [(s, [y]) for s, y in GROUPS]
     patients = [PATIENTS[0], PATIENTS[1] + PATIENTS[4], PATIENTS[2] + PATIENTS[3]] if small else PATIENTS
-    for (split, labels), count in zip(groups, prepare.shares(len(free), patients), strict=True):
+    for (split, labels), count in zip(parts, prepare.shares(len(free), patients), strict=True):
         for case in ranked[len(planned) : len(planned) + count]:
             planned[case] = split, {label: slices_of(free[case], split, label) for label in labels}
     return planned
 
 
+def listed(free, groups):
+    """`plan` of the cases in groups, {case: (split, label)}."""
+    return {case: (split, {label: slices_of(free[case], split, label)})
+            for case, (split, label) in groups.items() if case in free}
+
+
 def slices_of(free, split, label):
-    return [z for z in SLICES[split] if z not in free] if label else free
+    """The slices that a patient gives: all free ones, or those of the rule that show tumour (any, if none of these
+    does, as happens in small cohorts)."""
+    tumour = [z for z in range(FIRST, LAST + 1) if z not in free]
+    return ([z for z in SLICES[split] if z in tumour] or tumour) if label else free
 
 
 def read_groups(file, cases):
-    """{case: (split, label)} from the list --split."""
+    """{case: (split, label)} from a list of patients."""
     groups = {}
     for row in prepare.read_list(file, ["case", "split", "label"]):
         case, group = row["case"], (row["split"], {"0": 0, "1": 1}.get(row["label"]))
@@ -90,34 +110,59 @@ def read_groups(file, cases):
             raise common.Error(f"{file}: {case} has split {group[0]} and label {row['label']}; known are "
                                + ", ".join(f"{s} {y}" for s, y in GROUPS))
         if case in groups or case not in cases:
-            raise common.Error(f"{file}: {case} {'stands there twice' if case in groups else 'is not in the source'}")
+            raise common.Error(f"{file}: {case} {'is there twice' if case in groups else 'is not in the source'}")
         groups[case] = group
     return groups
 
 
 def write_case(item, folder):
     """The slices of one case as PNG; their manifest rows."""
-    case, (flair, seg), (split, slices) = item
-    volume, tumour = volumes.Volume(flair).axial(FIRST, LAST + 1), volumes.Volume(seg).axial(FIRST, LAST + 1) > 0
+    case, files, (split, slices), colormap = item
+    flair, label = prepare.volume_and_label(files)
+    flair, tumour = flair.axial(FIRST, LAST + 1), label.axial(FIRST, LAST + 1) > 0  # (40, H, W)
     rows = []
     for label, z in [(label, z) for label, chosen in slices.items() for z in chosen]:
-        image, mask = volumes.stretched(volume[z - FIRST]), tumour[z - FIRST] if label else None
+        image, mask = flair[z - FIRST], tumour[z - FIRST] if label else None
+        if colormap == "bone":
+            image, mask = bone(image.T), mask.T if label else None
+        else:
+            image = volumes.stretched(image)
         rows.append(prepare.save(folder, split, label, f"{case}_{z}", image, mask, case=case, slice=z))
     return rows
+
+
+def bone(image):
+    """(H, W) floats as (H, W, 3) uint8, as matplotlib.pyplot.imsave colours them."""
+    import matplotlib  # here: it takes a while, and only this look needs it
+
+    low, high = image.min(), image.max()
+    return matplotlib.colormaps["bone"]((image - low) / ((high - low) or 1), bytes=True)[..., :3]
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     raw = prepare.raw_folder(args, LOOKED_FOR)
     cases = find_cases(raw) or prepare.wrong_folder(raw, LOOKED_FOR)
-    groups = args.split and read_groups(args.split, cases)
-    preparation = prepare.Preparation("brats2021", "brain", ["train", "valid", "test"], args)
+    if len(cases) < 3:
+        raise common.Error(f"{len(cases)} cases below {raw}; train, valid and test need one each")
+    published = [row["case"] for row in prepare.read_list(LISTS, ["case"])]
+    lacking = [case for case in published if case not in cases]
+    groups = read_groups(args.split or LISTS, cases) if args.split or not lacking else None
+    preparation = prepare.Preparation("brats2021", "brain", ["train", "valid", "test"], args, cases, MEMORY)
+    if groups is None:
+        print(f"note: {len(lacking)} of the {len(published)} patients of the published lists are not in the source; "
+              "patients are ranked instead")
     free = preparation.map(tumour_free, cases, "looking for tumour")
-    if groups:
-        planned = {case: (split, {label: slices_of(free[case], split, label)})
-                   for case, (split, label) in groups.items() if case in free}
-    else:
-        planned = plan(free)
-    items = {case: (case, cases[case], planned[case]) for case in sorted(planned)}
+    if len(free) < 3:
+        raise common.Error(f"{len(free)} usable cases; train, valid and test need one each")
+    planned = listed(free, groups) if args.split else plan(free, groups)
+    if groups and not args.split:
+        print("note: train, valid normal and test normal are the published patients; which of the others are valid "
+              "anomalous nobody can reproduce: the first by name are")
+    counts = Counter()
+    for split, slices in planned.values():
+        counts.update({(split, label): len(chosen) for label, chosen in slices.items()})
+    preparation.plan(counts, PUBLISHED)
+    items = {case: (case, cases[case], planned[case], args.colormap) for case in sorted(planned)}
     rows = preparation.map(write_case, items, "writing")
     preparation.finish([r for case in rows.values() for r in case], PUBLISHED)

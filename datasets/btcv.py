@@ -3,16 +3,22 @@
 Where: synapse.org, syn3193805, after registration: RawData.zip of the abdomen part (syn3379050); the thesis names CC BY
 4.0. 30 labelled cases; valid and test of the benchmark come from LiTS, see lits.py.
 --raw: the folder that holds RawData/Training/img/img0001.nii.gz and RawData/Training/label/label0001.nii.gz (or .nii),
-at any depth. The unlabelled scans in a folder Testing are passed over.
+at any depth. Scans without label in a folder Testing (or imagesTs) are passed over.
 
 The rule, whose steps 2 to 4 lits.py shares:
 1. every axial slice with liver (label 6);
 2. Hounsfield units clipped to the abdominal window, -200 to 250, and scaled to 8 bits; zero outside the liver. A slice
-   on which the liver is nowhere above -200 is left out, as nothing is to be seen on it;
+   on which the liver is nowhere above -200 is left out, as nothing is to be seen on it. So the thesis says; the
+   benchmark's code (data_processing/liver of github.com/DorisBao/BMAD) clips LiTS but not BTCV, and scales each slice
+   by its own range, of the whole body, before the liver is cut out, so that the published images are darker or brighter
+   from slice to slice, and those of train unlike those of test;
 3. histogram equalisation of the pixels above 0: v becomes floor(255 * share of them that are at most v); of the results
    1 to 149 are then lifted to 30 to 149 (x to floor(30 + 0.8 x)). --no-equalize leaves this step out (the thesis ships
    both versions); lits.py must be given the same;
-4. 512x512 as in the source, seen from below (the patient's right on the left), whatever the affine of the file.
+4. 512x512 as in the source, seen from below (the patient's right on the left), whatever the affine of the volume. A
+   label on the volume's grid is turned as the volume is, whatever its own affine; where they disagree it is said.
+A .nii.gz is read to its checksum; damage inside a .nii, which has none, cannot be seen, unless the file is cut off or
+its header is wrong.
 --patients FILE (CSV: case, like img0001) takes these cases only.
 Published: train 1,542, "selected" (thesis, 3.1.2) in a way that it does not tell; here all slices are taken.
 """
@@ -27,12 +33,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
-import volumes
 from prepare import common
 
 WINDOW = -200, 250  # HU
 LIVER = 6
-BLOCK = 64  # slices read at a time: 64 MiB of each volume where they are 512x512
+BLOCK = 32  # slices read at a time: 32 MiB of each volume where they are 512x512
+MEMORY = 1.0  # GiB: a large case, volume and label unpacked
 PUBLISHED = {("train", 0): 1542}
 LOOKED_FOR = "cases like Training/img/img0001.nii.gz with Training/label/label0001.nii.gz"
 
@@ -41,31 +47,26 @@ LOOKED_FOR = "cases like Training/img/img0001.nii.gz with Training/label/label00
 class Args(prepare.Args):
     equalize: bool = True
     """equalise the histogram of each liver"""
-    patients: str | None = None
+    patients: Path | None = None
     """CSV file with the column case: use these cases only"""
 
 
 # ------------------------------------------------------------------------------------------------- shared with lits.py
 def find_pairs(raw, pattern, volume):
     """{case: [volume file, label file or None]}: the groups of `pattern` are the kind (`volume` or another) and the
-    case; of files with the same name the first path counts."""
+    case."""
     files = {}
-    for file in sorted(raw.rglob("*.nii*")):
-        match = re.fullmatch(pattern + r"\.nii(\.gz)?", file.name, re.IGNORECASE)
-        if match and "testing" not in map(str.lower, file.relative_to(raw).parts):
-            kind = "volume" if match[1].lower() == volume else "label"
-            files.setdefault(match[2], {}).setdefault(kind, str(file))
-    return {case: [found["volume"], found.get("label")] for case, found in files.items() if "volume" in found}
+    for file in prepare.files_below(raw):
+        if match := re.fullmatch(pattern + prepare.VOLUME, file.name, re.IGNORECASE):
+            prepare.note_file(files, match[2], "volume" if match[1].lower() == volume else "label", file)
+    return prepare.labelled(files, raw, "volume", "label")
 
 
 def liver_slices(files, is_liver, equalized):
     """(slice, image of the liver (H, W) uint8, labels (H, W)) of each slice on which liver is to be seen.
 
     is_liver: turns labels into a mask."""
-    if files[1] is None:
-        raise prepare.Damaged(f"{files[0]} has no label; download the labels, too")
-    volume, label = map(volumes.Volume, files)
-    prepare.same_shape(volume, label)
+    volume, label = prepare.volume_and_label(files)
     for start in range(0, label.shape[2], BLOCK):
         labels = label.axial(start, min(start + BLOCK, label.shape[2]))  # (n, H, W)
         liver = is_liver(labels)
@@ -99,8 +100,7 @@ def check_equalize(args, other):
     record = Path(args.root) / "liver" / f"{other}.json"
     if record.exists() and (theirs := json.loads(record.read_text())["arguments"]["equalize"]) != args.equalize:
         raise common.Error(f"{record.parent} has slices of {other} made with --{'' if theirs else 'no-'}equalize; give "
-                           f"the "
-                           "same here, or choose another --root")
+                           "the same here, or choose another --root")
 
 
 # ---------------------------------------------------------------------------------------------------------------- BTCV
@@ -126,7 +126,7 @@ if __name__ == "__main__":
             raise common.Error(f"{args.patients}: {unknown[0]} is not in the source")
         cases = {case: files for case, files in cases.items() if case in asked}
     check_equalize(args, "lits")
-    preparation = prepare.Preparation("btcv", "liver", ["train"], args)
+    preparation = prepare.Preparation("btcv", "liver", ["train"], args, cases, MEMORY)
     items = {case: (case, files, args.equalize) for case, files in cases.items()}
     rows = preparation.map(write_case, items, "writing")
     preparation.finish([r for case in rows.values() for r in case], PUBLISHED)

@@ -4,7 +4,9 @@ Where: camelyon17.grand-challenge.org/Data names the copies (AWS Registry of Ope
 Of its 700 GB only the normal training slides, the test slides and the test annotations are read.
 --raw: the folder that holds, at any depth, normal_001.tif ... normal_160.tif (training/normal), test_001.tif ...
 test_130.tif (testing/images) and test_001.xml ... (testing/lesion_annotations, unpacked). A test slide without XML is
-one without tumour; the 49 with tumour are known, and one of those without its XML is named as damaged.
+one without tumour; the 49 with tumour are known, and one of those without its XML is named as damaged. Where the list
+of checksums that the copies contain (checksums.md5) is there, too, the files are checked by it, which reads all of
+them once; without it, damage inside the JPEG data of a slide or in the numbers of an XML cannot be seen.
 
 The rule, for patches of 256x256 pixels at level 0:
 1. train are the normal training slides, 159 without normal_086 (it shows tumour; the source has withdrawn it). Of the
@@ -15,9 +17,9 @@ The rule, for patches of 256x256 pixels at level 0:
    least half of the patch is tissue;
 3. a tumour patch has its centre inside a tumour polygon (groups _0, _1, Tumor, metastases) and outside the excluded
    ones (_2, Exclusion); a normal patch lies wholly outside every polygon;
-4. patches are drawn at random, seeded by slide; those of one slide and class do not overlap. Each training slide gives
-   32; valid is 100 normal and 100 tumour patches, test 1,000 and 1,000, as evenly from the slides as they allow, and at
-   most 100 of a class from one.
+4. patches are drawn at random, seeded by slide; those of one slide do not overlap. Each training slide gives 32; valid
+   is 100 normal and 100 tumour patches, test 1,000 and 1,000, as evenly from the slides as they allow, and at most 100
+   of a class from one. Those of a slide that turns out to be damaged are taken from the others.
 A smaller source is divided in the same shares of slides, those with tumour and those without for themselves; the last
 by number are valid. --slides FILE (CSV: case,split) says instead which test slides are valid and which test.
 
@@ -34,6 +36,7 @@ import math
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,14 +58,15 @@ TUMOUR = {f"test_{n:03}" for n in (
 TUMOUR_GROUPS, EXCLUDED_GROUPS = {"_0", "_1", "tumor", "metastases"}, {"_2", "exclusion"}
 PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # at most, of each class
 PUBLISHED = {("train", 0): 5088, ("valid", 0): 100, ("valid", 1): 100, ("test", 0): 1000, ("test", 1): 1000}
+MEMORY = 0.6  # GiB: the tissue of the largest slide, with the tiles that OpenSlide keeps
 LOOKED_FOR = "slides like training/normal/normal_001.tif and testing/images/test_001.tif"
 
 
 @dataclass
 class Args(prepare.Args):
-    slides: str | None = None
+    slides: Path | None = None
     """CSV file with the columns case,split that says which test slides are valid and which test; others are left out"""
-    coords: str | None = None
+    coords: Path | None = None
     """folder with a published list of patch centres, which are then taken instead of drawn ones"""
 
 
@@ -70,16 +74,14 @@ class Args(prepare.Args):
 def find_slides(raw):
     """{slide: [image file, annotation file or None]}, by name."""
     files = {}
-    for file in sorted(raw.rglob("*")):
+    for file in prepare.files_below(raw):
         match = re.fullmatch(r"(normal|test)_(\d+)\.(tiff?|xml)", file.name, re.IGNORECASE)
         if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks bear slides' names
             continue
-        slide, kind = f"{match[1].lower()}_{int(match[2]):03}", match[3].lower()[0]
-        if other := files.setdefault(slide, {}).get(kind):
-            raise common.Error(f"{other} and {file} are both of {slide}; remove one")
-        files[slide][kind] = str(file)
-    return {slide: [found["t"], found.get("x")] for slide, found in sorted(files.items())
-            if "t" in found and slide not in LEFT_OUT}
+        kind = "annotation" if match[3].lower() == "xml" else "slide"
+        prepare.note_file(files, f"{match[1].lower()}_{int(match[2]):03}", kind, file)
+    return {slide: [found["slide"], found.get("annotation")] for slide, found in sorted(files.items())
+            if "slide" in found and slide not in LEFT_OUT}
 
 
 def plan(slides, fixed=None):
@@ -89,8 +91,7 @@ def plan(slides, fixed=None):
     groups = [[s for s in tests if (s in TUMOUR or bool(slides[s][1])) == tumour] for tumour in (False, True)]
     if not splits or not groups[1]:
         raise common.Error(f"{len(splits)} normal training slides, {len(tests)} test slides, of them {len(groups[1])} "
-                           f"with "
-                           "tumour; train and test need at least one")
+                           "with tumour; train and test need at least one")
     if fixed:
         return splits | fixed
     for group, numbers in zip(groups, ([72, 8], [43, 5]), strict=True):
@@ -153,7 +154,9 @@ def opened(file):
     try:
         with openslide.OpenSlide(file) as slide:
             yield slide
-    except openslide.OpenSlideError as e:
+    except prepare.Damaged:
+        raise
+    except Exception as e:  # OpenSlide's own, and what follows from a damaged header
         raise prepare.Damaged(f"{file} is not a readable slide ({e}); download it again") from e
 
 
@@ -195,7 +198,7 @@ def read_annotation(file):
         found = [(annotation.get("PartOfGroup", "").lower(),
                   np.array([(float(c.get("X")), float(c.get("Y"))) for c in annotation.iter("Coordinate")]))
                  for annotation in ElementTree.parse(file).iter("Annotation")]
-    except (OSError, ElementTree.ParseError, TypeError, ValueError) as e:
+    except Exception as e:  # also of unknown encodings, and of numbers that are none
         raise prepare.Damaged(f"{file} is not a readable ASAP annotation ({e}); download it again") from e
     found = [(group, polygon) for group, polygon in found if len(polygon) > 2]
     if not any(group in TUMOUR_GROUPS for group, _ in found):
@@ -234,15 +237,21 @@ def outline(polygon, shape):
 # ----------------------------------------------------------------------------------------------- what is done per slide
 def draw(free, most, rng):
     """Up to `most` centres (x, y) from a bool grid, in random order, whose patches do not overlap."""
-    free, centres, apart = free.copy(), [], SIZE // STEP
+    free, centres = free.copy(), []
     for place in rng.permutation(np.flatnonzero(free)):
         row, column = divmod(int(place), free.shape[1])
         if free[row, column]:
             centres.append([SIZE // 2 + STEP * column, SIZE // 2 + STEP * row])
-            free[max(0, row - apart + 1) : row + apart, max(0, column - apart + 1) : column + apart] = False
+            free[near(row, column)] = False
         if len(centres) == most:
             break
     return centres
+
+
+def near(row, column):
+    """The places on the grid whose patches overlap with that at (row, column)."""
+    apart = SIZE // STEP - 1
+    return tuple(slice(max(0, place - apart), place + apart + 1) for place in (row, column))
 
 
 def find_patches(item, folder):
@@ -252,7 +261,10 @@ def find_patches(item, folder):
         raise prepare.Damaged(f"{file} shows tumour but has no annotation {slide}.xml; unpack lesion_annotations.zip")
     polygons = read_annotation(annotation) if annotation else []
     with opened(file) as image:
-        tissue = on_tissue(image, file)
+        tissue, size = on_tissue(image, file), image.dimensions
+    for _, polygon in polygons:
+        if not ((polygon >= -SIZE) & (polygon <= np.add(size, SIZE))).all():  # nor where a number is NaN
+            raise prepare.Damaged(f"{annotation} has points outside of {file}; download both again")
     ys, xs = (SIZE // 2 + STEP * np.arange(n) for n in tissue.shape)
     tumour, excluded, touched = (np.zeros(tissue.shape, bool) for _ in range(3))
     for group, polygon in polygons:
@@ -262,7 +274,11 @@ def find_patches(item, folder):
         excluded |= covered & (group in EXCLUDED_GROUPS)
     kind, number = slide.split("_")
     most, rng = PER_TRAINING_SLIDE if kind == "normal" else PER_TEST_SLIDE, np.random.default_rng([seed, int(number)])
-    centres = [draw(tissue & ~touched, most, rng), draw(tissue & tumour & ~excluded, most, rng)]
+    tumours = draw(tissue & tumour & ~excluded, most, rng)
+    free = tissue & ~touched
+    for x, y in tumours:
+        free[near((y - SIZE // 2) // STEP, (x - SIZE // 2) // STEP)] = False
+    centres = [draw(free, most, rng), tumours]
     if not any(centres):
         raise prepare.Damaged(f"{file} shows no tissue; download it again")
     return centres
@@ -290,15 +306,30 @@ if __name__ == "__main__":
     if args.slides and args.coords:
         raise common.Error("--coords says which slide is in which split; leave out --slides")
     raw = prepare.raw_folder(args, LOOKED_FOR)
-    preparation = prepare.Preparation("camelyon16", "histo", ["train", "valid", "test"], args)
     slides = find_slides(raw) or prepare.wrong_folder(raw, LOOKED_FOR)
+    if not args.coords:
+        tests = [slide for slide in slides if slide.startswith("test")]
+        splits = plan(slides, prepare.read_split(args.slides, tests, ["valid", "test"]) if args.slides else None)
+    preparation = prepare.Preparation("camelyon16", "histo", ["train", "valid", "test"], args, slides, MEMORY)
+    sums = prepare.published_sums(prepare.files_below(raw))
+    checked = {file: (file, sums[file]) for file in prepare.strings(slides) if file in sums}
+    sound = preparation.map(prepare.correct_sum, checked, "checking checksums") if checked else checked
+    unsound = {slide for slide, files in slides.items() if any(f in checked and f not in sound for f in files)}
     if args.coords:
         patches = read_coords(args.coords)
     else:
-        tests = [slide for slide in slides if slide.startswith("test")]
-        splits = plan(slides, prepare.read_split(args.slides, tests, ["valid", "test"]) if args.slides else None)
-        items = {slide: (slide, slides[slide], args.seed) for slide in splits}
-        patches = choose(splits, preparation.map(find_patches, items, "looking for tissue"), args.seed)
-    items = {slide: (slide, slides.get(slide, [None])[0], patches[slide]) for slide in sorted(patches)}
-    rows = preparation.map(write_patches, items, "writing")
+        items = {slide: (slide, slides[slide], args.seed) for slide in splits if slide not in unsound}
+        found = preparation.map(find_patches, items, "looking for tissue")
+        patches = choose(splits, found, args.seed)
+    while True:
+        preparation.plan(Counter((s, label) for chosen in patches.values() for s, label, *_ in chosen), PUBLISHED)
+        items = {slide: (slide, slides.get(slide, [None])[0], patches[slide])
+                 for slide in sorted(patches) if slide not in unsound}
+        rows = preparation.map(write_patches, items, "writing")
+        failed = items.keys() - rows.keys()
+        if args.coords or not failed:
+            break
+        found = {slide: centres for slide, centres in found.items() if slide not in failed}
+        patches = choose(splits, found, args.seed)
+        print(f"note: the patches of {', '.join(sorted(failed))} are taken from other slides")
     preparation.finish([row for slide in rows.values() for row in slide], PUBLISHED)

@@ -2,17 +2,23 @@
 the checks between splits. A source's rule is in its own script.
 
 A script scans its source, plans which case belongs to which split, lets `Preparation.map` write the images case by case
-(in parallel; what is done is kept), and ends with `Preparation.finish`. Until then everything lies in a hidden folder
-<root>/.preparing-<source>; a benchmark that can be seen is complete.
+(in parallel; what is done is kept), and ends with `Preparation.finish`. Until then everything is in a hidden folder
+<root>/.preparing-<source>, whose folder `part` becomes visible by one rename, together with its manifest: a part of a
+benchmark that can be seen is complete.
 """
 
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
+import re
 import shutil
+import signal
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from volumes import Damaged
+from volumes import Damaged, Volume
 
 import common
 
@@ -36,8 +42,8 @@ class Args:
     """the benchmark is written to <root>/<benchmark>"""
     seed: int = 0
     """seeds whatever the rule draws"""
-    workers: int = os.cpu_count() or 1
-    """cases worked on at a time; each holds one case in memory"""
+    workers: int | None = None
+    """cases worked on at a time (default: as many as there are cores, and as fit into the free memory)"""
     strict: bool = False
     """stop at the first damaged file, instead of going on without it"""
     allow_duplicates: bool = False
@@ -47,31 +53,94 @@ class Args:
 FREE = {"raw", "root", "workers", "strict", "allow_duplicates"}  # what does not change the benchmark
 
 
+# ------------------------------------------------------------------------------------------------------ what there is
 def raw_folder(args, looked_for):
-    """args.raw as a Path; ends with one line if it is not there. looked_for: what it should hold, in words."""
-    raw = Path(args.raw)
+    """args.raw as an absolute path; `Error` if it is not there. looked_for: what it should hold, in words."""
+    raw = Path(args.raw).absolute()
     if not raw.is_dir():
         raise common.Error(f"no folder {raw}; --raw takes the folder that holds {looked_for}")
     return raw
 
 
 def wrong_folder(raw, looked_for):
-    """End with one line: what was looked for and what is there."""
+    """`Error`: what was looked for and what is there."""
     found = sorted(p.name + "/" * p.is_dir() for p in raw.iterdir() if p.name[0] != ".")
-    raise common.Error(f"{raw} does not hold {looked_for}; found {', '.join(found[:6]) or 'nothing'}"
-                       f"{f' and {len(found) - 6} more' if len(found) > 6 else ''}; give the unpacked source with "
-                       f"--raw")
+    more = f" and {len(found) - 6} more" * (len(found) > 6)
+    raise common.Error(f"{raw} does not hold {looked_for}; found {', '.join(found[:6]) or 'nothing'}{more}; give the "
+                       "unpacked source with --raw")
 
 
+def files_below(raw):
+    """All files below a folder, sorted. Links are followed, each folder is entered once; hidden files and folders and
+    __MACOSX, which some archives contain, are left out."""
+    files, entered = [], set()
+    for place, folders, names in os.walk(raw, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        if (real := os.path.realpath(place)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        files += [Path(place, name) for name in names if name[0] != "."]
+    return sorted(files)
+
+
+def note_file(files, case, kind, file):
+    """files[case][kind] = file, as a string; `Error` that names both if there is one already."""
+    if (other := files.setdefault(case, {}).setdefault(kind, str(file))) != str(file):
+        raise common.Error(f"{other} and {file} are both {case} ({kind}); keep one of them below --raw")
+
+
+def labelled(files, raw, volume, label):
+    """{case: [volume file, label file or None]} from {case: {kind: file}}, by name. A volume without label in a folder
+    that says test or validation is passed over: such parts of a challenge have no labels."""
+    found, left = {}, []
+    for case, kinds in sorted(files.items()):
+        if volume in kinds:
+            folders = Path(kinds[volume]).relative_to(raw).parts[:-1]
+            if label in kinds or not any(UNLABELLED.search(folder) for folder in folders):
+                found[case] = [kinds[volume], kinds.get(label)]
+            else:
+                left.append(kinds[volume])
+    passed_over(left, "volumes without label in folders of a test or validation part")
+    return found
+
+
+UNLABELLED = re.compile(r"(?<![a-z])(test|valid)|(images|labels)ts$", re.IGNORECASE)
+VOLUME = r"\.(?:nii(?:\.gz)?|img)"  # how the name of a NIfTI volume ends; an .img has its .hdr next to it
+
+
+def passed_over(files, what):
+    if files:
+        print(f"note: {len(files)} {what} are passed over, e.g. {files[0]}")
+
+
+def stamp(file):
+    """[size, time] of a file (of the header, too, if that is a file of its own); None if it is not there."""
+    try:
+        found = [os.stat(f) for f in [file, file[:-3] + "hdr"][: 1 + file.endswith(".img")]]
+        return [number for state in found for number in (state.st_size, state.st_mtime_ns)]
+    except OSError:
+        return None
+
+
+def strings(item):
+    """All strings in nested tuples, lists and dicts."""
+    if isinstance(item, str):
+        yield item
+    elif isinstance(item, dict | list | tuple | set):
+        for inner in item.values() if isinstance(item, dict) else item:
+            yield from strings(inner)
+
+
+# ------------------------------------------------------------------------------------------------------ reading files
 def read_list(file, columns):
-    """Rows of a CSV file as dicts; ends with one line if it is missing, unreadable, or lacks one of `columns`."""
+    """Rows of a CSV file as dicts; `Error` if it is missing, unreadable, or lacks one of `columns`."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
             rows = list(csv.DictReader(f))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise common.Error(f"cannot read {file} ({getattr(e, 'strerror', None) or e}); give a CSV file with the "
-                           f"columns "
-                           f"{', '.join(columns)}") from e
+                           f"columns {', '.join(columns)}") from e
     if not rows or (missing := [c for c in columns if c not in rows[0] or any(r[c] is None for r in rows)]):
         lacks = f"lacks the column {missing[0]} or a value in it" if rows else "is empty"
         raise common.Error(f"{file} {lacks}; its columns must be {', '.join(columns)}")
@@ -79,15 +148,15 @@ def read_list(file, columns):
 
 
 def read_split(file, cases, splits):
-    """{case: split} from a CSV file with the columns case,split; ends with one line if a row is not of `cases` and
-    `splits`, or repeats a case."""
+    """{case: split} from a CSV file with the columns case,split; `Error` if a row is not of `cases` and `splits`, or
+    repeats a case."""
     found = {}
     for row in read_list(file, ["case", "split"]):
         case, split = row["case"], row["split"]
         if split not in splits:
             raise common.Error(f"{file}: {case} has split {split}; known are {', '.join(splits)}")
         if case in found or case not in cases:
-            raise common.Error(f"{file}: {case} {'stands there twice' if case in found else 'is not in the source'}")
+            raise common.Error(f"{file}: {case} {'is there twice' if case in found else 'is not in the source'}")
         found[case] = split
     return found
 
@@ -96,93 +165,239 @@ def read_grey(file):
     """The image of a file as (H, W) uint8; Damaged if it cannot be used."""
     try:
         with Image.open(file) as image:
+            image.verify()  # a PNG's checksums, which Pillow does not look at when it decodes
+        with Image.open(file) as image:
             if image.mode[0] in "IF":
                 raise Damaged(f"{file} has pixels of mode {image.mode}, where 8 bits are expected; download it again")
             return np.asarray(image.convert("L"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # SyntaxError: a broken PNG chunk
+    except Damaged:
+        raise
+    except Exception as e:  # Pillow raises many kinds where it trusts a damaged header
         raise Damaged(f"{file} is not a readable image ({e}); download it again") from e
 
 
-def same_shape(volume, label):
-    """Damaged if a volume and its label do not belong together."""
+def volume_and_label(files):
+    """[volume file, label file] as `Volume`s of one shape. On one grid the label gets the volume's orientation: there
+    are sources some of whose labels have lost theirs (LiTS)."""
+    if files[1] is None:
+        raise Damaged(f"{files[0]} has no segmentation, or no label, with it; download these, too")
+    volume, label = map(Volume, files)
+    if label.image.shape[:3] == volume.image.shape[:3]:
+        if (label.axes, label.signs) != (volume.axes, volume.signs):
+            note("labels name another orientation than their volumes on the same grid; the volume's is taken")
+        label.axes, label.signs, label.shape = volume.axes, volume.signs, volume.shape
     if volume.shape != label.shape:
         raise Damaged(f"{label.file} is {label.shape}, its volume {volume.file} {volume.shape} voxels; "
                       "download both again")
+    return volume, label
 
 
-# --------------------------------------------------------------------------------------------------- writing and checks
+# ------------------------------------------------------------------------------------------- the work of one process
+noted = []  # by `note`, while a process works on a case
+
+
+def note(text):
+    """Something that the user should know of this case; printed at the end, with the number of cases."""
+    noted.append(text)
+
+
 def save(folder, split, label, name, image, mask=None, **columns):
     """Write a uint8 image (and a bool mask) as PNG into `folder`; its manifest row. label: 0 normal, 1 anomalous."""
-    place = Path(split) / ("Ungood" if label else "good")
+    place, files = Path(split) / ("Ungood" if label else "good"), {}
     for kind, array in (("img", image), ("anomaly_mask", mask)):
         if array is not None:
+            files[kind] = (place / kind / f"{name}.png").as_posix()
             array = array * np.uint8(255) if array.dtype == bool else array
-            with common.atomic(folder / place / kind / f"{name}.png") as tmp:
+            with common.atomic(folder / files[kind]) as tmp:
                 Image.fromarray(array).save(tmp, "PNG")
     digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
-    return dict(image=(place / "img" / f"{name}.png").as_posix(), split=split, label=label, **columns, sha256=digest)
+    return dict(image=files["img"], mask=files.get("anomaly_mask", ""), split=split, label=label, **columns,
+                sha256=digest)
 
 
-def _some(function, items, folder, kept):
-    """({key: result}, {key: why it is damaged}) of `items`; the results are kept as JSON in `kept`, each with its item,
-    since a plan may be another one when a damaged file was replaced."""
-    known, results, damaged = json.loads(kept.read_text()) if kept.exists() else {}, {}, {}
-    for key, item in items.items():
-        asked = json.dumps(item)
-        if known.get(key, [None])[0] == asked:
-            results[key] = known[key][1]
-            continue
-        try:
-            results[key] = function(item, folder)
-            known[key] = asked, results[key]
-        except Damaged as e:
-            damaged[key] = str(e)
+def images_of(rows):
+    """The files of manifest rows, images and masks."""
+    return [row[kind] for row in rows for kind in ("image", "mask") if row.get(kind)]
+
+
+def lost(rows, folder):
+    """Those files of manifest rows that are not in `folder`, or empty."""
+    return [file for file in images_of(rows)
+            if not (folder / file).is_file() or not (folder / file).stat().st_size]
+
+
+def worker():
+    """Set up a worker process: it ends with its parent, however that ends, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def work_on(function, items, folder, kept):
+    """({key: (result, notes)}, {key: why it is damaged}) of `items`, {key: (item, asked)}. The results are kept as JSON
+    in `kept`, each with what was asked, and hold while that is the same and their images are there."""
+    try:
+        known = json.loads(kept.read_text())
+    except (OSError, ValueError):
+        known = {}
+    results, damaged = {}, {}
+    for key, (item, asked) in items.items():
+        before, result, notes = known.get(key, (None, None, None))
+        rows = [row for row in (result if isinstance(result, list) else [result]) if isinstance(row, dict)]
+        if before != asked or lost(rows, folder):
+            noted.clear()
+            try:
+                result, notes = function(item, folder), list(noted)
+            except Damaged as e:
+                damaged[key] = str(e)
+            except common.Error:  # a full disk
+                raise
+            except Exception as e:  # whatever else a library makes of a damaged file
+                read = ", ".join(s for s in strings(item) if os.path.isfile(s))
+                damaged[key] = " ".join(f"{read or key} cannot be used ({type(e).__name__}: {e})".split())
+            if key in damaged:
+                continue
+            known[key] = asked, result, notes
+        results[key] = result, notes
     with common.atomic(kept) as tmp:
         tmp.write_text(json.dumps(known))
     return results, damaged
 
 
+def correct_sum(item, folder):
+    """Damaged if the file has not the published checksum. item: (file, checksum)."""
+    file, published = item
+    with open(file, "rb") as f:
+        found = hashlib.file_digest(f, {32: "md5", 64: "sha256"}[len(published)]).hexdigest()
+    if found != published:
+        raise Damaged(f"{file} has the checksum {found}, its source says {published}; download it again")
+
+
+def published_sums(files):
+    """{file: checksum} for those of `files` that a list of checksums (md5sum's or sha256sum's) below the same folder
+    names. files: all of the source, as paths."""
+    sums = {}  # {name: {path as listed: checksum}}
+    for file in files:
+        if re.search("md5|sha256|checksum", file.name, re.IGNORECASE) and file.stat().st_size < 2**26:
+            for line in file.read_text(errors="replace").splitlines():
+                if match := re.fullmatch(r"\\?([0-9a-f]{64}|[0-9a-f]{32}) [ *](.+)", line.strip(), re.IGNORECASE):
+                    path = match[2].removeprefix("./")
+                    sums.setdefault(path.rsplit("/")[-1], {})[path] = match[1].lower()
+    found = {}
+    for file in files:
+        listed = sums.get(file.name, {})
+        same = [path for path in listed if file.as_posix().endswith("/" + path)] or list(listed)
+        if len({listed[path] for path in same}) == 1:
+            found[str(file)] = listed[same[0]]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- the preparation
+def locked(file, wait=False):
+    """`file`, made and opened, with a lock that this process has until it is closed; `Error` if another has it, unless
+    `wait`."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(file, "w")
+        fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError) as e:
+        raise common.Error(f"{file} cannot be locked ({e.strerror}): wait for the process that works there, or choose "
+                           "another --root") from e
+    except OSError as e:
+        raise common.Error(f"cannot write {file}: {e.strerror}; choose another --root") from e
+    return lock
+
+
+def free_memory():
+    """Bytes that the machine has free, or that this container or job may take at all."""
+    try:
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2])
+    except (OSError, TypeError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limits = [place / "memory.max" for place in (group, *group.parents)]
+    return min([free, *(int(f.read_text()) for f in limits if f.exists() and f.read_text().strip().isdecimal())])
+
+
 class Preparation:
     """One source's way into one benchmark; ends the program where that is there already."""
 
-    def __init__(self, source, benchmark, splits, args):
-        """source: the script's name; splits: those of `benchmark` that it writes."""
-        self.source, self.splits, self.args = source, splits, args
-        self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
-        self.damaged = {}
-        # A list stands for what it holds, so that an edited one asks for another benchmark.
-        self.asked = {k: [common.sha256(f) for f in sorted([Path(v), *Path(v).glob("*")]) if f.is_file()]
-                      if isinstance(v, str) else v for k, v in dataclasses.asdict(args).items() if k not in FREE}
-        if args.workers < 1 or args.seed < 0:
+    def __init__(self, source, benchmark, splits, args, files, memory):
+        """source: the script's name; splits: those of `benchmark` that it writes; files: of the source, in any nesting,
+        whose names, sizes and times are kept; memory: GiB that a process takes for its largest case."""
+        if args.seed < 0 or (args.workers is not None and args.workers < 1):
             raise common.Error("--workers must be at least 1 and --seed not negative")
-        record = self.folder / f"{source}.json"
-        if record.exists():
-            made = json.loads(record.read_text())
-            if made["arguments"] != self.asked:
-                raise common.Error(f"{self.folder} was made from {source} with other arguments ({made['arguments']}); "
-                                   f"remove "
-                                   "it, or choose another --root")
-            print(f"{self.folder} is there already, made from {source} with these arguments; nothing to do")
-            self._report_damage(made["damaged"])
-            raise SystemExit(1 if made["damaged"] else 0)
-        if there := [s for s in splits if (self.folder / s).exists() and not (self.work / "moving").exists()]:
+        self.source, self.splits, self.args, self.memory = source, splits, args, memory
+        self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
+        self.part, self.record = self.work / "part", self.folder / f"{source}.json"
+        self.damaged, self.notes = {}, {}
+        # A list means what it holds, so that an edited one asks for another benchmark.
+        self.asked = {k: [common.sha256(f) for f in sorted([v, *v.glob("*")]) if f.is_file()] if isinstance(v, Path)
+                      else v for k, v in dataclasses.asdict(args).items() if k not in FREE}
+        raw = str(raw_folder(args, source))
+        self.stamps = {s: stamp(s) for s in strings(files) if s.startswith(raw + os.sep)}
+        self.files = {os.path.relpath(file, raw): state for file, state in self.stamps.items()}
+        self.lock = locked(self.work / "lock")
+        self._mend()
+        if self.record.exists():
+            self._finished()
+        if there := [s for s in splits if (self.folder / s).exists()]:
             raise common.Error(f"{self.folder / there[0]} exists and was not made by this script; choose another "
                                f"--root")
-        begun = self.work / "arguments.json"
-        if begun.exists() and json.loads(begun.read_text()) != self.asked:
+        begun = self._read(self.work / "begun.json", dict(arguments=self.asked, files=self.files))
+        if begun["arguments"] != self.asked:
             raise common.Error(f"{self.work} was begun with other arguments; remove it, or choose another --root")
-        with common.atomic(begun) as tmp:
-            tmp.write_text(json.dumps(self.asked))
+        if changed := self._changed(begun["files"]):
+            print(f"note: since this preparation was begun {changed}; what depends on that is made again")
+        with common.atomic(self.work / "begun.json") as tmp:
+            tmp.write_text(json.dumps(dict(arguments=self.asked, files=self.files)))
+
+    @staticmethod
+    def _read(file, default):
+        try:
+            return json.loads(file.read_text())
+        except FileNotFoundError:
+            return default
+        except (OSError, ValueError) as e:
+            raise common.Error(f"{file} is damaged ({e}); remove its folder and prepare it again") from e
+
+    def _changed(self, before):
+        """What has changed in the source, in words; before: {file: [size, time]}."""
+        lists = dict(changed=[f for f in before if f in self.files and before[f] != self.files[f]],
+                     missing=sorted(before.keys() - self.files.keys()), new=sorted(self.files.keys() - before.keys()))
+        return " and ".join(f"{len(files)} of its files are {how} (e.g. {files[0]})"
+                            for how, files in lists.items() if files)
+
+    def _finished(self):
+        """The part is there: end the program, with an `Error` if it is not what is asked for."""
+        shutil.rmtree(self.work)
+        made, again = self._read(self.record, {}), "remove it and prepare it again, or choose another --root"
+        if made.get("arguments") != self.asked or "files" not in made:
+            raise common.Error(f"{self.folder} was made from {self.source} with other arguments "
+                               f"({made.get('arguments')}) or by another version; {again}")
+        if changed := self._changed(made["files"]):
+            raise common.Error(f"{self.folder} was made from another source than {self.args.raw}: {changed}; {again}")
+        if missing := lost(read_list(self.record.with_suffix(".csv"), ["image", "mask"]), self.folder):
+            raise common.Error(f"{self.folder} lacks {len(missing)} of its images, e.g. {missing[0]}; {again}")
+        print(f"{self.folder} is there already, made from {self.source} with these arguments; nothing to do")
+        self.notes = {text: range(count) for text, count in made["notes"].items()}
+        self._end(made["damaged"])
 
     def map(self, function, items, what, chunk=1):
         """{key: function(item, folder)} in the order of `items` ({key (str): item}), in worker processes; what is
         damaged is named and left out. function: of a module; returns what JSON can hold, writes with `save`.
         chunk: so many items go to a process at a time, and share one file of what is done."""
-        results, kept, keys = {}, self.work / what, list(items)
-        chunks = [{key: items[key] for key in keys[i : i + chunk]} for i in range(0, len(keys), chunk)]
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        count = self.args.workers or max(1, min(cores, int(free_memory() / 2**30 / self.memory)))
+        results, keys = {}, list(items)
+        asked = {key: (items[key], json.dumps([items[key], [self.stamps.get(s) for s in strings(items[key])]]))
+                 for key in keys}
+        chunks = [{key: asked[key] for key in keys[i : i + chunk]} for i in range(0, len(keys), chunk)]
+        # Forked processes share what is imported, 300 MB of which is PyTorch; elsewhere than on Linux that is not safe.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         try:
-            with ProcessPoolExecutor(min(self.args.workers, max(1, len(chunks)))) as pool:
-                found = [pool.submit(_some, function, some, self.work / "images", kept / f"{next(iter(some))}.json")
+            with ProcessPoolExecutor(min(count, max(1, len(chunks))), context, worker) as pool:
+                found = [pool.submit(work_on, function, some, self.part, self.work / what / f"{next(iter(some))}.json")
                          for some in chunks]
                 try:
                     for future in common.progress(found, f"{self.source}: {what}"):
@@ -197,18 +412,55 @@ class Preparation:
                     pool.shutdown(cancel_futures=True)
         except BrokenProcessPool:
             raise common.Error(f"a process died while {what}, most likely for lack of memory; take fewer "
-                               f"--workers") from None
+                               "--workers") from None
         if not results:
             raise common.Error(f"{self.args.raw}: nothing could be read; see the damaged files above")
-        return results
+        for key, (_, notes) in results.items():
+            for text in notes:
+                self.notes.setdefault(text, set()).add(key)
+        return {key: result for key, (result, _) in results.items()}
+
+    def plan(self, counts, published):
+        """Tell before the writing what will not be as published; `Error` if train or test would lack a kind.
+
+        counts, published: {(split, label): number of images}."""
+        other = []
+        for (split, label), wanted in published.items():
+            kind, count = ("normal", "anomalous")[label], counts.get((split, label), 0)
+            if not count and split != "valid":  # without valid a benchmark can be used, with a warning
+                raise common.Error(f"no {kind} image for {split}: the source has too few cases")
+            other += [f"{split} {count} {kind} instead of {wanted}"] * (count != wanted)
+        if other:
+            print(f"note: other counts than published: {', '.join(other)}", flush=True)
 
     def finish(self, rows, published):
-        """Check the splits, print counts beside the published ones, write the manifest, let the benchmark be seen.
+        """Check the splits, print counts next to the published ones, write the manifest, let the part be seen.
 
         rows: of `save`, with the column `case`; published: {(split, label): count}. Exit status 1 if something was
         damaged."""
         rows = sorted(rows, key=lambda r: (self.splits.index(r["split"]), r["label"], r["image"]))
-        others = [r for f in sorted(self.folder.glob("*.csv")) for r in read_list(f, ["image", "split", "sha256"])]
+        with locked(Path(self.args.root) / ".lock", wait=True):  # so that the two scripts of liver see each other's images
+            self._check(rows)
+            counts = Counter((r["split"], r["label"]) for r in rows)
+            for split in self.splits:
+                for label, name in enumerate(("normal", "anomalous")):
+                    if (split, label) in published or counts[split, label]:
+                        print(f"{split:<5} {name:<9} {counts[split, label]:>6}   published "
+                              f"{published[split, label]:>6}")
+            for split, label in published:
+                if not counts[split, label] and split != "valid":
+                    raise common.Error(f"no {('normal', 'anomalous')[label]} image for {split}: the source has too few "
+                                       "cases")
+            self._complete(rows)
+            self._publish()
+        shutil.rmtree(self.work)
+        print(f"{self.folder}: {len(rows)} images from {len({r['case'] for r in rows})} cases")
+        self._end(self.damaged)
+
+    def _check(self, rows):
+        """`Error` if a case or an image is in two splits (a warning with --allow-duplicates)."""
+        lists = [f for f in sorted(self.folder.glob("*.csv")) if f.name[0] != "."]
+        others = [r for f in lists for r in read_list(f, ["image", "split", "sha256"])]
         for what, everything in (("case", rows), ("sha256", rows + others)):
             seen = {}
             if crossing := [(first, row) for row in everything
@@ -217,40 +469,66 @@ class Preparation:
                 line = (f"{len(crossing)} images cross splits: {first['image']} and {row['image']} are "
                         + ("the same image" if what == "sha256" else f"both of {row['case']}"))
                 if not self.args.allow_duplicates:
-                    raise common.Error(f"{line}; clean the source, or let it pass with --allow-duplicates")
+                    raise common.Error(f"{line}; clean the source, or let it pass with --allow-duplicates (what is "
+                                       "done is kept)")
                 print(f"warning: {line}", file=sys.stderr)
-        counts = Counter((r["split"], r["label"]) for r in rows)
-        for split in self.splits:
-            for label, name in enumerate(("normal", "anomalous")):
-                if (split, label) in published or counts[split, label]:
-                    print(f"{split:<5} {name:<9} {counts[split, label]:>6}   published {published[split, label]:>6}")
-        for split, label in published:
-            if not counts[split, label] and split != "valid":  # without valid a benchmark can be used, with a warning
-                raise common.Error(f"no {('normal', 'anomalous')[label]} image for {split}: the source has too few "
-                                   f"cases")
-        planned = {Path(r["image"]) for r in rows}
-        planned |= {path.parents[1] / "anomaly_mask" / path.name for path in planned if path.parts[1] == "Ungood"}
-        for file in (self.work / "images").rglob("*.png"):  # of an earlier plan, before a damaged file was replaced
-            if file.relative_to(self.work / "images") not in planned:
-                file.unlink()
-        (self.work / "moving").touch()
-        for split in self.splits:
-            if (self.work / "images" / split).exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                os.replace(self.work / "images" / split, self.folder / split)
-        common.write_csv(self.folder / f"{self.source}.csv", rows)
-        with common.atomic(self.folder / f"{self.source}.json") as tmp:
-            tmp.write_text(json.dumps(dict(arguments=self.asked, damaged=self.damaged)))
-        shutil.rmtree(self.work)
-        print(f"{self.folder}: {len(rows)} images from {len({r['case'] for r in rows})} cases")
-        self._report_damage(self.damaged)
-        raise SystemExit(1 if self.damaged else 0)
 
-    def _report_damage(self, damaged):
+    def _complete(self, rows):
+        """Bring self.part to exactly the images of `rows` and their manifest."""
+        if missing := lost(rows, self.part):
+            raise common.Error(f"{self.part / missing[0]} and {len(missing) - 1} more have vanished while this script "
+                               "ran; run it again")
+        planned = set(images_of(rows))
+        for place, folders, names in os.walk(self.part, topdown=False):
+            for file in [Path(place, name) for name in names]:  # of an earlier plan, or of a write that was killed
+                if file.relative_to(self.part).as_posix() not in planned:
+                    file.unlink()
+            for folder in folders:
+                if not any(Path(place, folder).iterdir()):
+                    Path(place, folder).rmdir()
+        common.write_csv(self.part / f"{self.source}.csv", rows)
+        with common.atomic(self.part / f"{self.source}.json") as tmp:
+            tmp.write_text(json.dumps(dict(
+                arguments=self.asked, damaged=self.damaged, files=self.files,
+                notes={text: len(keys) for text, keys in self.notes.items()})))
+
+    def _publish(self):
+        """Let the part be seen, by one rename. A folder that is there already, with another script's part, is taken
+        out of sight, completed and put back, so that what is seen is complete at each moment."""
+        whole = self.work / "whole"
+        try:
+            if not self.folder.exists():
+                os.rename(self.part, self.folder)
+                return
+            os.rename(self.folder, whole)
+            for entry in sorted(self.part.iterdir()):
+                os.rename(entry, whole / entry.name)
+            os.rename(whole, self.folder)
+        except OSError as e:
+            raise common.Error(f"cannot move {self.part} to {self.folder}: {e}; run it again, or choose another "
+                               "--root") from e
+
+    def _mend(self):
+        """Undo what a run did that was killed within `_publish`."""
+        whole = self.work / "whole"
+        if whole.exists():
+            self.part.mkdir(exist_ok=True)
+            for entry in [whole / name for name in (*self.splits, f"{self.source}.csv", f"{self.source}.json")]:
+                if entry.exists():
+                    os.rename(entry, self.part / entry.name)
+            if self.folder.exists():  # made again since
+                shutil.rmtree(whole)
+            else:
+                os.rename(whole, self.folder)
+
+    def _end(self, damaged):
+        for text, keys in self.notes.items():
+            print(f"note: {len(keys)} {text}")
         if damaged:
             listed = [*damaged.values()][:20] + [f"and {len(damaged) - 20} more, see above"] * (len(damaged) > 20)
             print(f"made without {len(damaged)} damaged: {'; '.join(listed)}. Replace them, remove {self.folder} and "
                   "prepare it again", file=sys.stderr)
+        raise SystemExit(1 if damaged else 0)
 
 
 def shares(total, counts):
@@ -266,22 +544,23 @@ def shares(total, counts):
 
 def divide(counts, wanted, seed):
     """The cases of `counts` ({case: (normal, anomalous)}) whose images together come nearest to `wanted` (normal,
-    anomalous), exactly if any do; tried in seeded order. The other cases keep both kinds; [] if none can be spared."""
+    anomalous), exactly if any do; tried in seeded order. They have both kinds if any division gives that. The other
+    cases keep both kinds; [] if none can be spared."""
     total = np.sum(list(counts.values()), axis=0).tolist()
     names = sorted(counts)
     reached = {(0, 0): None}  # sum of some cases: the sum before the last of them, and that case
-    best, nearest = float("inf"), (0, 0)
+    best, nearest = (True, float("inf")), (0, 0)  # (a kind is missing, distance)
     for case in [names[i] for i in np.random.default_rng(seed).permutation(len(names))]:
         for before in list(reached):
             after = before[0] + counts[case][0], before[1] + counts[case][1]
             excess = max(0, after[0] - wanted[0]) + max(0, after[1] - wanted[1])  # further cases can only add to it
-            if after in reached or after[0] >= total[0] or after[1] >= total[1] or excess >= best:
+            if after in reached or after[0] >= total[0] or after[1] >= total[1] or (False, excess) >= best:
                 continue
             reached[after] = before, case
-            distance = abs(after[0] - wanted[0]) + abs(after[1] - wanted[1])
+            distance = 0 in after, abs(after[0] - wanted[0]) + abs(after[1] - wanted[1])
             if distance < best:
                 best, nearest = distance, after
-        if best == 0:
+        if best == (False, 0):
             break
     chosen = []
     while reached[nearest] is not None:

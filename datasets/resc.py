@@ -6,8 +6,9 @@ doi.org/10.1016/j.media.2019.05.002). 70 + 15 labelled cases (cubes) of 128 slic
   Edema_trainingset/original_images/<cube>.img/<k>.bmp with Edema_trainingset/label_images/<cube>_labelMark/<k>.bmp
   train/images/<cube>_<k>.png with train/labels/<cube>_<k>.png
 A part is named by the last folder on the way to a file that says train, trainingset, val, valid, validation or
-validationset, alone or beside other words, in any case; what says test has no labels and is passed over. Files in a
-folder that says label, mask or ground are labels.
+validationset, alone or next to other words, in any case; what says test has no labels and is passed over. A file is a
+label if the last folder on the way to it that says image, or label, mask or ground, says one of the latter; folders
+that all slices share say nothing.
 
 The rule:
 1. a slice with any label value above 0 (128, 191, 255: three kinds of lesions) is anomalous, that being its mask;
@@ -18,12 +19,17 @@ The rule:
 4. pixels are written unchanged, in grey.
 A patient may have several cubes: it is what stands before _Macular in a cube's name (P0077_MacularCube512x128_...), in
 any part; a cube of another name is a patient of its part, called train_<cube> or valid_<cube> in the column `case`.
+PNG files are read to their checksums; damage inside a BMP, which has none, cannot be seen, unless the file is cut off
+or its header is wrong.
 Published: train 4,297; valid 45 + 70; test 1,041 + 764. Those of valid and test are all 15 x 128 slices, and no whole
-cubes of 128 are 115 slices: from the full source, valid is nearest and not equal.
+cubes of 128 are 115 slices: from the full source, valid is nearest and not equal. What it will be is printed before the
+images are written.
 """
 
+import os
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +38,8 @@ import prepare
 from prepare import common
 
 PART = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:set|data)?(?![a-z])")
-LABEL = re.compile("label|mask|ground")
+LABEL, IMAGE = re.compile("label|mask|ground"), re.compile(r"image|\.img$")
+MEMORY = 0.1  # GiB
 VALID, TEST = (45, 70), (1041, 764)  # normal, anomalous
 PUBLISHED = {("train", 0): 4297, ("valid", 0): VALID[0], ("valid", 1): VALID[1], ("test", 0): TEST[0],
              ("test", 1): TEST[1]}
@@ -43,27 +50,24 @@ CHUNK = 128  # slices a process works on at a time
 
 @dataclass
 class Args(prepare.Args):
-    patients: str | None = None
+    patients: Path | None = None
     """CSV file with the columns case,split (valid or test) that divides the patients of the validation part"""
 
 
 def find_slices(raw):
     """{name: (part, patient, cube, k, image or None, label or None)} by part, cube and k."""
-    found = {}
-    for file in sorted(raw.rglob("*")):
-        if file.suffix.lower() not in {".png", ".bmp"} or file.name.startswith("."):
-            continue
+    slices, found = [], {}
+    for file in prepare.files_below(raw):
         folders = [folder.lower() for folder in file.relative_to(raw).parts[:-1]]
         part = next((match[1] for folder in reversed(folders) if (match := PART.search(folder))), "test")
         stem, parent = (re.sub(r"_labelmark|\.img", "", n, flags=re.IGNORECASE) for n in (file.stem, file.parent.name))
         match = re.fullmatch(r"(.+)_(\d+)", f"{parent}_{stem}" if stem.isdigit() else stem)
-        if part == "test" or not match:
-            continue
-        files = found.setdefault(({"val": "valid"}.get(part, part), match[1], int(match[2])), {})
-        kind = "label" if any(LABEL.search(folder) for folder in folders) else "image"
-        if kind in files:
-            raise common.Error(f"{files[kind]} and {file} are the same slice; keep one of them under --raw")
-        files[kind] = str(file)
+        if file.suffix.lower() in {".png", ".bmp"} and part != "test" and match:
+            slices.append((({"val": "valid"}.get(part, part), match[1], int(match[2])), folders, file))
+    shared = len(os.path.commonprefix([folders for _, folders, _ in slices]))
+    for (part, cube, k), folders, file in slices:
+        says = next((f for f in reversed(folders[shared:]) if LABEL.search(f) or IMAGE.search(f)), "")
+        prepare.note_file(found, (part, cube, k), "label" if LABEL.search(says) else "image", file)
     return {f"{part}_{cube}_{k}": (part, patient_of(part, cube), cube, k, files.get("image"), files.get("label"))
             for (part, cube, k), files in sorted(found.items())}
 
@@ -93,8 +97,8 @@ def plan(slices, seed=0, fixed=None):
         chosen = prepare.divide(counts, wanted, seed) if counts else []
         if not chosen:
             raise common.Error(f"{len(counts)} usable patients in the validation part cannot be divided: valid needs "
-                               f"one, and "
-                               "test needs slices with and without lesion of another")
+                               "one, and test needs slices with and without lesion "
+                               "of another")
         fixed = {patient: "valid" if patient in chosen else "test" for patient in counts}
     planned = {}
     for name, (part, patient, lesion) in slices.items():
@@ -120,11 +124,14 @@ if __name__ == "__main__":
     slices = find_slices(raw)
     if {part for part, *_ in slices.values()} != {"train", "valid"}:
         prepare.wrong_folder(raw, LOOKED_FOR)
-    fixed = args.patients and prepare.read_split(
-        args.patients, {patient for part, patient, *_ in slices.values() if part == "valid"}, ["valid", "test"])
-    preparation = prepare.Preparation("resc", "resc", ["train", "valid", "test"], args)
+    patients = {patient for part, patient, *_ in slices.values() if part == "valid"}
+    fixed = args.patients and prepare.read_split(args.patients, patients, ["valid", "test"])
+    if len(patients) < 2 and not fixed:
+        raise common.Error(f"{len(patients)} patient in the validation part; valid and test need one each")
+    preparation = prepare.Preparation("resc", "resc", ["train", "valid", "test"], args, slices, MEMORY)
     files = {name: (image, label) for name, (*_, image, label) in slices.items()}
     lesions = preparation.map(has_lesion, files, "looking for lesions", CHUNK)
     planned = plan({name: (*slices[name][:2], lesion) for name, lesion in lesions.items()}, args.seed, fixed)
+    preparation.plan(Counter((split, int(lesions[name])) for name, split in planned.items()), PUBLISHED)
     items = {name: (slices[name], split, lesions[name]) for name, split in planned.items()}
     preparation.finish(list(preparation.map(write_slice, items, "writing", CHUNK).values()), PUBLISHED)

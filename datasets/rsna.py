@@ -10,12 +10,16 @@ The rule:
 2. the normal patients (8,851), in seeded order of their ids: 8,000 train, 70 valid, 781 test; the others (17,833)
    likewise: 1,420 valid, 16,413 test. A source of another size is divided in the same shares, at least one patient in
    each. --patients FILE (CSV: case,split) fixes it instead;
-3. pixels are written unchanged; those of photometric interpretation MONOCHROME1 (black is the greatest value) inverted.
+3. pixels are written as 8 bits, the least value that the header allows (by its bits stored, sign, rescale slope and
+   intercept) being black and the greatest white: unchanged where 8 bits are stored, as in the source. Photometric
+   interpretation MONOCHROME1 and a negative slope are inverted.
+JPEG in DICOM has no checksums: damage inside its data cannot be seen, unless the file is cut off or its header wrong.
 Published: train 8,000; valid 70 + 1,420; test 781 + 16,413 (the thesis calls valid 1:1).
 """
 
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +35,13 @@ PARTS = {0: dict(train=8000, valid=70, test=781), 1: dict(valid=1420, test=16413
 PUBLISHED = {(split, label): count for label, parts in PARTS.items() for split, count in parts.items()}
 LIST = "stage_2_detailed_class_info.csv"
 LOOKED_FOR = f"stage_2_train_images/<patientId>.dcm and {LIST}"
+MEMORY = 0.15  # GiB
 CHUNK = 100  # images a process works on at a time
 
 
 @dataclass
 class Args(prepare.Args):
-    patients: str | None = None
+    patients: Path | None = None
     """CSV file with the columns case,split that says which patients go where, instead of the seed"""
 
 
@@ -59,7 +64,7 @@ def plan(labels, seed=0):
         patients = sorted(patient for patient in labels if labels[patient] == label)
         if len(patients) < len(parts):
             raise common.Error(f"{len(patients)} {('normal', 'anomalous')[label]} patients; {', '.join(parts)} need "
-                               f"one each")
+                               "one each")
         order = [patients[i] for i in rng.permutation(len(patients))]
         splits = np.repeat(list(parts), prepare.shares(len(patients), list(parts.values()))).tolist()
         planned |= dict(zip(order, splits, strict=True))
@@ -67,7 +72,7 @@ def plan(labels, seed=0):
 
 
 def read_radiograph(file):
-    """The image of a DICOM file as (H, W) uint8, black being 0; Damaged if it cannot be used."""
+    """The image of a DICOM file as (H, W) uint8, black being 0; Damaged if it cannot be used. See rule 3."""
     try:
         dataset = pydicom.dcmread(file)
         syntax = dataset.file_meta.TransferSyntaxUID
@@ -82,15 +87,22 @@ def read_radiograph(file):
         raise prepare.Damaged(f"{file} has the transfer syntax {syntax.name} ({syntax}), which needs "
                               f"{', or '.join(needed)}")
     try:
-        image = dataset.pixel_array
-        inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+        stored = dataset.pixel_array.astype(np.float64)
+        bits, signed, kind = dataset.BitsStored, dataset.PixelRepresentation, dataset.PhotometricInterpretation
+        slope = float(dataset.get("RescaleSlope", 1))  # the intercept moves black and white alike
     except Exception as e:  # as above, and of every decoder
         why = " ".join(str(e).split())  # a line for each decoder that was tried
         raise prepare.Damaged(f"{file} has no readable pixels ({why}); download it again") from e
-    if image.ndim != 2 or image.dtype != np.uint8:
-        raise prepare.Damaged(f"{file} holds {image.dtype} pixels of shape {image.shape}; one 8-bit grey image was "
-                              "expected, download it again")
-    return 255 - image if inverted else image
+    low = -(2 ** (bits - 1)) if signed else 0
+    image = (stored - low) / (2**bits - 1)  # in [0, 1]
+    if image.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2") or not slope:
+        raise prepare.Damaged(f"{file} holds {kind} pixels of shape {image.shape}, rescaled by {slope}; one grey image "
+                              "was expected, download it again")
+    if image.min() < 0 or image.max() > 1 or (bits > 8 and image.max() - image.min() < 1 / 16):
+        raise prepare.Damaged(f"{file} has values from {stored.min():g} to {stored.max():g}, which do not fit the "
+                              f"{bits} bits that its header names; download it again")
+    inverted = (kind == "MONOCHROME1") != (slope < 0)
+    return np.rint(255 * (1 - image if inverted else image)).astype(np.uint8)
 
 
 def write_image(item, folder):
@@ -106,10 +118,16 @@ def write_image(item, folder):
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     raw = prepare.raw_folder(args, LOOKED_FOR)
-    files = {file.stem: str(file) for file in sorted(raw.rglob("*.dcm"))}
-    if not files or not (lists := sorted(raw.rglob(LIST))):
+    files, lists = {}, {}
+    for file in prepare.files_below(raw):
+        if file.suffix.lower() == ".dcm":
+            prepare.note_file(files, file.stem, "radiograph", file)
+        elif file.name == LIST:
+            prepare.note_file(lists, LIST, "list", file)
+    if not files or not lists:
         prepare.wrong_folder(raw, LOOKED_FOR)
-    labels = labels_of(prepare.read_list(lists[0], ["patientId", "class"]))
+    files, listed = {patient: found["radiograph"] for patient, found in files.items()}, lists[LIST]["list"]
+    labels = labels_of(prepare.read_list(listed, ["patientId", "class"]))
     if args.patients:
         planned = prepare.read_split(args.patients, labels, ["train", "valid", "test"])
         for patient, split in planned.items():
@@ -117,6 +135,9 @@ if __name__ == "__main__":
                 raise common.Error(f"{args.patients}: {patient} is anomalous and cannot be in {split}")
     else:
         planned = plan(labels, args.seed)
-    preparation = prepare.Preparation("rsna", "chest", ["train", "valid", "test"], args)
+    prepare.passed_over([file for patient, file in files.items() if patient not in labels], f".dcm files not in {LIST}")
+    used = [files.get(patient) for patient in planned]
+    preparation = prepare.Preparation("rsna", "chest", ["train", "valid", "test"], args, [listed, used], MEMORY)
+    preparation.plan(Counter((split, labels[patient]) for patient, split in planned.items()), PUBLISHED)
     items = {patient: (patient, labels[patient], planned[patient], files.get(patient)) for patient in sorted(planned)}
     preparation.finish(list(preparation.map(write_image, items, "writing", CHUNK).values()), PUBLISHED)

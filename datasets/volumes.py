@@ -2,6 +2,9 @@
 
 For the preparation scripts, and for common.py where --predict is given a volume."""
 
+import gzip
+import io
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,8 +16,6 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-
-UNREADABLE = OSError, EOFError, ValueError, nibabel.filebasedimages.ImageFileError
 
 
 class Damaged(common.Error):
@@ -28,16 +29,21 @@ class Volume:
     def __init__(self, file):
         self.file = file
         try:
-            self.image = nibabel.load(file)
-        except UNREADABLE as e:
-            raise Damaged(f"{file} is not a readable NIfTI volume ({e}); download it again") from e
-        if len(self.image.shape) != 3:
+            self.image = _opened(file)
+            orientation = nibabel.io_orientation(self.image.affine)  # per voxel axis: axis of the body, and its sign
+            needed = math.prod(self.image.shape) * self.image.get_data_dtype().itemsize + self.image.dataobj.offset
+            data = self.image.file_map["image"]
+            size = data.fileobj.getbuffer().nbytes if data.fileobj else os.path.getsize(data.filename)
+        except Exception as e:  # nibabel, gzip and numpy raise many kinds where a header is damaged
+            raise Damaged(f"{file} is not a readable NIfTI volume ({_reason(e)}); download it again") from e
+        if size < needed:
+            raise Damaged(f"{file} is cut off: {size} of {needed} bytes; download it again")
+        if len(self.image.shape) < 3 or math.prod(self.image.shape[3:]) != 1:
             raise Damaged(f"{file} has {len(self.image.shape)} dimensions {self.image.shape}; one volume has 3")
-        orientation = nibabel.io_orientation(self.image.affine)  # per voxel axis: the axis of the body, and its sign
         if np.isnan(orientation).any():
             raise Damaged(f"{file} has an affine that names no orientation; convert the source again")
         self.axes = [int(np.flatnonzero(orientation[:, 0] == a)[0]) for a in range(3)]  # right, front, up
-        self.signs = [orientation[a, 1] for a in self.axes]
+        self.signs = [int(orientation[a, 1]) for a in self.axes]
         self.shape = tuple(self.image.shape[a] for a in self.axes)
 
     def axial(self, start=0, stop=None):
@@ -46,18 +52,19 @@ class Volume:
         stop = depth if stop is None else stop
         if not 0 <= start < stop <= depth:
             raise Damaged(f"{self.file} has {depth} axial slices; the rule reads {start} to {stop - 1}")
-        where = [slice(None)] * 3
+        where = [slice(None)] * 3 + [0] * (len(self.image.shape) - 3)  # (x, y, z, 1) is one volume, too
         where[self.axes[2]] = slice(start, stop) if self.signs[2] > 0 else slice(depth - stop, depth - start)
         try:
-            voxels = np.asarray(self.image.dataobj[tuple(where)], np.float32)  # reads these slices only
-        except UNREADABLE as e:
-            raise Damaged(f"{self.file} is damaged ({e}); download it again") from e
+            with np.errstate(all="ignore"):
+                voxels = np.asarray(self.image.dataobj[tuple(where)], np.float32)  # reads these slices only
+        except Exception as e:
+            raise Damaged(f"{self.file} is damaged ({_reason(e)}); download it again") from e
         if not np.isfinite(voxels).all():
             raise Damaged(f"{self.file} has voxels that are not finite; download or convert it again")
         return voxels.transpose(self.axes[::-1])[self._flips()]  # (up, front, right) -> (D, H, W)
 
     def _flips(self):
-        return tuple(slice(None, None, int(sign)) for sign in (self.signs[2], -self.signs[1], -self.signs[0]))
+        return tuple(slice(None, None, sign) for sign in (self.signs[2], -self.signs[1], -self.signs[0]))
 
     def save(self, slices, file):
         """Write values for all axial slices, (D, H, W), as a volume that every viewer shows on top of this one."""
@@ -65,6 +72,19 @@ class Volume:
         with common.atomic(file) as tmp:
             nibabel.save(nibabel.Nifti1Image(voxels.astype(np.float32), self.image.affine), f"{tmp}.nii.gz")
             os.replace(f"{tmp}.nii.gz", tmp)
+
+
+def _opened(file):
+    """The NIfTI image of a file. A compressed one is unpacked into memory, to the end, where its checksum is; from a
+    file, slices would be read without it, and each from the start."""
+    image = nibabel.load(file)
+    held = {kind: nibabel.FileHolder(fileobj=io.BytesIO(gzip.decompress(Path(part.filename).read_bytes())))
+            for kind, part in image.file_map.items() if str(part.filename).endswith(".gz")}
+    return type(image).from_file_map(image.file_map | held) if held else image
+
+
+def _reason(e):
+    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
 
 def stretched(image):

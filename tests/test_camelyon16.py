@@ -243,4 +243,4 @@ def test_a_source_without_tumour_or_with_a_slide_twice_is_one_line(source, tmp_p
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "0 test slides" in done.stderr
     shutil.copytree(source / "training", tmp_path / "raw/training_copy")
     done = prepare(tmp_path / "raw", tmp_path / "data")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "both of normal_00" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "are both normal_00" in done.stderr

@@ -26,7 +26,7 @@ def test_phantom_is_the_same_to_the_byte_and_a_second_run_does_nothing(phantom, 
 
 def test_phantom_has_masks_inside_the_head_and_a_manifest(phantom):
     base = phantom / "phantom"
-    entries = common.list_split(base, "test")
+    entries = common.list_split(common.find_benchmark("phantom", phantom)[1], "test")
     assert [label for _, label, _ in entries] == [0] * 6 + [1] * 6
     for image, label, mask in entries:
         assert (mask is not None) == bool(label)
@@ -60,6 +60,11 @@ def source(tmp_path_factory):
 
 def prepare(source, root, *more):
     return run_here("datasets/brats2021.py", "--raw", source, "--root", root, "--workers", 2, *more)
+
+
+def images_of(root):
+    """What was prepared, without the record, which has the times of the source's files."""
+    return {file: content for file, content in files_of(root).items() if file.name != "brats2021.json"}
 
 
 def one_line(done, *words):
@@ -113,7 +118,7 @@ def test_neither_the_affines_signs_nor_the_stored_type_change_the_images(source,
     for axes, stored in (("RPS", {}), ("LPI", dict(slope=0.5, inter=-100.0))):
         raw = cohort(tmp_path / axes, axes=axes, **stored)
         assert prepare(raw, tmp_path / f"b{axes}").returncode == 0
-        assert files_of(tmp_path / f"b{axes}" / "brain") == files_of(tmp_path / "a/brain")
+        assert images_of(tmp_path / f"b{axes}") == images_of(tmp_path / "a")
 
 
 def test_the_same_source_gives_the_same_bytes_and_a_second_run_does_nothing(source, tmp_path):
@@ -132,13 +137,14 @@ def test_a_run_killed_half_way_is_finished_by_the_next(source, tmp_path):
         "    return keep(folder, split, label, name, *rest, **columns)\nprepare.save = save\n"
     script = (ROOT / "datasets/brats2021.py").read_text()
     (tmp_path / "brats2021.py").write_text(script.replace("import prepare\n", killed, 1).replace(
-        "Path(__file__).resolve().parent", repr(str(ROOT / "datasets"))))
+        "__file__", repr(str(ROOT / "datasets/brats2021.py"))))
     dead = run_script(tmp_path / "brats2021.py", "--raw", source, "--root", tmp_path / "cut", "--workers", 1)
     assert dead.returncode == -9 and not (tmp_path / "cut/brain").exists()
-    kept = tmp_path / "cut/.preparing-brats2021/writing/BraTS2021_00000.json"
+    kept = tmp_path / "cut/.preparing-brats2021/part/train/good/img/BraTS2021_00000_60.png"
     written = kept.stat().st_mtime_ns
-    started = prepare(source, tmp_path / "cut")
-    assert started.returncode == 0 and written and files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert prepare(source, tmp_path / "cut").returncode == 0
+    assert (tmp_path / "cut/brain/train/good/img" / kept.name).stat().st_mtime_ns == written
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
 def shorten(files):
@@ -178,7 +184,8 @@ def test_a_damaged_case_is_named_skipped_and_listed_and_strict_stops_there(harm,
     named = [line for line in done.stderr.splitlines() if case.name in line]
     assert len(named) == 2 and all(said in line for line in named) and named[1].startswith("made without 1 damaged")
     assert not any(case.name in str(p) for p in files_of(tmp_path / "brain"))
-    assert prepare(raw, tmp_path).returncode == 1  # nothing to do, and still without that case
+    again = prepare(raw, tmp_path)  # nothing to do, and still without that case
+    assert again.returncode == 1 and "nothing to do" in again.stdout and case.name in again.stderr
     strict = prepare(raw, tmp_path / "strict", "--strict")
     assert strict.returncode == 2 and case.name in strict.stderr and not (tmp_path / "strict/brain").exists()
 
@@ -192,10 +199,12 @@ def test_a_replaced_file_changes_the_plan_and_leaves_nothing_of_the_earlier_one(
     assert prepare(raw, tmp_path / "cut", "--strict").returncode == 2
     begun = tmp_path / "cut/.preparing-brats2021"
     assert prepare(raw, tmp_path / "without").returncode == 1
-    shutil.copytree(tmp_path / "without/brain", begun / "images", dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "without/brain", begun / "part", dirs_exist_ok=True)
     file.write_bytes(whole)
-    assert prepare(raw, tmp_path / "cut").returncode == 0
-    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    done = prepare(raw, tmp_path / "cut")
+    assert done.returncode == 0 and "1 of its files are changed" in done.stdout and file.name in done.stdout
+    assert images_of(tmp_path / "cut") == images_of(tmp_path / "whole")
+    one_line(prepare(raw, tmp_path / "without"), "1 of its files are changed", file.name, "remove it")
 
 
 def test_wrong_folders_end_with_one_line_that_says_what_was_looked_for_and_found(tmp_path):

@@ -115,10 +115,9 @@ def test_resc_divides_as_a_list_says_and_leaves_others_out():
                                             ("test", 0): 2, ("test", 1): 1}
 
 
-def test_resc_with_one_validation_patient_ends_with_one_line(capsys):
-    with pytest.raises(SystemExit):
+def test_resc_with_one_validation_patient_is_an_error():
+    with pytest.raises(common.Error, match="1 usable patients in the validation part cannot be divided"):
         resc.plan(cubes("train", [2], [1]) | cubes("valid", [2], [1]))
-    assert "1 usable patients in the validation part cannot be divided" in capsys.readouterr().err
 
 
 P1, P77, P77_LATER, P9 = (f"{name}_OD_sn161_cube_z" for name in (
@@ -170,7 +169,7 @@ def test_resc_writes_slices_and_masks_and_names_a_truncated_file(tmp_path):
     assert Counter((r["split"], r["label"]) for r in rows) == {
         ("train", "0"): 1, ("valid", "0"): 3, ("valid", "1"): 1, ("test", "0"): 4, ("test", "1"): 4}
     assert {r["case"] for r in rows if r["split"] == "test"} == {"P0077"}
-    for image, label, mask in common.list_split(tmp_path / "resc", "test"):
+    for image, label, mask in common.list_split(common.find_benchmark("resc", tmp_path)[1], "test"):
         np.testing.assert_array_equal(read(image), read(images[image.stem]))
         assert bool(label) == (mask is not None) == (int(image.stem.rsplit("_", 1)[1]) > 2)
         if label:
@@ -281,17 +280,14 @@ def test_rsna_of_full_size_gives_the_published_counts():
     ([("a", "Normal"), ("b", "Normal"), ("a", "Lung Opacity")], "a has two classes, Normal and Lung Opacity"),
     ([("a", "normal")], "a has class normal; known are Normal, Lung Opacity"),
 ])
-def test_rsna_patient_with_two_classes_or_an_unknown_one_ends_with_a_line_that_names_it(rows, words, capsys):
-    with pytest.raises(SystemExit):
+def test_rsna_patient_with_two_classes_or_an_unknown_one_is_an_error_that_names_it(rows, words):
+    with pytest.raises(common.Error, match=words):
         rsna.labels_of([dict(patientId=p, **{"class": k}) for p, k in rows])
-    err = capsys.readouterr().err
-    assert words in err and err.count("\n") == 1
 
 
-def test_rsna_too_few_patients_end_with_one_line(capsys):
-    with pytest.raises(SystemExit):
+def test_rsna_too_few_patients_are_an_error():
+    with pytest.raises(common.Error, match="^2 normal patients; train, valid, test need one each$"):
         rsna.plan(dict(a=0, b=0, c=1, d=1))
-    assert capsys.readouterr().err == "error: 2 normal patients; train, valid, test need one each\n"
 
 
 def test_rsna_reads_jpeg_and_raw_pixels_and_inverts_monochrome1(tmp_path):
@@ -319,7 +315,7 @@ def test_rsna_names_what_is_wrong_with_a_file(tmp_path):
         "no readable pixels": lambda file: truncated(file, array),
         "no readable pixels .*truncated": lambda file: write_dicom(file, array, cut=300),
         "not a readable DICOM file": lambda file: file.write_bytes(b"no DICOM"),
-        "holds uint16 pixels": lambda file: write_dicom(file, array.astype(np.uint16), ExplicitVRLittleEndian),
+        "values from 0 to 250, which do not fit the 16 bits": lambda file: write_dicom(file, array.astype(np.uint16), ExplicitVRLittleEndian),
     }.items():
         file = tmp_path / "a.dcm"
         write(file)
@@ -356,13 +352,12 @@ def test_rsna_writes_the_benchmark_and_names_missing_and_truncated_files(tmp_pat
     assert code == 2 and err == f"error: {fixed}: {ids[8]} is anomalous and cannot be in train\n"
 
 
-def test_list_of_patients_is_followed_and_checked(tmp_path, capsys):
+def test_list_of_patients_is_followed_and_checked(tmp_path):
     file = writes_list(tmp_path / "list.csv", "case,split", [("a", "valid"), ("b", "test")])
     assert prepare.read_split(file, {"a", "b", "c"}, ["valid", "test"]) == dict(a="valid", b="test")
     for rows, words in (([("a", "train")], "a has split train; known are valid, test"),
                         ([("x", "test")], "x is not in the source"),
-                        ([("a", "test"), ("a", "valid")], "a stands there twice")):
-        with pytest.raises(SystemExit):
+                        ([("a", "test"), ("a", "valid")], "a is there twice")):
+        with pytest.raises(common.Error, match=words) as error:
             prepare.read_split(writes_list(file, "case,split", rows), {"a"}, ["valid", "test"])
-        err = capsys.readouterr().err
-        assert words in err and str(file) in err and err.count("\n") == 1
+        assert str(file) in str(error.value)
