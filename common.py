@@ -15,6 +15,7 @@ import math
 import operator
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -50,7 +51,7 @@ def command_line(Args, description):
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2)
         if kind is KeyboardInterrupt:
-            print("interrupted; run the same command again to resume", file=sys.stderr)
+            print("interrupted; the same command resumes after the last evaluation, if there was one", file=sys.stderr)
             raise SystemExit(130)
         sys.__excepthook__(kind, error, traceback)
 
@@ -330,6 +331,13 @@ class Features:
         return self.split.batches(batch_size, self.device, shuffle, drop_last, fetch)
 
 
+def listed(args):
+    """(folder, {split: entries}, fingerprint of all of them) of the benchmark args.data."""
+    base, parts = find_benchmark(args.data, args.root)
+    entries = {split: list_split(parts, split) for split in SPLITS}
+    return base, entries, fingerprint(sum(entries.values(), []), base)
+
+
 def volumes():
     """The module datasets/volumes.py, which reads NIfTI volumes for --predict."""
     sys.path.append(str(Path(__file__).with_name("datasets")))
@@ -354,8 +362,7 @@ def load_benchmark(args):
         print(f"{args.predict}: {len(files)} images to score")
         base = base if base.is_dir() else base.parent
         return None, None, Split("predict", [(file, -1, None) for file in files], args.image_size, base, cache)
-    base, parts = find_benchmark(args.data, args.root)
-    entries, splits, counts = {split: list_split(parts, split) for split in SPLITS}, [], []
+    (base, entries, images), splits, counts = listed(args), [], []
     for name in SPLITS:
         normal, anomalous = ([e for e in entries[name] if e[1] == label] for label in (0, 1))
         if args.limit:  # evenly spread over the files
@@ -366,7 +373,7 @@ def load_benchmark(args):
         if not complete and name != "valid":
             raise Error(f"{base}: {counts[-1]} images; put images into train/good, test/good and test/Ungood")
         splits.append(Split(name, normal + anomalous, args.image_size, base, cache) if complete else None)
-    checked = cache / f"{fingerprint(sum(entries.values(), []), base)}.check.json"  # by datasets/check.py
+    checked = cache / f"{images}.check.json"  # by datasets/check.py
     splits[2].check = json.loads(checked.read_text()) if checked.exists() else None
     print(f"{base}: {', '.join(counts)}; {args.image_size}x{args.image_size}, "
           f"{'' if splits[2].has_masks else 'no '}masks" + f"; LIMITED to {args.limit} a class" * bool(args.limit))
@@ -627,15 +634,6 @@ FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "overwri
         "cache_features"}
 
 
-def _same_arguments(args, kept, folder):
-    asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(args), kept["args"]))  # tuples as lists
-    for a in (asked, theirs):  # two folders of one name are not one benchmark
-        a["data"] = str(Path(a["data"]).resolve()) if Path(a["data"]).is_dir() else a["data"]
-    for k in [k for k in asked if k not in FREE - {"data", "limit", "batch_size"} and asked[k] != theirs.get(k)]:
-        raise Error(f"{folder} holds a run with --{k.replace('_', '-')} {theirs.get(k)}, not {asked[k]}; give "
-                    "--overwrite or another --out")
-
-
 def read_results(file):
     """The results.json of a finished run, as a dict."""
     try:
@@ -666,7 +664,7 @@ class Run:
         """Seeds PyTorch, picks the device, makes `<out>/<data>/<method>/seed<k>` and locks it.
 
         With args.checkpoint the arguments that define the model are taken from it, in place."""
-        method, kept = Path(script).stem, None
+        method, kept, self.args = Path(script).stem, None, args
         if args.predict and not args.checkpoint:
             raise Error("--predict needs a trained model: give --checkpoint FILE, the model.pt of a run")
         if args.checkpoint:
@@ -684,8 +682,12 @@ class Run:
         torch.manual_seed(args.seed)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for on a GPU
         torch.use_deterministic_algorithms(True, warn_only=True)
-        asked = Path(args.predict or args.data)
-        data = asked.resolve().name if asked.is_dir() else asked.name.split(".")[0]
+        self.images = None if args.predict else listed(args)[2]  # resuming needs the very same ones
+        asked = Path(args.predict or args.data).resolve()
+        data = asked.name if asked.is_dir() else args.data
+        if args.predict:  # each input and each model has its own folder
+            source = f"{asked} {sha256(args.checkpoint)}".encode(errors="surrogateescape")
+            data = f"{plain(asked.name)}-{hashlib.sha256(source).hexdigest()[:8]}"
         folder = Path(args.out) / data / method / f"seed{args.seed}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -700,17 +702,31 @@ class Run:
         if args.checkpoint and finished.exists() and (args.predict or not args.overwrite):
             raise Error(f"{folder} holds a finished run; give another --out" + " or --overwrite" * (not args.predict))
         if not args.checkpoint and not args.overwrite and finished.exists():
-            _same_arguments(args, read_results(finished), folder)
+            self._belongs_to(read_results(finished), folder)
             print(f"{folder} is finished already, with these arguments; nothing to do (--overwrite does it again)")
             raise SystemExit(0)
         if not args.checkpoint and not args.overwrite and begun.exists():
             kept = read_checkpoint(begun, method)
-            _same_arguments(args, kept, folder)
+            self._belongs_to(kept, folder)
+            if kept["threads"] != torch.get_num_threads():
+                print(f"NOTE: {torch.get_num_threads()} threads now, {kept['threads']} before: results can differ")
         print(f"{method} on {data}, seed {args.seed}, {device}: {folder}", flush=True)
-        self.script, self.args, self.device, self.folder, self.lock = Path(script), args, device, folder, lock
+        self.script, self.device, self.folder, self.lock = Path(script), device, folder, lock
         self.kept = kept  # what --checkpoint, or else an interrupted run's last evaluation holds, or None
         self.history, self.best, self.epoch, self.notes = [], -math.inf, None, {}
-        self.started, self.stateful = time.perf_counter(), ()
+        self.started, self.stateful, self.fresh = time.perf_counter(), (), kept is None
+
+    def _belongs_to(self, kept, folder):
+        """`Error` if what an earlier run left has other arguments or saw other images."""
+        asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # no tuples
+        for a in (asked, theirs):  # two folders of one name are not one benchmark
+            a["data"] = str(Path(a["data"]).resolve()) if Path(a["data"]).is_dir() else a["data"]
+        for k in [k for k in asked if k not in FREE - {"data", "limit", "batch_size"} and asked[k] != theirs.get(k)]:
+            raise Error(f"{folder} holds a run with --{k.replace('_', '-')} {theirs.get(k)}, not {asked[k]}; give "
+                        "--overwrite or another --out")
+        if kept["images"] != self.images:
+            raise Error(f"{folder} holds a run on other images: files of {self.args.data} were added, removed or "
+                        "changed; give --overwrite or another --out")
 
     def epochs(self, model, *stateful):
         """1, 2, ..., args.epochs; after an interruption, what follows the last evaluation, with everything as it was.
@@ -764,11 +780,16 @@ class Run:
         self._save("checkpoint.pt", model, epoch)
 
     def _save(self, name, model, epoch, **more):
+        if self.fresh:  # nothing of an earlier run survives
+            for old in self.folder.iterdir():
+                remove(old)
+        self.fresh = False
         state = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(_frozen(model))}
         with atomic(self.folder / name) as tmp:
             torch.save(dict(format=FORMAT, method=self.script.stem, args=dataclasses.asdict(self.args), epoch=epoch,
                             notes=self.notes, train_seconds=time.perf_counter() - self.started,
-                            weights=_weights(model), state=state, **more), tmp)
+                            weights=_weights(model), state=state, images=self.images, threads=torch.get_num_threads(),
+                            **more), tmp)
 
     def load(self, model):
         """Put the kept (with --checkpoint: the given) state into `model`; returns its epoch and train seconds."""
@@ -801,8 +822,8 @@ def finish(run, model, splits):
     NIfTI volume anomaly_map.nii.gz."""
     args, folder, test = run.args, run.folder, splits[2]
     epoch, train_seconds = run.load(model)
-    if not args.predict:
-        (folder / "results.json").unlink(missing_ok=True)  # until scores.csv and maps/ are new, too
+    for old in ("results.json", "maps", "curves.csv"):  # a folder without results.json is not a finished run
+        remove(folder / old)
     model.to(run.device)
     volume = (args.predict or "").lower().endswith((".nii", ".nii.gz"))
     count = len(test) if args.maps < 0 else min(args.maps, len(test))
@@ -822,6 +843,9 @@ def finish(run, model, splits):
     rows = zip(test.paths, test.labels, result.scores, strict=True)
     write_csv(folder / "scores.csv", [dict(path=p, label="" if y < 0 else int(y), score=float(s)) for p, y, s in rows])
     if args.predict:
+        record = dict(input=str(Path(args.predict).resolve()), checkpoint=str(Path(args.checkpoint).resolve()),
+                      checkpoint_sha256=sha256(args.checkpoint), scored=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        (folder / "predict.json").write_text(json.dumps(record, indent=1))
         os.close(run.lock)
         print(f"{len(test)} scores, {count if result.map_range else 0} heat maps: {folder}")
         return
@@ -836,7 +860,8 @@ def finish(run, model, splits):
                             capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     results = dict(
         format=FORMAT, method=run.script.stem, data=folder.parts[-3], seed=args.seed, metrics=result.metrics,
-        images={s.name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum())) for s in splits if s},
+        images=run.images,
+        counts={s.name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum())) for s in splits if s},
         pixel_threshold=threshold, check=test.check, epoch=epoch, train_seconds=train_seconds,
         test_ms_per_image=result.ms_per_image,
         peak_memory_gib=dict(ram=peak) | (dict(gpu=torch.cuda.max_memory_allocated() / 2**30) if on_gpu else {}),
@@ -862,6 +887,16 @@ def finish(run, model, splits):
           f"peak {peak:.2f} GiB: {folder}")
 
 
+def plain(name):
+    """A name as part of a file name: at most 60 characters, ASCII, no dots and spaces."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[-60:]
+
+
+def map_name(index, path):
+    """The file of a test image's heat map, unique whatever the images' paths are."""
+    return f"{index:05}_{plain(path.rsplit('.', 1)[0])}.png"
+
+
 def _write_panels(folder, split, indices, maps, low, high):
     with atomic(folder) as tmp:
         tmp.mkdir()
@@ -872,8 +907,7 @@ def _write_panels(folder, split, indices, maps, low, high):
             panels = [image, (0.5 * image + 0.5 * jet).astype(np.uint8)]
             if split.has_masks:
                 panels.insert(1, np.repeat(split.masks[i][..., None] * np.uint8(255), 3, axis=2))
-            name = split.paths[i].rsplit(".", 1)[0].replace("/", "_")
-            Image.fromarray(np.concatenate(panels, axis=1)).save(tmp / f"{name}.png")
+            Image.fromarray(np.concatenate(panels, axis=1)).save(tmp / map_name(i, split.paths[i]))
 
 
 start_run = Run

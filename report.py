@@ -75,7 +75,7 @@ OURS = {  # variants of clip_recon that the thesis' Tables 4.1 to 4.4 have: its 
     "backbone resnet50": ("clip_recon (ResNet-50, DA)", "clip_recon", dict(backbone="resnet50")),
 }
 NUMBER = (int, float)
-NEEDED = dict(method=str, metrics=dict, images=dict, train_seconds=NUMBER, test_ms_per_image=NUMBER,
+NEEDED = dict(method=str, metrics=dict, counts=dict, train_seconds=NUMBER, test_ms_per_image=NUMBER,
               peak_memory_gib=dict, weights=list, notes=dict, args=dict, changed=dict, device=str)  # of results.json
 DRAWS = 2000  # of the test images, for the intervals
 RATES = np.linspace(0, 1, 1001)  # false positive rates at which the curves of the seeds are averaged
@@ -252,7 +252,7 @@ def as_published(data, method, results, changed):
     """Whether all these runs have the thesis' method, settings (with what its table says is `changed`) and number of
     images, and what they resolved was published: trained weights, DRAEM's textures."""
     def count(r):
-        return r["images"]["train"]["normal"], r["images"]["test"]["normal"], r["images"]["test"]["anomalous"]
+        return r["counts"]["train"]["normal"], r["counts"]["test"]["normal"], r["counts"]["test"]["anomalous"]
 
     def resolved(r):  # auto found the published weights if they are trained
         trained = all(w["trained"] for w in r["weights"])
@@ -467,8 +467,8 @@ def maps_figure(data, methods, runs, scores):
                for m in methods}
     folders = {m: f for m, f in folders.items() if f}
     names = sorted(set.intersection(*({p.name for p in f.glob("*.png")} for f in folders.values()))) if folders else []
-    normal = {path.rsplit(".", 1)[0].replace("/", "_") + ".png" for (d, _), known in scores.items()
-              if d == data and known for path, is_so in zip(known[2], ~known[0], strict=True) if is_so}
+    normal = {common.map_name(i, path) for (d, _), known in scores.items() if d == data and known
+              for i, (path, is_so) in enumerate(zip(known[2], ~known[0], strict=True)) if is_so}
     anomalous = [n for n in names if n not in normal]
     count = min(SHOWN, len(anomalous))
     names = [anomalous[i * len(anomalous) // count] for i in range(count)] + [n for n in names if n in normal][:1]

@@ -94,7 +94,7 @@ def read_scores(folder):
 def test_a_run_leaves_complete_results(finished):
     method, folder, _, stdout = finished
     results = json.loads((folder / "results.json").read_text())
-    assert set(results) == {"method", "data", "seed", "metrics", "images", "epoch", "train_seconds",
+    assert set(results) == {"method", "data", "seed", "metrics", "images", "counts", "epoch", "train_seconds",
                             "test_ms_per_image", "peak_memory_gib", "parameters", "weights", "notes", "args",
                             "format", "check", "changed", "pixel_threshold", "versions", "device", "threads",
                             "commit", "finished"}
@@ -106,7 +106,7 @@ def test_a_run_leaves_complete_results(finished):
             assert value is None
         else:
             assert 0 <= value <= 1, name
-    assert results["images"] == dict(train=dict(normal=12, anomalous=0), valid=dict(normal=4, anomalous=4),
+    assert results["counts"] == dict(train=dict(normal=12, anomalous=0), valid=dict(normal=4, anomalous=4),
                                      test=dict(normal=6, anomalous=6))
     assert "train 12 normal" in stdout and f"{metrics['image_auroc']:.4f}" in stdout
     assert {p.name for p in folder.iterdir()} <= {"results.json", "scores.csv", "model.pt", "maps", f"{method}.py",
@@ -237,7 +237,7 @@ def test_predict_scores_any_folder_of_images_one_by_one_as_in_a_batch(finished, 
     shutil.copytree(phantom / "phantom/test/Ungood/img", tmp_path / "new/some/where")
     run_here(method, "--checkpoint", folder / "model.pt", "--predict", tmp_path / "new", "--root", tmp_path, "--out",
              tmp_path / "runs", "--device", "cpu", "--batch-size", 1)
-    found = tmp_path / "runs/new" / method / "seed0"
+    found, = (tmp_path / "runs").glob(f"new-*/{method}/seed0")
     scores = {r["path"].split("/")[-1]: float(r["score"]) for r in read_scores(found)}
     known = {r["path"].split("/")[-1]: float(r["score"]) for r in read_scores(folder) if r["label"] == "1"}
     # untrained embeddings lie so close together that CutPaste's whitening enlarges their rounding to 1e-3
@@ -266,7 +266,7 @@ def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom,
     write_nifti(tmp_path / "case.nii.gz", volume, axes)
     run_here("padim", *arguments, "--checkpoint", tmp_path / "phantom/padim/seed0/model.pt", "--predict",
              tmp_path / "case.nii.gz")
-    folder = tmp_path / "case/padim/seed0"
+    folder, = tmp_path.glob("case_nii_gz-*/padim/seed0")
     scores = [float(r["score"]) for r in read_scores(folder)]  # from the lowest slice up
     source, found = (nibabel.load(f) for f in (tmp_path / "case.nii.gz", folder / "anomaly_map.nii.gz"))
     assert found.shape == source.shape and np.array_equal(found.affine, source.affine)
@@ -276,6 +276,44 @@ def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom,
     panel = np.asarray(Image.open(sorted((folder / "maps").iterdir())[0]), float)[:, :64, 0]  # the image, front on top
     lowest = np.asarray(Image.fromarray(volume[::-1, ::-1, 0].T).resize((64, 64), Image.Resampling.BILINEAR))
     assert np.corrcoef(panel.ravel(), lowest.ravel())[0, 1] > 0.99
+
+
+def test_predictions_never_replace_each_other_and_tell_their_input_and_checkpoint(phantom, tmp_path):
+    arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 2]
+    run_here("padim", *arguments, *SHORT["padim"])
+    model, images = tmp_path / "phantom/padim/seed0/model.pt", phantom / "phantom/test/Ungood/img"
+    inputs = [tmp_path / "a/x.1.png", tmp_path / "b/x.1.png", tmp_path / "a/x.2.png", tmp_path / "c"]
+    for file, image in zip([*inputs[:3], *(tmp_path / "c" / n for n in ("d/e.png", "d_e.png", "d/e.jpg"))],
+                           sorted(images.iterdir()), strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(image).save(file)
+    for path in inputs:
+        run_here("padim", *arguments, "--checkpoint", model, "--predict", path)
+    records = [json.loads(f.read_text()) for f in tmp_path.glob("*/padim/seed0/predict.json")]
+    assert {r["input"] for r in records} == {str(path) for path in inputs}
+    assert {r["checkpoint_sha256"] for r in records} == {common.sha256(model)}
+    folder, = tmp_path.glob("c-*/padim/seed0")
+    run_here("padim", *arguments, "--checkpoint", model, "--predict", tmp_path / "c", "--maps", -1)
+    assert len(read_scores(folder)) == 3 == len(list((folder / "maps").iterdir()))
+
+
+def test_a_finished_run_says_that_its_images_changed(phantom, tmp_path, capsys):
+    shutil.copytree(phantom / "phantom", tmp_path / "phantom")
+    arguments = ["--root", tmp_path, "--out", tmp_path / "runs", "--device", "cpu", "--maps", 0, *SHORT["padim"]]
+    run_here("padim", *arguments)
+    (tmp_path / "phantom/train/good/img/0000.png").unlink()
+    with pytest.raises(SystemExit) as left:
+        run_here("padim", *arguments)
+    assert left.value.code == 2 and "other images" in capsys.readouterr().err
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_run(phantom, tmp_path):
+    arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", *SHORT["padim"]]
+    run_here("padim", *arguments, "--maps", 2)
+    folder = tmp_path / "phantom/padim/seed0"
+    (folder / "resume.pt").write_text("of a killed run")
+    run_here("padim", *arguments, "--maps", 0, "--overwrite")
+    assert {p.name for p in folder.iterdir()} == {"results.json", "scores.csv", "model.pt", "padim.py", "curves.csv"}
 
 
 def test_a_checkpoint_does_not_replace_the_scores_of_a_finished_run(phantom, tmp_path, capsys, monkeypatch):
@@ -303,7 +341,7 @@ def test_ctrl_c_ends_a_run_with_one_line(phantom, tmp_path):
     run.send_signal(signal.SIGINT)
     error = run.communicate(timeout=60)[1]
     assert run.returncode == 130
-    assert error == "interrupted; run the same command again to resume\n"
+    assert error == "interrupted; the same command resumes after the last evaluation, if there was one\n"
 
 
 def test_a_wrong_data_folder_leaves_a_finished_run_as_it_is(phantom, tmp_path):

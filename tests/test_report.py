@@ -47,15 +47,15 @@ def make_run(root, data, method, seed=0, shift=1.0, counts=(12, 30, 30), maps=0,
         common.write_csv(folder / "curves.csv", [dict(fpr=x, tpr=x**0.2, pro=x**0.4) for x in t])
     for i in range(maps):
         (folder / "maps").mkdir(exist_ok=True)
-        file = paths[i * len(paths) // maps].rsplit(".", 1)[0].replace("/", "_")
+        file = common.map_name(i * len(paths) // maps, paths[i * len(paths) // maps])
         tone = np.random.default_rng(i).integers(0, 255, (16, 48, 3), np.uint8)
-        Image.fromarray(tone).save(folder / f"maps/{file}.png")
+        Image.fromarray(tone).save(folder / "maps" / file)
     known = common.image_metrics(labels, scores)
     results = dict(
         method=method, data=data, seed=seed, train_seconds=1.0, test_ms_per_image=2.0, args=dict(limit=None),
         metrics=known | dict(pixel_auroc=0.9, pixel_ap=None, aupro=0.7, dice=0.3, dice_valid=0.4),
         weights=[dict(name="x", trained=True)],
-        images=dict(train=dict(normal=counts[0]), test=dict(normal=counts[1], anomalous=counts[2])), changed={},
+        counts=dict(train=dict(normal=counts[0]), test=dict(normal=counts[1], anomalous=counts[2])), changed={},
         format=common.FORMAT, check=None, epoch=None, notes={}, peak_memory_gib=dict(ram=1.5), device="cpu")
     (folder / "results.json").write_text(json.dumps(results | changes))
     return folder
