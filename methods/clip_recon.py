@@ -304,6 +304,7 @@ def build_model(args):
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.Run(__file__, args)
+    torch.use_deterministic_algorithms(True, warn_only=run.device.type != "cuda")  # else attention varies on a GPU
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
