@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import tyro
 from annotated_types import Ge, Gt, Interval
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -203,12 +203,18 @@ def fingerprint(entries, base):
     return hashlib.sha256(repr((str(base.resolve()), state)).encode()).hexdigest()[:16]
 
 
-def decode(path, size=None):
-    """uint8 (3, size, size) and the file's own (width, height); size None: not resized. 16 bit: 65535 is white."""
+def decode(path, size=None, mask=False):
+    """uint8 (3, size, size) and the file's own (width, height); size None: not resized. 16 bit: 65535 is white.
+
+    mask: transparent pixels are black; in images, transparency is ignored."""
     try:
         with Image.open(path) as image:
-            image.load()
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"{image.n_frames} pages or frames: save each as an image")
+            image = ImageOps.exif_transpose(image)  # as a viewer shows it
             original = image.size
+            if mask and "A" in image.getbands():
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 array = np.asarray(image, np.float32)
                 if image.mode == "F" or array.min() < 0 or array.max() > 65535:
@@ -227,7 +233,7 @@ def decode_mask(path, image_size, size):
     """uint8 (1, size, size): 1 (anomalous) above 10% of full scale; resized by nearest neighbour. path None: all 0."""
     if path is None:
         return np.zeros((1, size, size), np.uint8)
-    array, original = decode(path)
+    array, original = decode(path, mask=True)
     if original != image_size:
         raise Error(f"mask {path} has {original} pixels, its image {image_size}; make them equal")
     array = (array.max(axis=0) > 25.5).astype(np.uint8)
@@ -908,6 +914,3 @@ def _write_panels(folder, split, indices, maps, low, high):
             if split.has_masks:
                 panels.insert(1, np.repeat(split.masks[i][..., None] * np.uint8(255), 3, axis=2))
             Image.fromarray(np.concatenate(panels, axis=1)).save(tmp / map_name(i, split.paths[i]))
-
-
-start_run = Run

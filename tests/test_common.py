@@ -251,6 +251,29 @@ def test_image_kinds_decode_to_the_same_grey(suffix, mode, value, expected, tmp_
     assert array.shape == (3, 8, 8) and size == (20, 16) and set(array.ravel().tolist()) == {expected}
 
 
+def test_an_image_is_turned_as_its_exif_orientation_says(tmp_path):
+    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(tmp_path / "a.png", exif=exif)
+    array, size = common.decode(tmp_path / "a.png")
+    assert size == (2, 3) and np.array_equal(array[0], np.rot90(np.asarray(image), -1))
+
+
+def test_an_image_with_several_pages_is_refused(tmp_path):
+    pages = [Image.new("L", (8, 8), value) for value in (10, 20)]
+    pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])
+    with pytest.raises(common.Error, match="2 pages"):
+        common.decode(tmp_path / "a.tiff", 8)
+
+
+def test_a_mask_drawn_in_alpha_marks_its_opaque_pixels(tmp_path):
+    mask = np.full((4, 4, 4), 255, np.uint8)
+    mask[..., 3] = np.eye(4) * 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    assert np.array_equal(common.decode_mask(tmp_path / "m.png", (4, 4), 4)[0], np.eye(4))
+
+
 def test_palette_and_colour_images_keep_three_channels(tmp_path):
     image = Image.new("RGB", (20, 16), (200, 100, 50))
     image.save(tmp_path / "rgb.png")
