@@ -7,25 +7,24 @@ not: AnoDDPM takes simplex noise.
 
 Why it is not what the thesis cites for its row "DDPM" (Wolleb et al., MICCAI 2022): that method guides the denoising by
 a classifier of healthy and diseased images, and its diffusion model sees both. The benchmarks' training images are
-normal only; to take the anomalous ones of valid would leak labels into a table of unsupervised methods. Without the
-classifier its DDIM encoding and decoding gives the image back as it is, lesion included. The thesis does not say how
-its row was made. AnoDDPM needs no labels; `--noise gauss` is the plain DDPM's reconstruction.
+normal only; training on the anomalous ones of valid would leak labels. Without the classifier its DDIM encoding and
+decoding returns the image as it is, lesion included. The thesis does not say how its row was made. AnoDDPM needs no
+labels; `--noise gauss` is the plain DDPM's reconstruction.
 
 Settings: the official code (Julian-Wyatt/AnoDDPM, 3052f04, args28.json): network, schedule, 0 <= t < 800 in training,
 AdamW 1e-4, gradients cut at norm 1, averaged weights, 300,000 images. Those are 40 epochs of brain; of liver 195,
 resc 70, oct2017 11, chest 38, histo 59.
 Differences from the official code:
-- Octaves of gradient noise (Perlin's, on a cubic lattice) instead of simplex noise, with its periods and persistence.
-- A noise field is shifted and scaled to mean 0 and deviation 1, which the schedule takes for granted; there it is used
-  as it comes. In training each image and channel has its own, there the images of a batch share one.
+- Perlin's gradient noise, on a cubic lattice, instead of simplex noise, with its periods and persistence.
+- A noise field is shifted and scaled to mean 0 and deviation 1, which the schedule assumes; there it is used as it
+  comes. In training each image and channel has its own, there the images of a batch share one.
 - Scoring starts at t = 250 (there 200 for the figures, 250 elsewhere), in 50 steps instead of all (--sample-steps 0),
-  with the same noise for all images, drawn from the seed: a score depends on nothing but the image, and like images
-  have like scores.
+  with the same noise for all images, drawn from the seed: a score depends on the image only.
 - Batches of 8, in bfloat16 on a GPU; there single images. Averaged weights forget how they began (see `average`).
 - No random shift and rotation of training images. The score is the map's maximum, as elsewhere in the thesis' chapter;
-  there single pixels are scored only.
+  there only single pixels are scored.
 - A step back adds noise of the posterior's variance (DDPM, Eq. 7), not beta: both suit the full chain, but beta of a
-  shortened one is much more than its last step, of t = 0, takes out again.
+  shortened one is much more than its last step, of t = 0, removes again.
 - Two attention heads in training and test; there one in the test, with the weights that were trained with two.
 - As there, the last weights are taken: --choose-on-valid chooses the epoch as the other methods here do.
 
@@ -36,14 +35,16 @@ Cost, measured on one busy CPU thread: 200 images of 64 pixels with --base-chann
 """
 
 import copy
+import itertools
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Interval
 from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -60,52 +61,54 @@ AVERAGE = 0.9999  # of the averaged weights (official code)
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a layout that is read"""
+    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
     """folder of the prepared benchmarks; decoded images are cached below it"""
     out: str = "runs"
-    """results go to <out>/<data>/<method>/seed<k>"""
-    seed: int = 0
-    """seeds Python, NumPy and PyTorch"""
+    """results are written to <out>/<data>/<method>/seed<k>"""
+    seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
+    """seed of PyTorch's random numbers"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
-    image_size: int = 256
+    image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (official code)"""
-    batch_size: int = 8
+    batch_size: Annotated[int, Ge(1)] = 8
     """images a batch; each takes about 2.7 GiB in training in float32, half of it in bfloat16"""
-    limit: int | None = None
-    """at most this many images of each split and class, for quick looks"""
-    maps: int = 50
-    """how many test images get a picture; 0 none, -1 all"""
+    limit: Annotated[int | None, Ge(1)] = None
+    """use at most this many images of each split and class, for quick tests"""
+    maps: Annotated[int, Ge(-1)] = 50
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
-    """replace a finished run in the folder, or one that was stopped, instead of keeping it or going on"""
+    """discard an existing run and start over"""
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: int = 40
+    epochs: Annotated[int, Ge(1)] = 40
     """passes over the normal training images: 300,000 images of brain (official code)"""
-    lr: float = 1e-4
+    lr: Annotated[float, Gt(0)] = 1e-4
     """AdamW's learning rate (official code)"""
-    eval_every: int = 10
-    """epochs between savings of the weights, with --choose-on-valid also between looks at valid"""
+    eval_every: Annotated[int, Ge(1)] = 10
+    """validate every N epochs; the best checkpoint is kept"""
     choose_on_valid: bool = False
     """keep the epoch that is best on valid instead of the last"""
     noise: Literal["simplex", "gauss"] = "simplex"
     """what hides the image: octaves of smooth noise (AnoDDPM) or white noise (DDPM)"""
-    base_channels: int = 128
+    channels: Literal[1, 3] = 1
+    """1 for grey images (official code), 3 for coloured ones"""
+    base_channels: Annotated[int, Ge(1)] = 128
     """channels of the U-Net's first level (official code)"""
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
+    multipliers: Annotated[tuple[int, ...], Ge(1)] = (1, 1, 2, 2, 4, 4)
     """channels of each level over --base-channels; a level has half the size of the one before (official code)"""
-    attention: tuple[int, ...] = (32, 16, 8)
+    attention: Annotated[tuple[int, ...], Ge(1)] = (32, 16, 8)
     """sizes in pixels at which levels have attention (official code)"""
-    noise_level: int = 250
+    noise_level: Annotated[int, Interval(ge=1, le=1000)] = 250
     """lambda: the step, of 1000, to which a test image is noised (official code: 200 or 250)"""
-    sample_steps: int = 50
+    sample_steps: Annotated[int, Ge(1)] = 50
     """steps back from there, evenly spaced; 0 takes all --noise-level of them (official code)"""
-    repeats: int = 1
+    repeats: Annotated[int, Ge(1)] = 1
     """reconstructions of an image that are averaged (official code: 1 for its figures, 5 for its pictures)"""
-    sigma: int = 0
+    sigma: Annotated[int, Ge(0)] = 0
     """pixels: the map is smoothed by a Gaussian of this deviation; 0 leaves it as it is"""
     score: Literal["max", "top"] = "max"
     """of an image: the maximum of its map, or the mean of the largest hundredth, which is steadier"""
@@ -113,33 +116,30 @@ class Args:
 
 # --------------------------------------------------------------------------------------------------------------- noise
 def smooth_noise(t, channels, size, generator=None):
-    """Octaves of 3-D gradient noise cut at the step t (b,): (b, channels, size, size), of mean 0 and deviation 1.
+    """Octaves of Perlin's 3-D gradient noise, cut at the step t (b,): (b, channels, size, size), mean 0, deviation 1.
 
-    A pixel sums over the eight corners of its cell: weight times (gradient, offset from that corner). Both are products
-    of one axis each, so that all pixels of one plane of corners are matrix products."""
+    Each lattice corner has a random gradient; a pixel is the weighted sum of gradient times offset from its corners."""
     n, total = len(t) * channels, 0
     for octave in range(OCTAVES):
         period = PERIOD / 2**octave  # pixels, and steps of t
-        side = math.ceil((size - 1) / period) + 1
+        side = int((size - 1) / period) + 2  # corners
         gradient = torch.randn(2, 3, n, side, side, generator=generator).to(t.device)  # one sequence for all devices
         gradient = F.normalize(gradient, dim=1)
         place = torch.arange(size, device=t.device) / period  # in cells
-        offset = place[:, None] - torch.arange(side, device=t.device)  # (size, side)
-        weight = fade(offset)  # 0 but for the two corners around a pixel
-        slope = weight * offset
-        z = (t / period % 1).repeat_interleave(channels).view(n, 1, 1)  # the lattice is new, whole cells say nothing
-        for plane, (g_x, g_y, g_z) in enumerate(gradient):  # (n, side, side) each
-            dz = z - plane
-            value = weight @ (g_x @ slope.T + dz * (g_z @ weight.T)) + slope @ g_y @ weight.T  # (n, size, size)
-            total = total + PERSISTENCE**octave * fade(dz) * value
+        cell = place.long()
+        z = (t / period % 1).repeat_interleave(channels).view(n, 1, 1)  # in a cell: each t has its own lattice
+        for i, j, k in itertools.product((0, 1), repeat=3):
+            g_x, g_y, g_z = gradient[i][:, :, cell + j][..., cell + k]  # (n, size, size) each
+            dx, dy, dz = place - cell - k, (place - cell - j)[:, None], z - i
+            total = total + PERSISTENCE**octave * fade(dx) * fade(dy) * fade(dz) * (g_x * dx + g_y * dy + g_z * dz)
     total = total.view(len(t), channels, size, size)
     deviation, mean = torch.std_mean(total, dim=(2, 3), keepdim=True)
     return (total - mean) / deviation
 
 
 def fade(offset):
-    """Perlin's weight of a corner at this distance, in cells: 1 at 0, 0 from 1 on, flat at both."""
-    s = 1 - offset.abs().clamp(max=1)
+    """Perlin's weight of a corner at this distance, in cells: 1 at 0, 0 at 1, flat at both."""
+    s = 1 - offset.abs()
     return s**3 * (6 * s**2 - 15 * s + 10)
 
 
@@ -147,38 +147,40 @@ def white_noise(t, channels, size, generator=None):
     return torch.randn(len(t), channels, size, size, generator=generator).to(t.device)
 
 
-NOISE = dict(simplex=smooth_noise, gauss=white_noise)
+# ----------------------------------------------------------------------------------------------------------- diffusion
+class Diffusion(nn.Module):
+    """DDPM's constants and equations. The way back from step `level` - 1 visits `count` of the steps (0: all)."""
 
+    def __init__(self, level, count):
+        super().__init__()
+        alpha_bar = (1 - torch.linspace(*BETAS, STEPS, dtype=torch.double)).cumprod(0)  # t counts from 0
+        t = torch.linspace(0, level - 1, count or level, dtype=torch.double).round().long()  # visited
+        now, before = alpha_bar[t], F.pad(alpha_bar[t[:-1]], (1, 0), value=1)
+        beta = 1 - now / before  # of the visited steps (Nichol and Dhariwal, arXiv:2102.09672, Eq. 19)
+        constants = dict(
+            sqrt_alpha_bar=alpha_bar.sqrt(),
+            sqrt_one_minus_alpha_bar=(1 - alpha_bar).sqrt(),
+            weight_x_0=before.sqrt() * beta / (1 - now),  # in the posterior's mean, Eq. 7
+            weight_x_t=(1 - beta).sqrt() * (1 - before) / (1 - now),
+            sigma=(beta * (1 - before) / (1 - now)).sqrt())  # Eq. 7; 0 at the last step, as in Algorithm 2
+        self.register_buffer("t", t, persistent=False)
+        for name, value in constants.items():
+            self.register_buffer(name, value.float(), persistent=False)
 
-# ------------------------------------------------------------------------------------------------------------ schedule
-def alpha_bar(t):
-    """The share of the image's variance that is left after step t (DDPM, Eq. 4); t counts from 0."""
-    return (1 - torch.linspace(*BETAS, STEPS, dtype=torch.double)).cumprod(0).to(t.device)[t]
+    def q_sample(self, x_0, t, noise):
+        """x_t of x_0 in one jump (Eq. 4); t (b,)."""
+        left, added = self.sqrt_alpha_bar[t], self.sqrt_one_minus_alpha_bar[t]
+        return left.view(-1, 1, 1, 1) * x_0 + added.view(-1, 1, 1, 1) * noise
 
-
-def q_sample(x_0, t, noise):
-    """x_t of x_0 in one jump (DDPM, Eq. 4); t (b,)."""
-    left = alpha_bar(t).view(-1, 1, 1, 1)
-    return left.sqrt().float() * x_0 + (1 - left).sqrt().float() * noise
-
-
-def reverse_chain(level, count):
-    """(t, alpha_bar, a, b, sigma), each (count,), of the chain that visits `count` of the steps 0 ... level - 1:
-
-    x at the step before = a x_0 + b x_t + sigma noise. count 0: all steps."""
-    t = torch.linspace(0, level - 1, count or level, dtype=torch.double).round().long()
-    left = alpha_bar(t)
-    before = torch.cat([left.new_ones(1), left[:-1]])
-    beta = 1 - left / before  # of the kept steps (Nichol and Dhariwal, arXiv:2102.09672, Eq. 19)
-    a = before.sqrt() * beta / (1 - left)  # DDPM, Eq. 7
-    b = (1 - beta).sqrt() * (1 - before) / (1 - left)
-    sigma = (beta * (1 - before) / (1 - left)).sqrt()  # DDPM, Eq. 7; 0 at the last step, as in its Algorithm 2
-    return t, left.float(), a.float(), b.float(), sigma.float()
+    def step_back(self, x_t, i, epsilon, noise):
+        """x at the visited step before the i-th, given the network's epsilon at the i-th."""
+        x_0 = (x_t - self.sqrt_one_minus_alpha_bar[self.t[i]] * epsilon) / self.sqrt_alpha_bar[self.t[i]]  # Eq. 15
+        return self.weight_x_0[i] * x_0.clamp(-1, 1) + self.weight_x_t[i] * x_t + self.sigma[i] * noise  # Eq. 6, 7
 
 
 # ------------------------------------------------------------------------------------------------------------- network
 def norm(channels):
-    """32 groups at the published widths. Trap: a group of one channel would take the step, added to channels, away."""
+    """32 groups at the published widths. Note: a group of one channel would remove the step, added to the channels."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
@@ -190,7 +192,7 @@ def zero(layer):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a skip, both resampled first where `resample` says so; BigGAN's, with the step added."""
+    """Two convolutions and a skip, both resampled first where `resample` is given; BigGAN's, with the step added."""
 
     def __init__(self, c_in, c_out, c_time, resample=None):
         super().__init__()
@@ -207,7 +209,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """All positions look at each other, beside a skip."""
+    """Self-attention over all positions, and a skip."""
 
     def __init__(self, channels):
         super().__init__()
@@ -218,8 +220,8 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x).flatten(2))  # (B, 3C, P)
         q, k, v = qkv.view(b, HEADS, 3, c // HEADS, h * w).mT.unbind(2)  # (B, heads, P, C / heads) each
-        found = F.scaled_dot_product_attention(q, k, v).mT.reshape(b, c, h * w)
-        return x + self.project(found).view(b, c, h, w)
+        attended = F.scaled_dot_product_attention(q, k, v).mT.reshape(b, c, h * w)
+        return x + self.project(attended).view(b, c, h, w)
 
 
 class Stage(nn.Sequential):
@@ -279,29 +281,29 @@ class UNet(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------- method
 class AnoDDPM(nn.Module):
-    """Its `unet` has the averaged weights; the network that is trained stands beside it."""
+    """Its `unet` has the averaged weights; the network that is trained is not part of it."""
 
-    def __init__(self, args, channels):
+    def __init__(self, args):
         super().__init__()
-        self.args, self.channels = args, channels
-        self.unet = UNet(channels, args.image_size, args.base_channels, args.multipliers, args.attention)
-        chain = reverse_chain(args.noise_level, args.sample_steps)
-        for name, values in zip(["t", "alpha_bar", "a", "b", "sigma"], chain, strict=True):
-            self.register_buffer(name, values, persistent=False)
+        self.args = args
+        self.draw_noise = smooth_noise if args.noise == "simplex" else white_noise
+        self.unet = UNet(args.channels, args.image_size, args.base_channels, args.multipliers, args.attention)
+        self.diffusion = Diffusion(args.noise_level, args.sample_steps)
         # Steps add noise but for the last one, of t[0]: that field serves the jump to t[-1].
-        t, generator = torch.cat([self.t[-1:], self.t[1:]]), torch.Generator().manual_seed(args.seed)
-        fields = [NOISE[args.noise](t, channels, args.image_size, generator) for _ in range(args.repeats)]
+        t, generator = self.diffusion.t.clone(), torch.Generator().manual_seed(args.seed)
+        t[0] = t[-1]
+        fields = [self.draw_noise(t, args.channels, args.image_size, generator) for _ in range(args.repeats)]
         self.register_buffer("fields", torch.stack(fields), persistent=False)  # (repeats, steps, C, H, W)
 
     def scaled(self, image):
-        """(B, 3, H, W) in [0, 1] -> (B, C, H, W) in [-1, 1]; C is 1 for grey benchmarks."""
-        return 2 * (image.mean(1, keepdim=True) if self.channels == 1 else image) - 1
+        """(B, 3, H, W) in [0, 1] -> (B, C, H, W) in [-1, 1]."""
+        return 2 * (image.mean(1, keepdim=True) if self.args.channels == 1 else image) - 1
 
     def loss(self, unet, image):
         """L_simple (DDPM, Eq. 14): how far the network's noise is from what was added."""
         t = torch.randint(TRAINED_STEPS, (len(image),)).to(image.device)
-        noise = NOISE[self.args.noise](t, self.channels, self.args.image_size)
-        x_t = q_sample(self.scaled(image), t, noise)
+        noise = self.draw_noise(t, self.args.channels, self.args.image_size)
+        x_t = self.diffusion.q_sample(self.scaled(image), t, noise)
         with torch.autocast("cuda", torch.bfloat16, enabled=image.is_cuda):
             pred = unet(x_t, t)
         return F.mse_loss(pred.float(), noise)
@@ -310,18 +312,16 @@ class AnoDDPM(nn.Module):
     def average(self, unet, step):
         """Follow `unet` after its `step`-th step: the mean over about the last ninth of them, at most 10,000.
 
-        Trap: with 0.9999 from the start the random first weights would still count for 1 / e after 10,000 steps."""
+        Note: with 0.9999 from the start the random first weights would still count for 1 / e after 10,000 steps."""
         decay = min(AVERAGE, step / (9 + step))
         for mean, p in zip(self.unet.parameters(), unet.parameters(), strict=True):
             mean.lerp_(p, 1 - decay)
 
     def reconstruct(self, x_0, fields):
         """Noise x_0 (B, C, H, W) to --noise-level and denoise it; fields: the noise of each step, (steps, C, H, W)."""
-        x = self.alpha_bar[-1].sqrt() * x_0 + (1 - self.alpha_bar[-1]).sqrt() * fields[0]
-        for i in reversed(range(len(self.t))):
-            noise = self.unet(x, self.t[i].expand(len(x)))
-            start = (x - (1 - self.alpha_bar[i]).sqrt() * noise) / self.alpha_bar[i].sqrt()  # DDPM, Eq. 15
-            x = self.a[i] * start.clamp(-1, 1) + self.b[i] * x + self.sigma[i] * fields[i]  # DDPM, Eq. 6, 7
+        x = self.diffusion.q_sample(x_0, self.diffusion.t[-1:], fields[0])
+        for i, t in reversed(list(enumerate(self.diffusion.t))):
+            x = self.diffusion.step_back(x, i, self.unet(x, t.expand(len(x))), fields[i])
         return x
 
     @torch.inference_mode()
@@ -337,8 +337,12 @@ class AnoDDPM(nn.Module):
         return anomaly_map, largest.values.mean(dim=1)
 
 
-def check(args):
-    """End with one line where arguments cannot go together."""
+def build_model(args):
+    check(args)
+    return AnoDDPM(args)
+
+
+def check(args):  # for values that cannot go together
     size, halvings = args.image_size, len(args.multipliers) - 1
     if halvings < 0 or min(args.multipliers) < 1:
         raise common.Error(f"--multipliers {args.multipliers}: give a whole number for each level")
@@ -353,18 +357,17 @@ def check(args):
         raise common.Error(f"--sample-steps {args.sample_steps}: 0 for all, or 2 to --noise-level ({args.noise_level})")
     if args.repeats < 1 or args.sigma < 0 or 4 * args.sigma >= size:
         raise common.Error(f"--repeats {args.repeats} --sigma {args.sigma}: at least 1 reconstruction, and 0 <= sigma "
-                           f"< "
-                           f"{size // 4}, a quarter of the image")
+                           f"< {size // 4}, a quarter of the image")
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.start_run(__file__, args)
-    check(args)
+    run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
-    run.notes["channels"] = run.restored["notes"]["channels"] if run.restored else train.images.shape[1]
-    model = AnoDDPM(args, run.notes["channels"]).to(run.device)
+    model = build_model(args).to(run.device)
     if not args.checkpoint:
+        if args.channels == 1 and not torch.equal(*train.batch([0])[0, :2]):  # red and green
+            raise common.Error(f"--channels 1: the images of {args.data} are coloured; give --channels 3")
         learner = copy.deepcopy(model.unet)
         optimizer = torch.optim.AdamW(learner.parameters(), args.lr, weight_decay=0)
         for epoch in run.epochs(model, optimizer, learner):

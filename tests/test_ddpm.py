@@ -5,9 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_script
+from conftest import load_script, run_script
+from PIL import Image
+
+import common
 
 ddpm = load_script("methods/ddpm.py")
+NOISE = dict(simplex=ddpm.smooth_noise, gauss=ddpm.white_noise)
 SMALL = dict(image_size=32, base_channels=8, multipliers=(1, 2), attention=(16,), sample_steps=4)
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.double), dim=0)
 
@@ -16,10 +20,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def seeded(channels=1, seed=0, **arguments):
+def seeded(seed=0, **arguments):
     """A small model whose last layers are not zero, as after some training."""
     torch.manual_seed(seed)
-    model = ddpm.AnoDDPM(ddpm.Args(**(SMALL | arguments), seed=seed), channels)
+    model = ddpm.build_model(ddpm.Args(**(SMALL | arguments), seed=seed))
     for p in model.unet.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
@@ -31,24 +35,31 @@ def images():
     return torch.rand(4, 1, 32, 32, generator=generator()).expand(-1, 3, -1, -1)
 
 
+def coloured_benchmark(folder):
+    for name in ("train/good", "test/good", "test/Ungood"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), (200, 30, len(name))).save(folder / name / "a.png")
+    return folder
+
+
 # --------------------------------------------------------------------------------------------------------------- noise
 @pytest.mark.parametrize("name", ["simplex", "gauss"])
 def test_noise_has_mean_0_and_deviation_1_and_follows_its_generator(name):
     t = torch.tensor([0, 1, 250, 799])
-    noise = ddpm.NOISE[name](t, 3, 64, generator())
+    noise = NOISE[name](t, 3, 64, generator())
     assert noise.shape == (4, 3, 64, 64) and noise.dtype == torch.float32
     tolerance = 1e-5 if name == "simplex" else 0.05
     assert noise.mean(dim=(2, 3)).abs().max() < tolerance
     assert (noise.std(dim=(2, 3)) - 1).abs().max() < tolerance
-    assert torch.equal(noise, ddpm.NOISE[name](t, 3, 64, generator()))
-    assert not torch.equal(noise, ddpm.NOISE[name](t, 3, 64, generator(1)))
+    assert torch.equal(noise, NOISE[name](t, 3, 64, generator()))
+    assert not torch.equal(noise, NOISE[name](t, 3, 64, generator(1)))
     among = torch.corrcoef(noise.flatten(0, 1).flatten(1)) - torch.eye(12)
     assert among.abs().max() < 0.9  # each image and channel has its own
 
 
 def test_smooth_noise_has_most_power_at_low_frequencies_and_white_noise_has_not():
     ratio = {}
-    for name, make in ddpm.NOISE.items():
+    for name, make in NOISE.items():
         power = torch.fft.rfft2(make(torch.full((8,), 100), 1, 128, generator())).abs().square().mean(dim=(0, 1))
         ratio[name] = float(power[2:6, 2:6].mean() / power[40:60, 40:60].mean())
     assert ratio["simplex"] > 100 and 0.5 < ratio["gauss"] < 2
@@ -58,15 +69,15 @@ def test_gradient_noise_equals_a_loop_over_corners(monkeypatch):
     size, t = 9, torch.tensor([37, 5])
     monkeypatch.setattr(ddpm, "PERIOD", 4)
     monkeypatch.setattr(ddpm, "OCTAVES", 1)
-    gradient = F.normalize(torch.randn(2, 3, 2, 3, 3, generator=generator()), dim=1)  # what it draws
+    gradient = F.normalize(torch.randn(2, 3, 2, 4, 4, generator=generator()), dim=1)  # what it draws
     expected = torch.zeros(2, size, size)
     for n in range(2):
         for row in range(size):
             for column in range(size):
                 point = [column / 4, row / 4, float(t[n]) / 4 % 1]  # x, y, z
                 for plane in range(2):
-                    for i in range(3):
-                        for j in range(3):
+                    for i in range(4):
+                        for j in range(4):
                             offset = torch.tensor([point[0] - j, point[1] - i, point[2] - plane])
                             s = 1 - offset.abs().clamp(max=1)
                             weight = (6 * s**5 - 15 * s**4 + 10 * s**3).prod()
@@ -79,9 +90,10 @@ def test_gradient_noise_equals_a_loop_over_corners(monkeypatch):
 def test_q_sample_has_the_closed_forms_mean_and_variance():
     """Against the chain itself, step by step (DDPM, Eq. 2), for which Eq. 4 is the closed form."""
     t, x_0 = torch.tensor([0, 249, 799]), torch.tensor([0.7, -0.4, 0.2]).view(3, 1, 1, 1)
-    assert torch.allclose(ddpm.q_sample(x_0, t, torch.zeros(3, 1, 1, 1)).flatten(),
+    q_sample = ddpm.Diffusion(250, 0).q_sample
+    assert torch.allclose(q_sample(x_0, t, torch.zeros(3, 1, 1, 1)).flatten(),
                           (ALPHA_BAR[t].sqrt() * x_0.flatten()).float())
-    draws = ddpm.q_sample(x_0, t, torch.randn(3, 1, 400, 400, generator=generator()))
+    draws = q_sample(x_0, t, torch.randn(3, 1, 400, 400, generator=generator()))
     mean, variance = x_0.flatten().double(), torch.zeros(3, dtype=torch.double)
     for step, beta in enumerate(torch.linspace(1e-4, 0.02, 1000, dtype=torch.double)):
         on = step <= t
@@ -92,9 +104,9 @@ def test_q_sample_has_the_closed_forms_mean_and_variance():
 
 
 def test_the_posterior_is_bayes_rule_and_has_no_variance_at_t_0():
-    t, left, a, b, sigma = ddpm.reverse_chain(250, 0)
-    assert t.tolist() == list(range(250)) and torch.allclose(left, ALPHA_BAR[:250].float())
-    assert (a[0], b[0], sigma[0]) == (1, 0, 0)
+    diffusion = ddpm.Diffusion(250, 0)
+    a, b, sigma = diffusion.weight_x_0, diffusion.weight_x_t, diffusion.sigma
+    assert diffusion.t.tolist() == list(range(250)) and (a[0], b[0], sigma[0]) == (1, 0, 0)
     for i in (1, 2, 100, 249):  # x_before given x_0, (before, 1 - before), times x_t given x_before, (alpha, 1 - alpha)
         before, alpha = ALPHA_BAR[i - 1], ALPHA_BAR[i] / ALPHA_BAR[i - 1]
         precision = 1 / (1 - before) + alpha / (1 - alpha)
@@ -105,10 +117,12 @@ def test_the_posterior_is_bayes_rule_and_has_no_variance_at_t_0():
 
 @pytest.mark.parametrize("level,count", [(250, 50), (250, 7), (800, 2), (100, 100)])
 def test_respaced_steps_keep_alpha_bar(level, count):
-    t, left, a, b, sigma = ddpm.reverse_chain(level, count)
+    diffusion = ddpm.Diffusion(level, count)
+    t, a, b, sigma = diffusion.t, diffusion.weight_x_0, diffusion.weight_x_t, diffusion.sigma
     assert t[0] == 0 and t[-1] == level - 1 and len(t.unique()) == count
-    assert torch.allclose(left, ALPHA_BAR[t].float())
-    left = left.double()
+    left = diffusion.sqrt_alpha_bar[t].double() ** 2
+    assert torch.allclose(left, ALPHA_BAR[t], rtol=1e-6)
+    assert torch.allclose(diffusion.sqrt_one_minus_alpha_bar[t].double() ** 2, 1 - ALPHA_BAR[t], rtol=1e-6)
     beta = 1 - left[1:] / left[:-1]
     again = torch.cat([left[:1], left[0] * (1 - beta).cumprod(0)])  # a chain of these betas
     assert torch.allclose(again, ALPHA_BAR[t], rtol=1e-5)
@@ -125,8 +139,8 @@ def test_with_a_perfect_network_the_chain_returns_the_image(noise, steps, images
 
     class Perfect(torch.nn.Module):
         def forward(self, x, t):
-            left = ddpm.alpha_bar(t).float().view(-1, 1, 1, 1)
-            return (x - left.sqrt() * x_0) / (1 - left).sqrt()
+            left = ALPHA_BAR[t].view(-1, 1, 1, 1)
+            return (x - left.sqrt().float() * x_0) / (1 - left).sqrt().float()
 
     model.unet = Perfect()
     assert torch.allclose(model.reconstruct(x_0, model.fields[0]), x_0, atol=1e-5)
@@ -177,6 +191,15 @@ def test_the_seed_draws_the_noise_and_the_checkpoint_holds_none_of_it():
     assert set(seeded().state_dict()) == {f"unet.{k}" for k in seeded().unet.state_dict()}
 
 
+def test_no_buffer_is_in_float64_which_some_devices_lack():
+    assert {b.dtype for b in seeded().buffers()} == {torch.float32, torch.long}
+
+
+def test_build_model_follows_the_arguments():
+    assert seeded(channels=3).unet.first.weight.shape == (8, 3, 3, 3) and seeded().unet.first.weight.shape[1] == 1
+    assert seeded(repeats=2).fields.shape == (2, 4, 1, 32, 32)
+
+
 def test_map_adds_channels_and_averages_reconstructions(images):
     coloured = torch.rand(2, 3, 32, 32, generator=generator())
     model = seeded(channels=3, repeats=2, score="top")
@@ -225,9 +248,14 @@ def test_averaged_weights_forget_their_start_and_then_move_slowly():
                                    dict(noise_level=801), dict(noise_level=1), dict(sample_steps=251),
                                    dict(sample_steps=1), dict(multipliers=()), dict(repeats=0),
                                    dict(sigma=64), dict(base_channels=0)])
-def test_arguments_that_cannot_go_together_end_with_one_line(wrong, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        ddpm.check(ddpm.Args(**wrong))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and f"--{next(iter(wrong)).replace('_', '-')}" in error
+def test_arguments_that_cannot_go_together_are_refused(wrong):
+    with pytest.raises(common.Error, match=f"--{next(iter(wrong)).replace('_', '-')}[^\n]*$"):
+        ddpm.build_model(ddpm.Args(**wrong))
     ddpm.check(ddpm.Args())
+
+
+def test_coloured_images_need_three_channels(tmp_path):
+    done = run_script("methods/ddpm.py", "--data", coloured_benchmark(tmp_path / "colour"), "--root", tmp_path,
+                      "--out", tmp_path / "runs", "--device", "cpu", "--image-size", 32, "--base-channels", 8,
+                      "--multipliers", 1, 2)
+    assert done.returncode == 2 and "--channels 3" in done.stderr and done.stderr.count("\n") == 1
