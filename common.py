@@ -760,24 +760,26 @@ class Run:
         losses: name -> value of this epoch; one that is not finite ends the run."""
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
             raise Error(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
-        row = dict(epoch=epoch, seconds=round(time.perf_counter() - self.started, 1), **losses)
+        seconds = time.perf_counter() - self.started
+        row = dict(epoch=epoch, seconds=round(seconds, 1), **losses)
         self.history.append(row)
-        if epoch % self.args.eval_every and epoch != self.args.epochs:
-            return
-        value = math.inf
-        if valid:
+        looked, value = epoch % self.args.eval_every == 0 or epoch == self.args.epochs, math.inf
+        if looked and valid:
             metrics = evaluate(model.predict, valid, self.args.batch_size, self.device).metrics
             value = np.mean([v for v in (metrics["image_auroc"], metrics["pixel_auroc"]) if v is not None])
             row |= {f"valid_{k}": v for k, v in metrics.items() if v is not None}
-        if value > self.best or not valid:
+        if looked and (value > self.best or not valid):
             self.best = value
             self.keep(model, epoch)
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, float) and k != "seconds")
-        print(f"epoch {epoch}/{self.args.epochs}  {shown}" + "  (best)" * (self.epoch == epoch), flush=True)
+        shown = {k: row[k] for k in (*losses, "valid_image_auroc", "valid_pixel_auroc") if k in row}
+        print(f"epoch {epoch}/{self.args.epochs}", *(f"{k} {v:.4f}" for k, v in shown.items()),
+              f"{seconds:.0f} s, {seconds / epoch * (self.args.epochs - epoch):.0f} s left",
+              *["(best)"] * (self.epoch == epoch), sep="  ", flush=True)
         write_csv(self.folder / "log.csv", self.history)
-        on_gpu = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        self._save("resume.pt", model, epoch, history=self.history, best=float(self.best), best_epoch=self.epoch,
-                   stateful=[item.state_dict() for item in self.stateful], random=(torch.get_rng_state(), on_gpu))
+        if looked:
+            on_gpu = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+            self._save("resume.pt", model, epoch, history=self.history, best=float(self.best), best_epoch=self.epoch,
+                       stateful=[item.state_dict() for item in self.stateful], random=(torch.get_rng_state(), on_gpu))
 
     def keep(self, model, epoch=None):
         """Write the model's state, without frozen networks, as checkpoint.pt: the state that `finish` evaluates."""
@@ -873,7 +875,7 @@ def finish(run, model, splits):
         peak_memory_gib=dict(ram=peak) | (dict(gpu=torch.cuda.max_memory_allocated() / 2**30) if on_gpu else {}),
         parameters=dict(total=sum(p.numel() for p in model.parameters()),
                         trained=sum(p.numel() for p in model.parameters() if p.requires_grad)),
-        weights=_weights(model), notes=run.notes, args=dataclasses.asdict(args),
+        weights=_weights(model), notes=run.notes, args=dataclasses.asdict(args), command=" ".join(sys.argv[1:]),
         changed={name: getattr(args, name) for name, value in published.items() if getattr(args, name) != value},
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         device=torch.cuda.get_device_name() if on_gpu else str(run.device), threads=torch.get_num_threads(),

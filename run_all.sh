@@ -1,22 +1,31 @@
 #!/usr/bin/env bash
 # Every method on every benchmark found under data/, five seeds, with the published settings; then the report.
-#   bash run_all.sh                                                    everything (finished runs are passed over,
-#                                                                      stopped ones go on from their last evaluation)
+#   bash run_all.sh                        everything: finished runs are kept, interrupted ones resume
 #   DATA="brain liver" METHODS="padim patchcore" SEEDS="0 1" bash run_all.sh    a part of it
-#   JOBS=4 bash run_all.sh                                             four runs at a time, dealt out over the GPUs
-#   bash run_all.sh --list                                             only prints the commands, one a line
-#   sbatch --array=1-480 run_all.sh                                    Slurm: array task n runs line n of the list
-#   bash run_all.sh ablation [--list]                                  clip_recon's variants (thesis, Figures 4.6 to 4.8, and
-#                                                                      'Ours' of Tables 4.1 to 4.4): runs/ablation/<variant>/
-#   bash run_all.sh setup                                              only makes .venv and installs requirements.txt
+#   JOBS=4 bash run_all.sh                 four runs at a time, dealt out over the GPUs (CUDA_VISIBLE_DEVICES, or all)
+#   bash run_all.sh --list                 only prints the commands, one a line
+#   sbatch --array=1-480 run_all.sh        Slurm: array task n runs line n of the list
+#   bash run_all.sh ablation [--list]      clip_recon's variants (thesis, Figures 4.6 to 4.8, 'Ours' of Tables 4.1 to 4.4,
+#                                          and other readings of chapter 4): runs/ablation/<variant>/
+#   bash run_all.sh setup                  only makes .venv and installs requirements.txt
 # Each benchmark is checked once, by datasets/check.py; what it says is in the report.
 # Where data/ holds no benchmark it makes the phantom and runs a short demonstration there (flags: `demo` below).
 # DEMO=1 runs the short budgets on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" gives their weights.
 # FLAGS="--device cuda:1" adds flags to every command.
-# A failing run is named at the end, does not stop the rest, and makes the exit status 1.
+# A failing run is named at the end, does not stop the rest, and makes the exit status 1. Linux and macOS (bash 3.2).
 set -u
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1  # Slurm runs a copy of this script from elsewhere
-export python=.venv/bin/python
+usage() { echo "error: $1; see the head of run_all.sh" >&2; exit 2; }
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1 # Slurm runs a copy of this script from elsewhere
+ablation=
+[ "${1:-}" = ablation ] && ablation=variants METHODS=clip_recon && shift
+case "$#${1:-}" in
+    0 | 1--list | 1setup) ;;
+    1--help) sed -n '2,/^set -u/s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
+    *) usage "'$*' is unknown" ;;
+esac
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || [ "$SLURM_ARRAY_TASK_ID" -gt 0 ] 2> /dev/null || usage "no array task $SLURM_ARRAY_TASK_ID"
+[ "${JOBS:=1}" -gt 0 ] 2> /dev/null || usage "JOBS=$JOBS is no number above 0"
+python=.venv/bin/python
 
 setup() {
     cmp -s requirements.txt .venv/installed.txt && return
@@ -25,12 +34,14 @@ setup() {
         -r requirements.txt && cp requirements.txt .venv/installed.txt ||
         { echo "error: .venv could not be made (see above); Python 3.11 or newer with venv is needed" >&2; return 1; }
 }
-exec 9< requirements.txt
-flock 9  # of several tasks that start at once one makes .venv, and the phantom
+# Of several tasks that start at once one makes .venv, and the phantom: a lock, through Python as macOS has no flock.
+if [ -z "${LOCK:-}" ]; then
+    lock='import fcntl, os, sys; f = os.open("requirements.txt", os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX)
+os.set_inheritable(f, True); os.environ["LOCK"] = str(f); os.execvp("bash", ["bash", *sys.argv[1:]])'
+    exec python3 -c "$lock" "$0" ${ablation:+ablation} "$@"
+fi
 setup || exit 1
 [ "${1:-}" = setup ] && exit 0
-ablation=
-[ "${1:-}" = ablation ] && ablation=variants METHODS=clip_recon && shift
 
 demo() { # the budgets of the demonstration: untrained or ImageNet weights, whichever can be had, and few epochs
     local net="${NET:---backbone mobilenet_v2 --weights auto}" small="--image-size 128 --batch-size 8"
@@ -62,15 +73,19 @@ demo() { # the budgets of the demonstration: untrained or ImageNet weights, whic
 
 benchmarks='import common
 print(*[name for name in common.NAMES if name != "phantom" and common.named_folder(name, "data")])'
-: "${DATA:=$($python -c "$benchmarks")}" "${METHODS:=$(basename -s .py methods/*.py | xargs)}" "${JOBS:=1}"
+: "${DATA:=$($python -c "$benchmarks")}" "${METHODS:=$(cd methods && ls ./*.py | sed 's/^..//; s/.py$//' | xargs)}"
 if [ -z "$DATA" ]; then
     echo "no benchmark under data/ (see datasets/): a short demonstration on the phantom, one seed" >&2
     $python datasets/phantom.py >&2 || exit 1
     DATA=phantom
 fi
-exec 9<&-
+eval "exec $LOCK<&-"
 [ "$DATA" = phantom ] && : "${SEEDS:=0}"
 : "${SEEDS:=0 1 2 3 4}"
+for method in $METHODS; do [ -f "methods/$method.py" ] || usage "METHODS: there is no methods/$method.py"; done
+for seed in $SEEDS; do [ "$seed" -ge 0 ] 2> /dev/null || usage "SEEDS: $seed is no seed"; done
+known='import common, sys; sys.exit(" ".join(d for d in sys.argv[1:] if not common.named_folder(d, "data")) or 0)'
+missing=$($python -c "$known" $DATA 2>&1) || usage "DATA: there is no benchmark $missing"
 
 variants() { # of clip_recon, a line each
     printf -- '%s\n' --base --prompt-tokens\ {8,24,32} --layers\ {1,2,3,4,'1 2','1 2 3','2 3 4','3 4'} --da-levels\ {0,1,2,4} \
@@ -79,44 +94,58 @@ variants() { # of clip_recon, a line each
 }
 
 list() {
-    local data method seed variant demo
+    local data method seed variant demo out
     for data in $DATA; do
         for method in $METHODS; do
             demo=$([ "$data" = phantom ] || [ -n "${DEMO:-}" ] && demo "$method")
-            while read -r variant; do
+            ${ablation:-echo} | while read -r variant; do
                 out=${variant#--} out=${ablation:+--out runs/ablation/${out// /_}}
                 for seed in $SEEDS; do # unquoted: one space between words
                     echo $python methods/$method.py --data $data --seed $seed $out $demo ${FLAGS:-} ${variant#--base}
                 done
-            done < <(${ablation:-echo})
+            done
         done
     done
 }
 
-one() { # runs one line of the list, and notes it in the file $failed if it fails
-    read -r _ script _ data _ seed _ <<< "$1"
-    local out=runs
-    [[ $1 =~ --out\ ([^ ]+) ]] && out=${BASH_REMATCH[1]}
-    [ -e "$out/$(basename "$data")/$(basename -s .py "$script")/seed$seed/results.json" ] && return
-    [ "$gpus" -gt 1 ] && export CUDA_VISIBLE_DEVICES=$((SLOT % gpus))
-    $1 || { echo "$1" >> "$failed"; return 1; }
+one() { # slot, line: runs one line of the list, and notes it in the file $failed if it fails
+    local words=($2) out=runs
+    local script=${words[1]} data=${words[3]} seed=${words[5]} flags=${2#* * }
+    [ "${words[6]:-}" = --out ] && out=${words[7]}
+    local name=$(basename "$data")/$(basename -s .py "$script")/seed$seed
+    grep -qF "\"command\": \"$flags\"" "$out/$name/results.json" 2> /dev/null && return
+    if [ ${#gpus[@]} -gt 1 ]; then export CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]}; fi
+    { $2 2>&1 || { echo "$2" >> "$failed"; return 1; }; } | while IFS= read -r line; do
+        if [ "$JOBS" -gt 1 ]; then echo "$name: $line"; else echo "$line"; fi
+    done
+    return "${PIPESTATUS[0]}"
 }
-export -f one
-gpus=$(nvidia-smi -L 2> /dev/null | wc -l) failed=$(mktemp)
-export gpus failed SLOT=0
-trap 'rm -f "$failed"' EXIT
-trap 'exit 130' INT
-[ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + JOBS - 1) / JOBS))}
+# The user's GPUs, else all; none are dealt out where FLAGS names the device or Slurm does it.
+gpus=()
+case " ${FLAGS:-} " in *" --device "*) ;; *)
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || IFS=', ' read -r -a gpus <<< "${CUDA_VISIBLE_DEVICES:-$(
+        nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | xargs)}" ;;
+esac
+[ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + JOBS - 1) / JOBS))}
+work=$(mktemp -d) failed=$work/failed
+trap 'rm -rf "$work"' EXIT
+trap 'trap - INT; kill -INT 0; exit 130' INT
 
 if [ "${1:-}" = --list ]; then
     list
 elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     line=$(list | sed -n "${SLURM_ARRAY_TASK_ID}p")
-    [ -n "$line" ] || { echo "error: the list has $(list | wc -l) lines, none $SLURM_ARRAY_TASK_ID" >&2; exit 2; }
-    gpus=0 one "$line" # Slurm deals out the GPUs
+    [ -n "$line" ] || usage "the list has $(list | wc -l) lines, none $SLURM_ARRAY_TASK_ID"
+    one 0 "$line"
 else
     for data in $DATA; do $python datasets/check.py --data "$data" >&2; done # errors are shown, and the runs go on
-    list | xargs -d '\n' -P "$JOBS" -I{} --process-slot-var=SLOT bash -c 'one "$1"' _ {}
+    mkfifo "$work/slots" && exec 8<> "$work/slots" # a pool: each job takes a slot's number and puts it back
+    for ((slot = 0; slot < JOBS; slot++)); do echo $slot >&8; done
+    while read -r line; do
+        read -r slot <&8
+        { one "$slot" "$line" < /dev/null; echo "$slot" >&8; } &
+    done < <(list)
+    wait
     $python report.py runs || echo "$python report.py runs" >> "$failed"
     [ ! -s "$failed" ] || { echo "failed:"; cat "$failed"; exit 1; } >&2
 fi

@@ -96,7 +96,7 @@ def test_a_run_leaves_complete_results(finished):
     results = json.loads((folder / "results.json").read_text())
     assert set(results) == {"method", "data", "seed", "metrics", "images", "counts", "epoch", "train_seconds",
                             "test_ms_per_image", "peak_memory_gib", "parameters", "weights", "notes", "args",
-                            "format", "check", "changed", "pixel_threshold", "versions", "device", "threads",
+                            "command", "format", "check", "changed", "pixel_threshold", "versions", "device", "threads",
                             "commit", "finished"}
     assert (results["method"], results["data"], results["seed"]) == (method, "phantom", 0)
     metrics = results["metrics"]
