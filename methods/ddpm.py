@@ -104,7 +104,7 @@ class Args:
     """sizes in pixels at which levels have attention (official code)"""
     noise_level: Annotated[int, Interval(ge=1, le=1000)] = 250
     """lambda: the step, of 1000, to which a test image is noised (official code: 200 or 250)"""
-    sample_steps: Annotated[int, Ge(1)] = 50
+    sample_steps: Annotated[int, Ge(0)] = 50
     """steps back from there, evenly spaced; 0 takes all --noise-level of them (official code)"""
     repeats: Annotated[int, Ge(1)] = 1
     """reconstructions of an image that are averaged (official code: 1 for its figures, 5 for its pictures)"""

@@ -4,10 +4,10 @@ A linear layer adapts patch features of a frozen CNN to the images at hand; Gaus
 makes them anomalous; a small discriminator learns to tell the two apart. A patch is as anomalous as the discriminator
 says.
 
-Settings: thesis, 3.4.1: "the original hyper-parameters", the best on valid; so the official code (DonaldRR/SimpleNet,
-run.sh: noise 0.015, margin 0.5, 40 x 4 passes, batches of 8).
-Differences from the paper: the features' pooling is the official code's (see `pool`); the paper means 3x3
-neighbourhoods.
+Settings: thesis, 3.4.1: "the original hyper-parameters", that is the official code (DonaldRR/SimpleNet, run.sh: noise
+0.015, margin 0.5, 40 x 4 passes, batches of 8); the best epoch on valid.
+Differences from the paper: the features are pooled as in the official code (see `pool`); the paper averages each
+channel's 3x3 neighbourhood.
 Differences from the official code: the epoch is chosen on valid, every tenth, not on test, every fourth; 256 pixels,
 not 329 cropped to 288 (lesions may lie at the border); features are not upsampled to the image's size, which nothing
 read, and the network stops at its third stage.
@@ -94,8 +94,7 @@ def pool(feature, width):
     As in the official code: the values are ordered by channel, row, column and pooled to means of equal length. With
     9C / width = 9 such a mean is that of a channel's 3x3 neighbourhood; with 6 or 12 it may straddle two channels."""
     neighbourhoods = F.unfold(feature, 3, padding=1)  # (B, 9C, h*w)
-    pooled = F.adaptive_avg_pool1d(neighbourhoods.mT, width)  # (B, h*w, width)
-    return pooled.mT.unflatten(2, feature.shape[-2:])
+    return neighbourhoods.unflatten(1, (width, -1)).mean(2).unflatten(2, feature.shape[-2:])
 
 
 class SimpleNet(nn.Module):
@@ -109,7 +108,7 @@ class SimpleNet(nn.Module):
         self.adaptor = nn.Linear(width, width)  # G_theta in the paper
         self.discriminator = nn.Sequential(  # D_psi
             nn.Linear(width, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.LeakyReLU(0.2), nn.Linear(HIDDEN, 1, bias=False))
-        for layer in (self.adaptor, self.discriminator[0], self.discriminator[3]):
+        for layer in (self.adaptor, self.discriminator[0], self.discriminator[3]):  # as in the official code
             nn.init.xavier_normal_(layer.weight)
 
     @torch.no_grad()
