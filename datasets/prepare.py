@@ -298,7 +298,7 @@ def locked(file, wait=False):
     `wait`."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file, "w")
+        lock = open(file, "w")  # noqa: SIM115 (held by the caller)
         fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError) as e:
         raise common.Error(f"{file} cannot be locked ({e.strerror}): wait for the process that works there, or choose "
@@ -404,10 +404,7 @@ class Preparation:
                         done, damaged = future.result()
                         results |= done
                         for key, why in damaged.items():
-                            print(f"damaged: {why}", file=sys.stderr, flush=True)
-                            self.damaged[key] = why
-                            if self.args.strict:
-                                raise common.Error("stopped at the first damaged file (--strict)")
+                            self.damage(key, why)
                 finally:
                     pool.shutdown(cancel_futures=True)
         except BrokenProcessPool:
@@ -419,6 +416,13 @@ class Preparation:
             for text in notes:
                 self.notes.setdefault(text, set()).add(key)
         return {key: result for key, (result, _) in results.items()}
+
+    def damage(self, key, why):
+        """Name what is damaged, now and at the end."""
+        print(f"damaged: {why}", file=sys.stderr, flush=True)
+        self.damaged[key] = why
+        if self.args.strict:
+            raise common.Error("stopped at the first damaged file (--strict)")
 
     def plan(self, counts, published):
         """Tell before the writing what will not be as published; `Error` if train or test would lack a kind.
@@ -439,7 +443,7 @@ class Preparation:
         rows: of `save`, with the column `case`; published: {(split, label): count}. Exit status 1 if something was
         damaged."""
         rows = sorted(rows, key=lambda r: (self.splits.index(r["split"]), r["label"], r["image"]))
-        with locked(Path(self.args.root) / ".lock", wait=True):  # so that the two scripts of liver see each other's images
+        with locked(Path(self.args.root) / ".lock", wait=True):  # so that the scripts of liver see each other's images
             self._check(rows)
             counts = Counter((r["split"], r["label"]) for r in rows)
             for split in self.splits:

@@ -17,6 +17,7 @@ JPEG in DICOM has no checksums: damage inside its data cannot be seen, unless th
 Published: train 8,000; valid 70 + 1,420; test 781 + 16,413 (the thesis calls valid 1:1).
 """
 
+import logging
 import sys
 import warnings
 from collections import Counter
@@ -76,13 +77,14 @@ def read_radiograph(file):
     try:
         dataset = pydicom.dcmread(file)
         syntax = dataset.file_meta.TransferSyntaxUID
+        try:
+            decoder = pydicom.pixels.get_decoder(syntax)
+            needed = [d.rpartition("requires ")[2] for d in decoder.missing_dependencies] * (not decoder.is_available)
+        except NotImplementedError:
+            needed = ["to be converted: pydicom knows no package for it"]
     except Exception as e:  # pydicom raises many kinds, also where it trusts a damaged header
-        raise prepare.Damaged(f"{file} is not a readable DICOM file ({e}); download it again") from e
-    try:
-        decoder = pydicom.pixels.get_decoder(syntax)
-        needed = [] if decoder.is_available else [d.rpartition("requires ")[2] for d in decoder.missing_dependencies]
-    except NotImplementedError:
-        needed = ["to be converted: pydicom knows no package for it"]
+        why = " ".join(str(e).split())
+        raise prepare.Damaged(f"{file} is not a readable DICOM file ({why}); download it again") from e
     if needed:
         raise prepare.Damaged(f"{file} has the transfer syntax {syntax.name} ({syntax}), which needs "
                               f"{', or '.join(needed)}")
@@ -90,11 +92,11 @@ def read_radiograph(file):
         stored = dataset.pixel_array.astype(np.float64)
         bits, signed, kind = dataset.BitsStored, dataset.PixelRepresentation, dataset.PhotometricInterpretation
         slope = float(dataset.get("RescaleSlope", 1))  # the intercept moves black and white alike
+        low = -(2 ** (bits - 1)) if signed else 0
+        image = (stored - low) / (2**bits - 1)  # in [0, 1]
     except Exception as e:  # as above, and of every decoder
         why = " ".join(str(e).split())  # a line for each decoder that was tried
         raise prepare.Damaged(f"{file} has no readable pixels ({why}); download it again") from e
-    low = -(2 ** (bits - 1)) if signed else 0
-    image = (stored - low) / (2**bits - 1)  # in [0, 1]
     if image.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2") or not slope:
         raise prepare.Damaged(f"{file} holds {kind} pixels of shape {image.shape}, rescaled by {slope}; one grey image "
                               "was expected, download it again")
@@ -110,7 +112,8 @@ def write_image(item, folder):
     patient, label, split, file = item
     if file is None:
         raise prepare.Damaged(f"{patient}.dcm is missing, though {LIST} names it; download it again")
-    with warnings.catch_warnings(action="ignore"):  # pydicom's, of headers; what has no pixels is damaged
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # it prints tracebacks; what has no pixels is damaged
+    with warnings.catch_warnings(action="ignore"):
         image = read_radiograph(file)  # (1024, 1024)
     return prepare.save(folder, split, label, patient, image, case=patient)
 
@@ -135,9 +138,14 @@ if __name__ == "__main__":
                 raise common.Error(f"{args.patients}: {patient} is anomalous and cannot be in {split}")
     else:
         planned = plan(labels, args.seed)
-    prepare.passed_over([file for patient, file in files.items() if patient not in labels], f".dcm files not in {LIST}")
-    used = [files.get(patient) for patient in planned]
+    used = [files[patient] for patient in planned if patient in files]
     preparation = prepare.Preparation("rsna", "chest", ["train", "valid", "test"], args, [listed, used], MEMORY)
+    places = {Path(file).parent for file in used}
+    unlisted = [file for patient, file in files.items() if patient not in labels]
+    if cut := [file for file in unlisted if Path(file).parent in places]:
+        preparation.damage(LIST, f"{listed} does not name {len(cut)} of the .dcm files among those that it names, e.g. "
+                                 f"{cut[0]}; download it again")
+    prepare.passed_over([file for file in unlisted if Path(file).parent not in places], "other .dcm files")
     preparation.plan(Counter((split, labels[patient]) for patient, split in planned.items()), PUBLISHED)
     items = {patient: (patient, labels[patient], planned[patient], files.get(patient)) for patient in sorted(planned)}
     preparation.finish(list(preparation.map(write_image, items, "writing", CHUNK).values()), PUBLISHED)

@@ -315,7 +315,8 @@ def test_rsna_names_what_is_wrong_with_a_file(tmp_path):
         "no readable pixels": lambda file: truncated(file, array),
         "no readable pixels .*truncated": lambda file: write_dicom(file, array, cut=300),
         "not a readable DICOM file": lambda file: file.write_bytes(b"no DICOM"),
-        "values from 0 to 250, which do not fit the 16 bits": lambda file: write_dicom(file, array.astype(np.uint16), ExplicitVRLittleEndian),
+        "values from 0 to 250, which do not fit the 16 bits":
+            lambda file: write_dicom(file, array.astype(np.uint16), ExplicitVRLittleEndian),
     }.items():
         file = tmp_path / "a.dcm"
         write(file)
