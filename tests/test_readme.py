@@ -1,6 +1,7 @@
-"""The commands in README.md's fenced blocks, all of them and in order, in a copy of the project: on a small phantom,
-with untrained weights and short budgets, without a network."""
+"""README.md does what it says: all commands of its fenced blocks, in order, and its Python run in a copy of the
+project, on a small phantom, with untrained weights, without a network. Its tables are those of the code."""
 
+import csv
 import os
 import re
 import shutil
@@ -8,19 +9,20 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 import common
 
-METHODS = [p.stem for p in (ROOT / "methods").glob("*.py")]
+README = (ROOT / "README.md").read_text()
+METHODS = sorted(p.stem for p in (ROOT / "methods").glob("*.py"))
 NET, SMALL = "--backbone mobilenet_v2 --weights none", "--image-size 64 --limit 2"
-RULES = {  # what a command needs to be quick; one that no rule matches is run as it stands
+RULES = {  # what a command needs to be quick; one that no rule matches runs unchanged
     r"^bash run_all.sh$": r"DATA=phantom METHODS=padim \g<0>",
+    r'^DATA="brain liver" METHODS="padim rd4ad"': "DATA=brain METHODS=padim SEEDS=0",
+    r"^JOBS=4 bash run_all.sh$": r"DATA=phantom METHODS=padim \g<0>",
+    r"^sbatch .*": r'(export DATA=phantom METHODS="padim stfpm"; \g<0>)',
     r"^python datasets/phantom.py$": r"\g<0> --size 64 --train 12 --valid 4 --test 6",  # as the fixture made it
-    r"^python methods/patchcore.py .*": rf"\g<0> {NET} {SMALL}",
-    r"^python methods/clip_recon.py .*": rf"\g<0> {NET} {SMALL} --model tiny --clip-weights none --epochs 1",
-    r"(?<= )/(my|new)/images\b": r"$PWD/\1/images",
-    r'^DATA="brain liver" METHODS="padim rd4ad" SEEDS="0 1"': "DATA=brain METHODS=padim SEEDS=0",
+    r"^python methods/patchcore.py --data .*": rf"\g<0> {NET} {SMALL}",
 }
 ENVIRONMENT = dict(DEMO="1", NET=NET, FLAGS=SMALL, https_proxy="http://localhost:9")  # run_all.sh's; no network
 SBATCH = """#!/usr/bin/env bash
@@ -32,56 +34,121 @@ done
 """
 
 
+def blocks_of(text, language=""):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
 def commands_of(text):
     """The commands in fenced blocks: lines after a `$ ` where a block has any (the others are output), else all."""
-    found = []
-    for block in re.findall(r"^```.*?\n(.*?)^```", text, re.M | re.S):
-        lines = block.splitlines()
-        found += [line[2:] for line in lines if line.startswith("$ ")] or lines
-    return [line for line in (re.sub(r"(^|\s+)#.*", "", line) for line in found) if line]
+    commands = []
+    for block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S):
+        if block[0] in ("", "bash"):
+            lines = block[1].splitlines()
+            commands += [line[2:] for line in lines if line.startswith("$ ")] or lines
+    return [line for line in (re.sub(r"(^|\s+)#.*", "", line) for line in commands) if line]
 
 
-def test_commands_are_told_from_output_and_comments():
-    text = "```\na b  # c\n# d\n```\nx\n```bash\n$ e --f\nout\n$ g#h\n```\n```\ni\n```\n"
-    assert commands_of(text) == ["a b", "e --f", "g#h", "i"]
+def rows_of(heading):
+    """The cells of the table below a heading, without its head."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    return rows[2:]
+
+
+def test_commands_are_told_from_output_comments_and_other_languages():
+    text = "```\na b  # c\n# d\n```\nx\n```bash\n$ e --f\nout\n$ g#h\n```\n```python\nk\n```\n```\ni\n```\n"
+    assert commands_of(text) == ["a b", "e --f", "g#h", "i"] and blocks_of(text, "python") == ["k\n"]
 
 
 @pytest.fixture
 def copy(phantom, tmp_path):
-    """The project of a user with two benchmarks below data/ and images of his own; one quick test stands for all."""
+    """The project of a user with two benchmarks in data/ and images of his own; one quick test stands for all."""
     folder, images = tmp_path / "copy", phantom / "phantom"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
-        ".venv", ".git", "data", "runs", "__pycache__", ".*_cache", "slurm-*", "test_*"))
-    (folder / "tests/test_quick.py").write_text("def test_quick():\n    pass\n")
+        ".?*", "data", "runs", "__pycache__", "slurm-*", "test_*"))
     (folder / ".venv").symlink_to(sys.prefix)
-    for name in ("data/phantom", "data/brain", "my/images"):
+    for name in ("data/phantom", "data/brain", "my_scans"):
         shutil.copytree(images, folder / name)
-    shutil.copytree(images / "test/Ungood/img", folder / "new/images")
+    shutil.copytree(images / "test/Ungood/img", folder / "new_scans")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/sbatch").write_text(SBATCH)
     (tmp_path / "bin/sbatch").chmod(0o755)
     return folder
 
 
-def test_every_command_of_the_readme_runs(copy, tmp_path):
-    commands = commands_of((ROOT / "README.md").read_text())
+def run(folder, *command):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | ENVIRONMENT
+    env |= dict(PATH=f"{folder.parent}/bin:{env['PATH']}", TMPDIR=str(folder.parent), OMP_NUM_THREADS="1")
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"  # bash -x: after + is the command
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_and_its_python_run(copy):
+    commands = commands_of(README)
     for variable, known in dict(DATA=common.NAMES, METHODS=METHODS).items():  # these are narrowed below
         names = " ".join(re.findall(rf'\b{variable}=("[^"]*"|\w+)', "\n".join(commands))).replace('"', "")
         assert names and set(names.split()) <= set(known)
     for pattern, adapted in RULES.items():
         assert any(re.search(pattern, c) for c in commands), f"no command is left for the rule {pattern}"
         commands = [re.sub(pattern, adapted, c) for c in commands]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | ENVIRONMENT
-    env |= dict(PATH=f"{tmp_path}/bin:{env['PATH']}", TMPDIR=str(tmp_path), OMP_NUM_THREADS="1")
-    done = subprocess.run(["bash", "-exc", "\n".join(commands)], cwd=copy, env=env, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL)  # one shell, as .venv is activated once
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"  # the last line after + is the command
+    run(copy, "bash", "-exc", "\n".join(commands))  # one shell, as .venv is activated once
     runs = {str(f.parent.relative_to(copy / "runs")) for f in copy.glob("runs/*/*/*/scores.csv")}
-    assert runs == {"phantom/padim/seed0", "phantom/patchcore/seed0", "phantom/stfpm/seed0", "brain/clip_recon/seed0",
-                    "brain/padim/seed0", "images/patchcore/seed1", "images/padim/seed0"}
+    runs = {re.sub(r"-\w{8}/", "/", run) for run in runs}  # a prediction's folder ends with a hash
+    assert runs == {"phantom/padim/seed0", "phantom/patchcore/seed0", "phantom/stfpm/seed0", "brain/padim/seed0",
+                    "my_scans/patchcore/seed0", "new_scans/patchcore/seed0"}
+
+    (from_python,) = [block for block in blocks_of(README, "python") if "torch.load" in block]
+    shapes = run(copy, sys.executable, "-c", from_python + "print(*anomaly_map.shape, *score.shape)")
+    assert shapes.split()[-4:] == ["1", "64", "64", "1"]
 
 
-def test_the_table_of_methods_holds_every_script_with_its_length():
-    rows = re.findall(r"^\| \[`(\w+)`\].*? \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
-    assert {name: int(lines) for name, lines in rows} == {
-        name: len((ROOT / f"methods/{name}.py").read_text().splitlines()) for name in METHODS}
+@pytest.mark.slow
+def test_the_skeleton_of_a_method_is_a_method(copy):
+    (skeleton,) = [block for block in blocks_of(README, "python") if "command_line" in block]
+    head = (ROOT / "methods/stfpm.py").read_text().split("\nclass STFPM")[0]
+    (copy / "methods/mine.py").write_text(f"{head}\n{skeleton}")
+    command = [sys.executable, "methods/mine.py", "--image-size", "64", "--device", "cpu"]
+    printed = run(copy, *command, "--lr", "1e-3", "--epochs", "2", "--eval-every", "1")
+    losses = [float(value) for value in re.findall(r"loss (\S+)", printed)]
+    assert len(losses) == 2 and losses[1] < losses[0] and "image_auroc" in printed
+    model = copy / "runs/phantom/mine/seed0/model.pt"
+    assert "6 scores, 6 heat maps" in run(copy, *command, "--checkpoint", str(model), "--predict", "new_scans")
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len(README.encode()) <= 15_000
+
+
+def test_the_table_of_methods_has_every_script():
+    assert [row[0].strip("`") for row in rows_of("Methods")] == METHODS
+
+
+def test_the_published_results_are_those_of_the_thesis():
+    with open(ROOT / "methods/published.csv", newline="") as f:
+        published = {(r["method"], r["benchmark"]): r["mean"] + "?" * bool(r["suspect"])
+                     for r in csv.DictReader(f) if r["metric"] == "image_auroc"}
+    benchmarks = [name for name in common.NAMES if name != "phantom"]
+    rows = {row[0]: row[1::2] for row in rows_of("Results")}
+    assert set(rows) == {method for method, _ in published if method in METHODS}
+    for method, figures in rows.items():
+        assert figures == [published[method, name] for name in benchmarks], method
+
+
+def test_the_counts_of_the_benchmarks_are_those_that_are_checked():
+    known = load_script("datasets/check.py").PUBLISHED
+    for name, scripts, _, *counts, _ in rows_of("Benchmarks"):
+        assert [int(n) for n in re.findall(r"\d+", " ".join(counts).replace(",", ""))] == list(known[name])
+        assert all((ROOT / "datasets" / script).exists() for script in scripts.split(", "))
+
+
+@pytest.mark.parametrize("file", ["README.md", "tests/README.md"])
+def test_links_into_the_project_lead_somewhere(file):
+    text = (ROOT / file).read_text()
+    titles = re.findall(r"^#+ (.*)", text, re.M)
+    headings = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, heading = link.partition("#")
+        assert ((ROOT / file).parent / path).exists(), link
+        assert not heading or heading in headings, link
