@@ -2,13 +2,15 @@
 
 import colorsys
 import math
-import time
+import socket
 
 import numpy as np
 import pytest
 import torch
 from conftest import load_script
 from PIL import Image, ImageEnhance, ImageOps
+
+import common
 
 draem = load_script("methods/draem.py")
 
@@ -18,15 +20,15 @@ def seeded():
     torch.manual_seed(0)
 
 
-def slow_perlin(cells, size, angle):
-    """One pixel at a time: (cells) along both axes, angle[a, b] that of the gradient at corner (a, b)."""
+def slow_perlin(rows, columns, size, angle):
+    """One pixel at a time; angle[a, b] that of the gradient at corner (a, b)."""
     def fade(t):
         return 6 * t**5 - 15 * t**4 + 10 * t**3
 
     noise = np.zeros((size, size))
     for r in range(size):
         for c in range(size):
-            v, u = r * cells[0] / size, c * cells[1] / size
+            v, u = r * rows / size, c * columns / size
             a, b = int(v), int(u)
             n = {(i, j): math.cos(angle[a + i, b + j]) * (v - a - i) + math.sin(angle[a + i, b + j]) * (u - b - j)
                  for i in (0, 1) for j in (0, 1)}
@@ -36,100 +38,98 @@ def slow_perlin(cells, size, angle):
     return noise
 
 
-def test_perlin_noise_equals_a_loop_over_pixels_for_mixed_cells(monkeypatch):
-    exponents = torch.tensor([[0, 0], [3, 1], [2, 4], [1, 3]])
-    drawn = torch.rand(4, 17, 17)
-    monkeypatch.setattr(draem.torch, "rand", lambda *shape: drawn)
-    noise = draem.perlin(exponents, 48, "cpu")
-    assert noise.shape == (4, 1, 48, 48)
-    for i, (a, b) in enumerate(exponents.tolist()):
-        expected = slow_perlin((2**a, 2**b), 48, 2 * math.pi * drawn[i].double().numpy())
-        assert np.abs(noise[i, 0].numpy() - expected).max() < 2e-6
-
-
-def test_masks_cover_what_the_official_pipeline_covers():
-    noise = draem.perlin(torch.randint(0, 6, (600, 2)), 128, "cpu")
-    share = (draem.rotate(noise, draem.uniform(noise, -90, 90)) > 0.5).float().mean((1, 2, 3))
-    assert 0.041 < float(share.mean()) < 0.053  # official code at 256 pixels, 2,000 draws: 4.8%
-    assert 0.03 < float((share == 0).float().mean()) < 0.08  # 5.4% are empty
+@pytest.mark.parametrize("rows, columns", [(1, 1), (8, 2), (4, 16), (2, 8), (32, 1)])
+def test_perlin_noise_equals_a_loop_over_pixels(rows, columns, monkeypatch):
+    drawn = torch.rand(rows + 1, columns + 1)
+    monkeypatch.setattr(draem.torch, "rand", lambda *shape: drawn if shape == drawn.shape else None)
+    noise = draem.perlin(rows, columns, 48, "cpu")
+    expected = slow_perlin(rows, columns, 48, 2 * math.pi * drawn.double().numpy())
+    assert noise.shape == (48, 48) and np.abs(noise.numpy() - expected).max() < 2e-5
 
 
 # ---------------------------------------------------------------------------------------------------- augmentations
-def picture(n=1):
-    """Smooth colours with 8 bits, (n, 3, 32, 32)."""
-    x = torch.nn.functional.interpolate(torch.rand(n, 3, 6, 6), (32, 32), mode="bilinear")
+def picture():
+    """Smooth colours with 8 bits, (3, 32, 32)."""
+    x = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6), (32, 32), mode="bilinear")[0]
     return (x * 255).round() / 255
 
 
 def pillow(x):
-    return Image.fromarray((x[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    return Image.fromarray((x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def tensor(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 def draws(monkeypatch, *values):
     """Make the draws of one augmentation known."""
     left = list(values)
-    monkeypatch.setattr(draem, "uniform", lambda like, low, high, channels=1:
-                        torch.tensor(left.pop(0)).view(-1, 1, 1, 1).expand(len(like), channels, 1, 1))
+    monkeypatch.setattr(draem, "uniform", lambda low, high: left.pop(0))
 
 
-@pytest.mark.parametrize("name, values, expected", [
-    ("sharpness", [0.3], lambda image: ImageEnhance.Sharpness(image).enhance(0.3)),
-    ("sharpness", [1.8], lambda image: ImageEnhance.Sharpness(image).enhance(1.8)),
-    ("solarize", [0.1, 100.0], lambda image: ImageOps.solarize(image, 100)),
-    ("solarize", [0.9, 100.0], lambda image: image),
-    ("autocontrast", [0.0], lambda image: ImageOps.autocontrast(image)),
-    ("autocontrast", [0.1], lambda image: ImageOps.autocontrast(image, 10)),
-    ("equalize", [], ImageOps.equalize),
-    ("invert", [], ImageOps.invert),
-    ("turn", [0.0], lambda image: image),
-    ("turn", [90.0], lambda image: image.rotate(90)),
-    ("turn", [30.0], lambda image: image.rotate(30, Image.Resampling.BILINEAR)),
+GAMMA, BRIGHTNESS, SHARPNESS, COLOUR, SOLARIZE, POSTERIZE, INVERT, AUTOCONTRAST, EQUALIZE, TURN = range(10)
+
+
+@pytest.mark.parametrize("k, values, expected", [
+    (SHARPNESS, [0.3], lambda image: ImageEnhance.Sharpness(image).enhance(0.3)),
+    (SHARPNESS, [1.8], lambda image: ImageEnhance.Sharpness(image).enhance(1.8)),
+    (SOLARIZE, [0.1, 100.0], lambda image: ImageOps.solarize(image, 100)),
+    (SOLARIZE, [0.9], lambda image: image),
+    (BRIGHTNESS, [0.8, 0.0], lambda image: ImageEnhance.Brightness(image).enhance(0.8)),
+    (AUTOCONTRAST, [], ImageOps.autocontrast),
+    (EQUALIZE, [], ImageOps.equalize),
+    (INVERT, [], ImageOps.invert),
 ])
-def test_augmentations_equal_pillows(name, values, expected, monkeypatch):
+def test_augmentations_equal_pillows(k, values, expected, monkeypatch):
     x = picture()
     draws(monkeypatch, *values)
-    difference = (getattr(draem, name)(x) - tensor(expected(pillow(x)))).abs()
-    if values == [30.0]:
-        difference = difference[:, :, 6:26, 6:26]  # the border is drawn in another way
-    assert float(difference.max()) < 1.6 / 255
+    assert float((draem.AUGMENTERS[k](x) - tensor(expected(pillow(x)))).abs().max()) < 1.6 / 255
 
 
-def test_posterize_equals_pillows(monkeypatch):
+def test_gamma_is_drawn_for_each_channel(monkeypatch):
     x = picture()
-    for bits in range(1, 9):
-        monkeypatch.setattr(draem.torch, "randint", lambda *_, bits=bits: torch.tensor(8 - bits).view(1, 1, 1, 1))
-        assert torch.allclose(draem.posterize(x), tensor(ImageOps.posterize(pillow(x), bits)), atol=1e-6)
+    draws(monkeypatch, 0.5, 1.0, 2.0)
+    assert torch.allclose(draem.AUGMENTERS[GAMMA](x), torch.stack([x[0] ** 0.5, x[1], x[2] ** 2]))
 
 
-def test_hue_and_saturation_equal_the_standard_library(monkeypatch):
-    x = torch.cat([torch.rand(1, 3, 8, 8), torch.rand(1, 1, 8, 8).expand(-1, 3, -1, -1)])  # colour and grey
-    draws(monkeypatch, [40.0, -20.0], [-30.0, 50.0])
-    found = draem.hue_saturation(x)
-    for i, (hue, saturation) in enumerate(((40, -30), (-20, 50))):
-        for pixel, after in zip(x[i].flatten(1).T.tolist(), found[i].flatten(1).T.tolist(), strict=True):
-            h, s, v = colorsys.rgb_to_hsv(*pixel)
-            expected = colorsys.hsv_to_rgb((h + hue / 255) % 1, min(max(s + saturation / 255, 0), 1), v)
-            assert after == pytest.approx(expected, abs=1e-5)
+def test_brightness_has_a_factor_and_an_offset(monkeypatch):
+    x = 0.3 + 0.4 * torch.rand(3, 8, 8)
+    draws(monkeypatch, 1.1, -20.0)
+    assert torch.allclose(draem.AUGMENTERS[BRIGHTNESS](x), x * 1.1 - 20 / 255, atol=1e-6)
 
 
-def test_brightness_changes_the_luma(monkeypatch):
-    x = 0.3 + 0.4 * torch.rand(2, 3, 8, 8)
-    draws(monkeypatch, 1.1, 20.0, [0.2, 0.8])
-    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    before, after = ((y * luma).sum(1) for y in (x, draem.brightness(x)))
-    assert torch.allclose(after[0], before[0] * 1.1 + 20 / 255, atol=1e-6)
-    assert torch.allclose(after[1], (before[1] + 20 / 255) * 1.1, atol=1e-6)
+def test_posterize_leaves_one_to_eight_bits():
+    x = torch.linspace(0, 1, 256).view(1, 16, 16).expand(3, -1, -1)
+    levels = {len(draem.AUGMENTERS[POSTERIZE](x).unique()) for _ in range(200)}
+    assert levels == {2**bits for bits in range(1, 9)}
 
 
-def test_augmented_textures_stay_in_range_and_their_images_apart():
-    x = picture(40)
-    found = draem.augment(x)
-    assert float(found.min()) >= 0 and float(found.max()) <= 1 and float((found - x).abs().mean()) > 0.05
-    assert len({tuple(v.flatten()[:50].tolist()) for v in found}) == 40
+def test_hue_turns_by_up_to_50_of_255():
+    red = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
+    turned = [colorsys.rgb_to_hsv(*draem.AUGMENTERS[COLOUR](red).flatten().tolist())[0] for _ in range(300)]
+    turned = [(h + 0.5) % 1 - 0.5 for h in turned]
+    assert -50 / 255 <= min(turned) < -0.18 and 0.18 < max(turned) <= 50 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("turn, degrees", [(draem.rotate, 90), (draem.AUGMENTERS[TURN], 45)])
+def test_rotation_equals_pillows_and_leaves_black_corners(turn, degrees, monkeypatch):
+    x = picture().clamp(min=0.1)
+    drawn = 30.0
+    monkeypatch.setattr(turn, "make_params", lambda flat: dict(angle=drawn))
+    turned, expected = turn(x), tensor(pillow(x).rotate(drawn, Image.Resampling.BILINEAR))
+    assert float((turned - expected)[:, 6:26, 6:26].abs().max()) < 1.6 / 255  # the border is drawn in another way
+    assert not turned[:, 0, 0].any() and list(turn.degrees) == [-degrees, degrees]
+
+
+@pytest.mark.parametrize("k", range(10))
+def test_augmented_textures_stay_in_range_and_leave_their_input_alone(k):
+    x = picture()
+    kept = x.clone()
+    for _ in range(5):
+        augmented = draem.AUGMENTERS[k](x)
+        assert augmented.shape == x.shape and float(augmented.min()) >= 0 and float(augmented.max()) <= 1
+    assert torch.equal(x, kept) and len(draem.AUGMENTERS) == 10
 
 
 # ---------------------------------------------------------------------------------------------- simulated anomalies
@@ -143,28 +143,53 @@ class White:
         return torch.ones(len(indices), 3, 64, 64, device=device)
 
 
-def test_anomalies_are_inside_their_masks_and_the_target_is_clean(monkeypatch):
-    monkeypatch.setattr(draem, "augment", lambda texture: texture)
-    image = 0.2 + 0.1 * torch.rand(200, 3, 64, 64)
+@pytest.fixture
+def plain(monkeypatch):
+    """Textures stay as they are."""
+    monkeypatch.setattr(draem, "AUGMENTERS", [lambda texture: texture] * 3)
+
+
+def simulate(images, textures=None):
+    return (torch.stack(part) for part in zip(*(draem.simulate(x, textures) for x in images), strict=True))
+
+
+def test_anomalies_are_inside_their_masks_and_the_target_is_clean(plain):
+    image = 0.2 + 0.1 * torch.rand(300, 3, 64, 64)
     kept = image.clone()
-    target, corrupted, mask = draem.simulate(image, White())
+    target, corrupted, mask = simulate(image, White())
     assert torch.equal(image, kept)  # its argument is left alone
     inside = mask.expand_as(target)
     assert torch.equal(corrupted[~inside], target[~inside])
-    share = ((corrupted - target) / (1 - target))[inside]  # of the texture: 1 - beta
-    assert 0.2 - 1e-4 <= float(share.min()) < 0.25 and 0.9 < float(share.max()) <= 1 + 1e-4
+    opacity = ((corrupted - target) / (1 - target))[inside]  # beta
+    assert 0.2 - 1e-4 <= float(opacity.min()) < 0.25 and 0.9 < float(opacity.max()) <= 1 + 1e-4
     assert 0.35 < float(mask.any(3).any(2).float().mean()) < 0.6  # half of the images, less the empty masks
     turned = torch.tensor([not torch.equal(a, b) for a, b in zip(target, image, strict=True)])
     assert 0.2 < float(turned.float().mean()) < 0.4
     assert float(target[turned][:, :, 0, 0].min()) == 0  # black corners, in the target too
 
 
-def test_noise_textures_are_the_masks_own_noise(monkeypatch):
-    monkeypatch.setattr(draem, "augment", lambda texture: texture)
-    target, corrupted, mask = draem.simulate(torch.zeros(60, 3, 64, 64))
-    inside = mask.expand_as(target)
+def test_noise_textures_are_the_masks_own_noise(plain):
+    _, corrupted, mask = simulate(torch.zeros(60, 3, 64, 64))
+    inside = mask.expand_as(corrupted)
     assert float(corrupted[~inside].abs().max()) == 0
     assert float(corrupted[inside].min()) >= 0.1 - 1e-6 and float(corrupted.max()) <= 1  # above 0.5, a share of 0.2 up
+
+
+def test_masks_cover_what_the_official_pipeline_covers(plain, monkeypatch):
+    monkeypatch.setattr(draem, "uniform", lambda low, high: 0.9)  # all images get an anomaly
+    _, _, mask = simulate(torch.zeros(600, 3, 128, 128))
+    share = mask.float().mean((1, 2, 3))
+    assert 0.041 < float(share.mean()) < 0.053  # official code at 256 pixels, 2,000 draws: 4.8%
+    assert 0.03 < float((share == 0).float().mean()) < 0.08  # 5.4% are empty
+
+
+def test_draws_follow_from_pytorchs_random_state_alone():
+    images, state = torch.rand(20, 3, 64, 64), torch.get_rng_state()
+    first = [*simulate(images, White())]
+    np.random.seed(5)
+    torch.set_rng_state(state)
+    assert all(map(torch.equal, first, simulate(images, White())))
+    assert not torch.equal(first[1], [*simulate(images, White())][1])
 
 
 # ----------------------------------------------------------------------------------------------------------- losses
@@ -234,10 +259,9 @@ def test_score_of_an_image_does_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize("width", [0, 7])
-def test_odd_widths_end_with_one_line(width, capsys):
-    with pytest.raises(SystemExit):
+def test_odd_widths_end_with_one_line(width):
+    with pytest.raises(common.Error, match="--width"):
         draem.DRAEM(width)
-    assert capsys.readouterr().err.startswith("error: --width")
 
 
 # --------------------------------------------------------------------------------------------------------- textures
@@ -249,51 +273,56 @@ def args(tmp_path):
     return draem.Args(root=str(tmp_path), image_size=64)
 
 
+def load(args, source, train=None):
+    args.textures = str(source)
+    return draem.load_textures(args, train)
+
+
 def test_textures_come_from_the_named_folder(args, tmp_path):
-    textures, note = draem.load_textures(str(tmp_path / "stuff"), None, args)
+    textures, note = load(args, tmp_path / "stuff")
     assert textures.batch([0, 1]).shape == (2, 3, 64, 64)
     assert note == dict(source=str(tmp_path / "stuff"), images=2)
 
 
 def test_textures_can_be_the_training_images_or_noise(args):
-    assert draem.load_textures("images", range(7), args) == (range(7), dict(source="images", images=7))
-    assert draem.load_textures("noise", range(7), args) == (None, dict(source="noise"))
+    assert load(args, "images", range(7)) == (range(7), dict(source="images", images=7))
+    assert load(args, "noise", range(7)) == (None, dict(source="noise"))
 
 
 def unreachable(*_, **__):
-    time.sleep(60)
+    raise OSError("no answer")
 
 
 def test_without_dtd_auto_takes_the_training_images_and_says_so(args, monkeypatch, capsys):
-    monkeypatch.setattr(draem.urllib.request, "urlopen", unreachable)
-    monkeypatch.setattr(draem, "PATIENCE", 0.1)
-    assert draem.load_textures("auto", range(7), args) == (range(7), dict(source="images", images=7))
-    assert "TRAINING IMAGES" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        draem.load_textures("dtd", range(7), args)
-    error = capsys.readouterr().err
-    assert error.startswith("error: DTD") and error.count("\n") == 1 and "--textures FOLDER" in error
+    monkeypatch.setattr(draem, "DTD", unreachable)
+    unreachable._URL, timeout = "https://somewhere/dtd.tar.gz", socket.getdefaulttimeout()
+    assert load(args, "auto", range(7)) == (range(7), dict(source="images", images=7))
+    assert "TRAINING IMAGES" in capsys.readouterr().out and socket.getdefaulttimeout() == timeout
+    with pytest.raises(common.Error, match="DTD.*no answer.*--textures FOLDER") as error:
+        load(args, "dtd")
+    assert "\n" not in str(error.value)
 
 
-def test_dtd_below_root_is_taken_and_must_be_whole(args, tmp_path, monkeypatch, capsys):
+def test_dtd_below_root_is_taken_and_must_be_whole(args, tmp_path, monkeypatch):
     folder = tmp_path / "dtd/dtd/images/banded"
     folder.mkdir(parents=True)
+    (tmp_path / "dtd/dtd/labels").mkdir()
+    (tmp_path / "dtd/dtd/labels/train1.txt").write_text("banded/banded_0001.jpg\n")
     Image.new("RGB", (9, 9)).save(folder / "banded_0001.jpg")
-    with pytest.raises(SystemExit):
-        draem.load_textures("dtd", None, args)
-    assert "1 of DTD's 5640 images" in capsys.readouterr().err
-    monkeypatch.setattr(draem, "DTD_IMAGES", 1)
-    assert draem.load_textures("auto", None, args)[1] == dict(source="dtd", images=1)
+    with pytest.raises(common.Error, match="has 1 images .DTD has 5640."):
+        load(args, "dtd")
+    monkeypatch.setattr(draem.common, "images_in", lambda *_: [folder / "banded_0001.jpg"] * 5640)
+    monkeypatch.setattr(draem.common, "Split", lambda name, entries, *_: entries)
+    assert load(args, "auto")[1] == dict(source="dtd", images=5640)
 
 
 @pytest.mark.parametrize("wrong", ["missing", "empty", "broken"])
-def test_unusable_texture_folders_end_with_one_line(wrong, args, tmp_path, capsys):
+def test_unusable_texture_folders_end_with_one_line(wrong, args, tmp_path):
     folder = tmp_path / wrong
     if wrong != "missing":
         folder.mkdir()
     if wrong == "broken":
         (folder / "x.png").write_text("text")
-    with pytest.raises(SystemExit):
-        draem.load_textures(str(folder), None, args)
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and wrong in error
+    with pytest.raises(common.Error, match=wrong) as error:
+        load(args, folder)
+    assert "\n" not in str(error.value)

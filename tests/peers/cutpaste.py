@@ -1,4 +1,4 @@
-"""CutPaste beside Runinho/pytorch-cutpaste (--peer), the unofficial code that the thesis' copied. Its network is a
+"""CutPaste next to Runinho/pytorch-cutpaste (--peer), the unofficial code that the thesis' copied. Its network is a
 ResNet-18 by construction, so both sides have the same seeded untrained state: --weights goes unused. Its augmentations
 run on Pillow images, and what they drew is given to ours; undone for that: the jitter, whose draws and 8-bit levels
 differ. Then one step frozen, one thawed, and the density on unaugmented images."""
@@ -33,7 +33,7 @@ def copy(source, target):
 
 
 def recorded(augment, image):
-    """The peer's augmented image, what random.uniform gave on the way, and the aspect ratio that PyTorch drew."""
+    """The peer's augmented image and its draws: those of random.uniform, and the aspect ratio that PyTorch drew."""
     draws, uniform = [], random.uniform
 
     def keep(low, high):
@@ -42,22 +42,16 @@ def recorded(augment, image):
 
     state = torch.get_rng_state()
     with mock.patch("random.uniform", keep):
-        _, found = augment(image)
+        _, augmented = augment(image)
     torch.set_rng_state(state)
-    aspect = torch.empty(1).uniform_(math.log(0.3), math.log(1 / 0.3)).exp().item()
-    return to_tensor(found), draws, aspect
+    log_aspect = torch.empty(1).uniform_(math.log(0.3), math.log(1 / 0.3)).item()
+    return to_tensor(augmented), draws, log_aspect
 
 
-def cutpaste_patch(draws, aspect, side):
-    share, *corners = draws
-    size = [round(side * math.sqrt(share / aspect)), round(side * math.sqrt(share * aspect))]
-    return size, 0.0, [int(v) for v in corners[:2]], [int(v) for v in corners[2:]]
-
-
-def scar_patch(draws, aspect, side):
-    width, height, top, left, degrees, *target = draws
-    size = [round(int(top) + height) - int(top), round(int(left) + width) - int(left)]
-    return size, math.radians(degrees), [int(top), int(left)], [int(v) for v in target]
+def given(draws):
+    """Our `uniform`, with the peer's draws, which come in the same order."""
+    draws = iter(draws)
+    return mock.patch.object(script, "uniform", lambda low, high: next(draws))
 
 
 def gradients(network, parameters):
@@ -66,28 +60,29 @@ def gradients(network, parameters):
 
 def compare(args, train, test):
     if args.peer is None:
-        common.fail("cutpaste is compared with Runinho/pytorch-cutpaste: give its checkout with --peer")
+        raise common.Error("cutpaste is compared with Runinho/pytorch-cutpaste: give its checkout with --peer")
     augmentation, density, network = (load(args.peer, name) for name in ("cutpaste", "density", "model"))
     image, query = (split.batch(range(len(split))) for split in (train, test))
-    side = args.image_size
 
     random.seed(0)
-    for what, augment, convert in [("CutPaste", augmentation.CutPasteNormal(colorJitter=None), cutpaste_patch),
-                                   ("scar", augmentation.CutPasteScar(colorJitter=None), scar_patch)]:
-        found = [recorded(augment, to_pil_image(x)) for x in image]
-        drawn = zip(*(convert(draws, aspect, side) for _, draws, aspect in found), strict=True)
-        patch = script.Patch(*(torch.tensor(v).float() for v in drawn))
-        with mock.patch.object(script, "jitter", lambda x, inside: x):
-            ours = script.paste(image, patch)
-        peer = torch.stack([x for x, _, _ in found])
-        same = (ours - peer).abs().amax(dim=1) < 1e-6
-        yield f"{what}: share of equal pixels", same.float().mean(), 1.0
+    for what, ours, theirs in [("CutPaste", script.cutpaste, augmentation.CutPasteNormal(colorJitter=None)),
+                               ("scar", script.scar, augmentation.CutPasteScar(colorJitter=None))]:
+        same, side = [], image.shape[-1]
+        for x in image:
+            peer, draws, log_aspect = recorded(theirs, to_pil_image(x))
+            if what == "CutPaste":
+                draws.insert(1, log_aspect)
+            else:
+                x = F.pad(x, (0, 32, 0, 32))  # the peer's scars may leave the image
+            with mock.patch.object(script, "jitter", lambda patch: patch), given(draws):
+                same.append((ours(x)[:, :side, :side] - peer).abs().amax(dim=0) < 1e-6)
+        yield f"{what}: share of equal pixels", torch.stack(same).float().mean(), 1.0
 
     ours, peer = script.CutPaste("resnet18", "none").train(), network.ProjectionNet(False, [512, 512, 128], 3).train()
     mine = [name for name in ours.state_dict() if name.startswith(("backbone.", "head."))]
     ours.load_state_dict(copy(peer, mine), strict=False)
     peer_out = peer.out.parameters
-    batch, label, _ = script.three_way(image)
+    batch, label = script.three_way(image)
     settings = dict(lr=0.03, momentum=0.9, weight_decay=3e-5)
     a, b = (torch.optim.SGD(net.parameters(), **settings) for net in (ours, peer))
     ours.backbone.requires_grad_(False)

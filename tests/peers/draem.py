@@ -1,4 +1,4 @@
-"""DRAEM beside anomalib 2.7.0, the published widths in both, from anomalib's seeded state. Undone: the segmenting
+"""DRAEM next to anomalib 2.7.0, the published widths in both, from anomalib's seeded state. Undone: the segmenting
 network sees (restoration, image) as in the official code, anomalib's (image, restoration), so the channels of its first
 convolution change places; SSIM's border is zero as there, anomalib's is mirrored; the focal loss smooths its classes as
 there, anomalib's does not; the image score is the largest mean of 21x21 pixels as there, anomalib's the largest pixel,
@@ -24,8 +24,8 @@ def layers(*networks):
     return [m for net in networks for m in net.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.BatchNorm2d)]
 
 
-def mirrored(x, weight, padding):
-    return F.conv2d(F.pad(x, (padding[1], padding[1], padding[0], padding[0]), "reflect"), weight.to(x))
+def mirrored(x, weight, padding, groups):
+    return F.conv2d(F.pad(x, 4 * (padding,), "reflect"), weight.to(x), groups=groups)
 
 
 def compare(args, train, test):
@@ -42,7 +42,8 @@ def compare(args, train, test):
     first, swapped = mine.encoder[0][0].weight, [3, 4, 5, 0, 1, 2]
     first.data = first.data[:, swapped]
 
-    image, corrupted, mask = script.simulate(train.batch(range(len(train))))
+    samples = [script.simulate(x, None) for x in train.batch(range(len(train)))]
+    image, corrupted, mask = (torch.stack(part) for part in zip(*samples, strict=True))
     image, corrupted = image.double(), corrupted.double()
     recon, logits = ours(corrupted)
     with mock.patch.object(script, "F", types.SimpleNamespace(conv2d=mirrored)):
