@@ -45,7 +45,7 @@ SLICES = dict(valid=range(60, 100, 10), test=range(60, 100, 8))  # of anomalous 
 PUBLISHED = {("train", 0): 7500, ("valid", 0): 39, ("valid", 1): 44, ("test", 0): 640, ("test", 1): 3075}
 LISTS = Path(__file__).with_name("brats2021_published.csv")
 LOOKED_FOR = "cases like BraTS2021_00000/BraTS2021_00000_flair.nii.gz"
-MEMORY = 0.3  # GiB: a case of 240x240x155, its FLAIR and its segmentation unpacked
+MEMORY = 0.2  # GiB that a process takes: a case of 240x240x155, unpacked
 
 
 @dataclass
@@ -66,8 +66,10 @@ def find_cases(raw):
 
 
 def tumour_free(files, folder):
-    """The slices without tumour, of those that the rule reads."""
-    _, label = prepare.volume_and_label(files)
+    """The slices without tumour, of those that the rule reads; FLAIR is read, too, so that only usable cases are
+    divided."""
+    flair, label = prepare.volume_and_label(files)
+    flair.axial(FIRST, LAST + 1)
     return (FIRST + np.flatnonzero(~(label.axial(FIRST, LAST + 1) > 0).any(axis=(1, 2)))).tolist()
 
 

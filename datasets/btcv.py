@@ -38,7 +38,7 @@ from prepare import common
 WINDOW = -200, 250  # HU
 LIVER = 6
 BLOCK = 32  # slices read at a time: 32 MiB of each volume where they are 512x512
-MEMORY = 1.0  # GiB: a large case, volume and label unpacked
+MEMORY = 0.6  # GiB that a process takes: 512x512x200, volume and label unpacked
 PUBLISHED = {("train", 0): 1542}
 LOOKED_FOR = "cases like Training/img/img0001.nii.gz with Training/label/label0001.nii.gz"
 

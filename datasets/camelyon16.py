@@ -58,7 +58,7 @@ TUMOUR = {f"test_{n:03}" for n in (
 TUMOUR_GROUPS, EXCLUDED_GROUPS = {"_0", "_1", "tumor", "metastases"}, {"_2", "exclusion"}
 PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # at most, of each class
 PUBLISHED = {("train", 0): 5088, ("valid", 0): 100, ("valid", 1): 100, ("test", 0): 1000, ("test", 1): 1000}
-MEMORY = 0.6  # GiB: the tissue of the largest slide, with the tiles that OpenSlide keeps
+MEMORY = 0.4  # GiB that a process takes: the tissue of a slide of 100,000x200,000, and OpenSlide's cache
 LOOKED_FOR = "slides like training/normal/normal_001.tif and testing/images/test_001.tif"
 
 
@@ -85,10 +85,10 @@ def find_slides(raw):
 
 
 def plan(slides, fixed=None):
-    """{slide: split} from `find_slides`' names and annotations; fixed: the splits of the test slides."""
+    """{slide: split} from {slide: whether it is annotated}; fixed: the splits of the test slides."""
     splits = {slide: "train" for slide in slides if slide.startswith("normal")}
     tests = sorted(slides.keys() - splits.keys(), key=lambda slide: (slide in VALID, slide))
-    groups = [[s for s in tests if (s in TUMOUR or bool(slides[s][1])) == tumour] for tumour in (False, True)]
+    groups = [[s for s in tests if (s in TUMOUR or bool(slides[s])) == tumour] for tumour in (False, True)]
     if not splits or not groups[1]:
         raise common.Error(f"{len(splits)} normal training slides, {len(tests)} test slides, of them {len(groups[1])} "
                            "with tumour; train and test need at least one")
@@ -120,6 +120,15 @@ def choose(splits, found, seed):
             for slide, count in counts.items():
                 patches.setdefault(slide, []).extend((split, label, *c) for c in centres[slide][:count])
     return patches
+
+
+def share(splits, found, args):
+    """`choose`; where that leaves valid without a class, because slides are damaged, with the others divided again."""
+    patches = choose(splits, found, args.seed)
+    kinds = {label for chosen in patches.values() for split, label, *_ in chosen if split == "valid"}
+    if args.slides or kinds == {0, 1}:
+        return patches
+    return choose(plan({slide: centres[1] for slide, centres in found.items()}), found, args.seed)
 
 
 def read_coords(folder):
@@ -309,7 +318,8 @@ if __name__ == "__main__":
     slides = find_slides(raw) or prepare.wrong_folder(raw, LOOKED_FOR)
     if not args.coords:
         tests = [slide for slide in slides if slide.startswith("test")]
-        splits = plan(slides, prepare.read_split(args.slides, tests, ["valid", "test"]) if args.slides else None)
+        fixed = prepare.read_split(args.slides, tests, ["valid", "test"]) if args.slides else None
+        splits = plan({slide: annotation for slide, (_, annotation) in slides.items()}, fixed)
     preparation = prepare.Preparation("camelyon16", "histo", ["train", "valid", "test"], args, slides, MEMORY)
     sums = prepare.published_sums(prepare.files_below(raw))
     checked = {file: (file, sums[file]) for file in prepare.strings(slides) if file in sums}
@@ -320,7 +330,7 @@ if __name__ == "__main__":
     else:
         items = {slide: (slide, slides[slide], args.seed) for slide in splits if slide not in unsound}
         found = preparation.map(find_patches, items, "looking for tissue")
-        patches = choose(splits, found, args.seed)
+        patches = share(splits, found, args)
     while True:
         preparation.plan(Counter((s, label) for chosen in patches.values() for s, label, *_ in chosen), PUBLISHED)
         items = {slide: (slide, slides.get(slide, [None])[0], patches[slide])
@@ -330,6 +340,6 @@ if __name__ == "__main__":
         if args.coords or not failed:
             break
         found = {slide: centres for slide, centres in found.items() if slide not in failed}
-        patches = choose(splits, found, args.seed)
+        patches = share(splits, found, args)
         print(f"note: the patches of {', '.join(sorted(failed))} are taken from other slides")
     preparation.finish([row for slide in rows.values() for row in slide], PUBLISHED)

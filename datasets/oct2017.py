@@ -40,7 +40,7 @@ CLASSES = ["NORMAL", "CNV", "DME", "DRUSEN"]
 VALID, TEST = 8, 242  # images a class
 PUBLISHED = {("train", 0): 26315, ("valid", 0): 8, ("valid", 1): 24, ("test", 0): 242, ("test", 1): 726}
 LOOKED_FOR = "images like train/NORMAL/NORMAL-1001772-1.jpeg and test/CNV/CNV-1016042-1.jpeg"
-MEMORY = 0.1  # GiB
+MEMORY = 0.1  # GiB that a process takes
 CHUNK = 200  # images a process works on at a time
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -229,6 +230,7 @@ def lost(rows, folder):
 def worker():
     """Set up a worker process: it ends with its parent, however that ends, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable(logging.CRITICAL)  # nibabel and pydicom print what they raise
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -393,29 +395,41 @@ class Preparation:
         asked = {key: (items[key], json.dumps([items[key], [self.stamps.get(s) for s in strings(items[key])]]))
                  for key in keys}
         chunks = [{key: asked[key] for key in keys[i : i + chunk]} for i in range(0, len(keys), chunk)]
-        # Forked processes share what is imported, 300 MB of which is PyTorch; elsewhere than on Linux that is not safe.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         try:
-            with ProcessPoolExecutor(min(count, max(1, len(chunks))), context, worker) as pool:
-                found = [pool.submit(work_on, function, some, self.part, self.work / what / f"{next(iter(some))}.json")
-                         for some in chunks]
+            for done in self._work(function, chunks, what, count):
+                results |= done
+        except BrokenProcessPool:  # the fault of one case, or too little memory for several
+            print(f"note: a process died while {what}; what is left is done one by one", flush=True)
+            for key in [key for some in chunks if not some.keys() & (results.keys() | self.damaged) for key in some]:
                 try:
-                    for future in common.progress(found, f"{self.source}: {what}"):
-                        done, damaged = future.result()
+                    for done in self._work(function, [{key: asked[key]}], what, 1):
                         results |= done
-                        for key, why in damaged.items():
-                            self.damage(key, why)
-                finally:
-                    pool.shutdown(cancel_futures=True)
-        except BrokenProcessPool:
-            raise common.Error(f"a process died while {what}, most likely for lack of memory; take fewer "
-                               "--workers") from None
+                except BrokenProcessPool:
+                    read = ", ".join(s for s in strings(items[key]) if s in self.stamps)
+                    self.damage(key, f"{read or key} cannot be used (the process that read it died, for lack of memory "
+                                     "or by a fault of its library); download it again")
         if not results:
             raise common.Error(f"{self.args.raw}: nothing could be read; see the damaged files above")
         for key, (_, notes) in results.items():
             for text in notes:
                 self.notes.setdefault(text, set()).add(key)
-        return {key: result for key, (result, _) in results.items()}
+        return {key: results[key][0] for key in keys if key in results}
+
+    def _work(self, function, chunks, what, count):
+        """Yield {key: (result, notes)} of each chunk, in their order."""
+        # Forked processes share what is imported, 300 MB of which is PyTorch; elsewhere than on Linux that is not safe.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        with ProcessPoolExecutor(min(count, max(1, len(chunks))), context, worker) as pool:
+            found = [pool.submit(work_on, function, some, self.part, self.work / what / f"{next(iter(some))}.json")
+                     for some in chunks]
+            try:
+                for future in common.progress(found, f"{self.source}: {what}"):
+                    done, damaged = future.result()
+                    for key, why in damaged.items():
+                        self.damage(key, why)
+                    yield done
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def damage(self, key, why):
         """Name what is damaged, now and at the end."""
@@ -432,7 +446,7 @@ class Preparation:
         for (split, label), wanted in published.items():
             kind, count = ("normal", "anomalous")[label], counts.get((split, label), 0)
             if not count and split != "valid":  # without valid a benchmark can be used, with a warning
-                raise common.Error(f"no {kind} image for {split}: the source has too few cases")
+                raise common.Error(f"no {kind} image for {split}: the source has too few usable cases")
             other += [f"{split} {count} {kind} instead of {wanted}"] * (count != wanted)
         if other:
             print(f"note: other counts than published: {', '.join(other)}", flush=True)
@@ -454,7 +468,7 @@ class Preparation:
             for split, label in published:
                 if not counts[split, label] and split != "valid":
                     raise common.Error(f"no {('normal', 'anomalous')[label]} image for {split}: the source has too few "
-                                       "cases")
+                                       "usable cases")
             self._complete(rows)
             self._publish()
         shutil.rmtree(self.work)

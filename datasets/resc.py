@@ -39,7 +39,7 @@ from prepare import common
 
 PART = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:set|data)?(?![a-z])")
 LABEL, IMAGE = re.compile("label|mask|ground"), re.compile(r"image|\.img$")
-MEMORY = 0.1  # GiB
+MEMORY = 0.1  # GiB that a process takes
 VALID, TEST = (45, 70), (1041, 764)  # normal, anomalous
 PUBLISHED = {("train", 0): 4297, ("valid", 0): VALID[0], ("valid", 1): VALID[1], ("test", 0): TEST[0],
              ("test", 1): TEST[1]}
@@ -78,11 +78,15 @@ def patient_of(part, cube):
 
 
 def has_lesion(item, folder):
+    """Whether the label has any; the image is read, too, so that only usable slices are divided."""
     image, label = item
     if image is None or label is None:
         raise prepare.Damaged(f"{image or label} has no {'label' if image else 'image'} of the same slice; "
                               "unpack the source again")
-    return bool((prepare.read_grey(label) > 0).any())
+    pixels, mask = prepare.read_grey(image), prepare.read_grey(label) > 0  # (512, 1024)
+    if mask.shape != pixels.shape:
+        raise prepare.Damaged(f"{label} is {mask.shape}, its image {image} {pixels.shape} pixels; unpack both again")
+    return bool(mask.any())
 
 
 def plan(slices, seed=0, fixed=None):
@@ -112,9 +116,7 @@ def plan(slices, seed=0, fixed=None):
 def write_slice(item, folder):
     """A slice as PNG; its manifest row."""
     (_, patient, cube, k, file, label), split, lesion = item
-    image, mask = prepare.read_grey(file), prepare.read_grey(label) > 0 if lesion else None  # (512, 1024)
-    if lesion and mask.shape != image.shape:
-        raise prepare.Damaged(f"{label} is {mask.shape}, its image {file} {image.shape} pixels; unpack both again")
+    image, mask = prepare.read_grey(file), prepare.read_grey(label) > 0 if lesion else None
     return prepare.save(folder, split, int(lesion), f"{cube}_{k}", image, mask, case=patient, cube=cube, slice=k)
 
 

@@ -17,7 +17,6 @@ JPEG in DICOM has no checksums: damage inside its data cannot be seen, unless th
 Published: train 8,000; valid 70 + 1,420; test 781 + 16,413 (the thesis calls valid 1:1).
 """
 
-import logging
 import sys
 import warnings
 from collections import Counter
@@ -36,7 +35,7 @@ PARTS = {0: dict(train=8000, valid=70, test=781), 1: dict(valid=1420, test=16413
 PUBLISHED = {(split, label): count for label, parts in PARTS.items() for split, count in parts.items()}
 LIST = "stage_2_detailed_class_info.csv"
 LOOKED_FOR = f"stage_2_train_images/<patientId>.dcm and {LIST}"
-MEMORY = 0.15  # GiB
+MEMORY = 0.15  # GiB that a process takes
 CHUNK = 100  # images a process works on at a time
 
 
@@ -112,8 +111,7 @@ def write_image(item, folder):
     patient, label, split, file = item
     if file is None:
         raise prepare.Damaged(f"{patient}.dcm is missing, though {LIST} names it; download it again")
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # it prints tracebacks; what has no pixels is damaged
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings(action="ignore"):  # pydicom's, of headers; what has no pixels is damaged
         image = read_radiograph(file)  # (1024, 1024)
     return prepare.save(folder, split, label, patient, image, case=patient)
 

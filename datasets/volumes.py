@@ -6,6 +6,7 @@ import gzip
 import io
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,8 +79,12 @@ def _opened(file):
     """The NIfTI image of a file. A compressed one is unpacked into memory, to the end, where its checksum is; from a
     file, slices would be read without it, and each from the start."""
     image = nibabel.load(file)
-    held = {kind: nibabel.FileHolder(fileobj=io.BytesIO(gzip.decompress(Path(part.filename).read_bytes())))
-            for kind, part in image.file_map.items() if str(part.filename).endswith(".gz")}
+    held = {}
+    for kind, part in image.file_map.items():
+        if str(part.filename).endswith(".gz"):
+            held[kind] = nibabel.FileHolder(fileobj=io.BytesIO())
+            with gzip.open(part.filename) as packed:
+                shutil.copyfileobj(packed, held[kind].fileobj, 2**20)
     return type(image).from_file_map(image.file_map | held) if held else image
 
 

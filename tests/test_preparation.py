@@ -245,6 +245,31 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_to_be_seen(tmp_path, monkeyp
 
 
 # -------------------------------------------------------------------------------------------------------- the workers
+def dies_of_3(item, folder):
+    if item[0] == "3":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [item[0]]
+
+
+def test_a_file_that_ends_the_process_which_reads_it_is_named_and_the_others_go_on(tmp_path, capfd):
+    preparation, items = begin(tmp_path / "data", "lits", workers=2)
+    items["3"] = "3", str(tmp_path / "raw/3.nii")
+    assert preparation.map(dies_of_3, items, "reading") == {"2": ["2"], "4": ["4"]}
+    assert f"damaged: {tmp_path / 'raw/3.nii'} cannot be used (the process" in capfd.readouterr().err
+
+
+def raises(item, folder):
+    raise np.linalg.LinAlgError("of a kind\nthat nobody thought of")
+
+
+def test_whatever_a_library_raises_is_damage_and_one_line(tmp_path, capfd):
+    preparation, items = begin(tmp_path / "data", "lits")
+    with pytest.raises(common.Error, match="nothing could be read"):
+        preparation.map(raises, {"3": str(tmp_path / "raw/3.nii")}, "reading")
+    assert capfd.readouterr().err == (f"damaged: {tmp_path / 'raw/3.nii'} cannot be used (LinAlgError: of a kind that "
+                                      "nobody thought of)\n")
+
+
 SLOW = """
 import sys, time
 sys.path[:0] = [{tests!r}]
