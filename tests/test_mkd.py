@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import load_script
 from scipy import ndimage
 from torch import nn
+from torchvision.models import get_model
 
 mkd = load_script("methods/mkd.py")
 VGG = mkd.LAYERS["vgg16"][1]
@@ -44,7 +45,7 @@ def test_cloner_is_the_official_one():
 
 def test_vgg16_is_read_behind_its_last_four_pools():
     with torch.device("meta"):
-        features = mkd.common.get_model("vgg16", weights=None).features
+        features = get_model("vgg16", weights=None).features
     for name, width in zip(*mkd.LAYERS["vgg16"][:2], strict=True):
         number = int(name.removeprefix("features."))
         assert isinstance(features[number], nn.MaxPool2d) and features[number - 2].out_channels == width
