@@ -17,8 +17,9 @@ The rule:
 4. the remaining 626 show tumour in every slice: the first 11 by name are valid-anomalous with slices 60, 70, 80, 90,
    the other 615 test-anomalous with slices 60, 68, 76, 84, 92. Which 11 the published ones are nobody can tell: the
    benchmark's code took the first of a Python set of names, whose order differs from run to run.
-A cohort of another size is divided in the same shares, at least one patient in each part; of fewer than five, those of
-valid and test give both kinds of slices. --split FILE (CSV: case,split,label) fixes it instead.
+A cohort of another size is divided in the same shares, at least one patient in each part (and only patients with
+tumour-free slices in the normal ones, if there are three); of fewer than five, those of valid and test give both kinds
+of slices. --split FILE (CSV: case,split,label) fixes it instead.
 The validation part of the challenge has no segmentations and is passed over. A .nii.gz is read to its checksum; damage
 inside a .nii, which has none, cannot be seen, unless the file is cut off or its header is wrong.
 Published: train 7,500; valid 39 + 44; test 640 + 3,075 (the thesis calls that 1:1; about 0.4 GB).
@@ -84,7 +85,12 @@ def plan(free, groups=None):
     small = len(free) < len(GROUPS)  # then a patient of test or valid gives both normal and anomalous slices
     parts = [("train", [0]), ("test", [0, 1]), ("valid", [0, 1])] if small else [(s, [y]) for s, y in GROUPS]
     patients = [PATIENTS[0], PATIENTS[1] + PATIENTS[4], PATIENTS[2] + PATIENTS[3]] if small else PATIENTS
-    for (split, labels), count in zip(parts, prepare.shares(len(free), patients), strict=True):
+    if len(free) == 4:
+        ranked[2:] = ranked[:1:-1]  # the one with least free slices to test, which has two patients
+    counts, normal = prepare.shares(len(free), patients), sum(map(bool, free.values()))
+    if not small and 3 <= normal < sum(counts[:3]):  # so that each normal part gets patients with normal slices
+        counts = prepare.shares(normal, PATIENTS[:3]) + prepare.shares(len(free) - normal, PATIENTS[3:])
+    for (split, labels), count in zip(parts, counts, strict=True):
         for case in ranked[len(planned) : len(planned) + count]:
             planned[case] = split, {label: slices_of(free[case], split, label) for label in labels}
     return planned

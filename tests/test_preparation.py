@@ -480,6 +480,15 @@ def test_valid_has_both_kinds_wherever_any_division_has():
         assert (valid > 0).all() == possible and ((valid < total).all() or not chosen)
 
 
+@pytest.mark.parametrize("cases, free", [(3, 3), (4, 3), (5, 3), (16, 5), (30, 29), (1251, 3), (40, 38)])
+def test_a_cohort_of_any_size_gives_each_part_of_brain_both_kinds(cases, free):
+    free = {f"{k:04}": list(range(60, 60 + (k < free) * (1 + k % 39))) for k in range(cases)}
+    counts = Counter()
+    for split, slices in brats2021.plan(free).values():
+        counts.update({(split, label): len(chosen) for label, chosen in slices.items()})
+    assert all(counts[part] for part in brats2021.PUBLISHED)
+
+
 @pytest.mark.parametrize("script, cases, said", [("lits", 1, "1 of the cases 1 to 10"), ("brats2021", 2, "2 cases")])
 def test_too_small_a_cohort_is_told_before_the_work(script, cases, said, tmp_path):
     if script == "lits":
