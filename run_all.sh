@@ -94,14 +94,15 @@ variants() { # of clip_recon, a line each
 }
 
 list() {
-    local data method seed variant demo out
+    local data method seed variant demo out extra
     for data in $DATA; do
         for method in $METHODS; do
+            extra= && [ "$method $data" = "ddpm histo" ] && extra="--channels 3" # the only coloured benchmark
             demo=$([ "$data" = phantom ] || [ -n "${DEMO:-}" ] && demo "$method")
             ${ablation:-echo} | while read -r variant; do
                 out=${variant#--} out=${ablation:+--out runs/ablation/${out// /_}}
                 for seed in $SEEDS; do # unquoted: one space between words
-                    echo $python methods/$method.py --data $data --seed $seed $out $demo ${FLAGS:-} ${variant#--base}
+                    echo $python methods/$method.py --data $data --seed $seed $out $extra $demo ${FLAGS:-} ${variant#--base}
                 done
             done
         done

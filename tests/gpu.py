@@ -161,7 +161,7 @@ def settings(method, root, small):
         from test_methods import SHORT
 
         flags += SHORT[method]
-    return flags, "\n    epochs: int" in source
+    return flags, "\n    epochs: " in source
 
 
 def right(method, args, root, out):

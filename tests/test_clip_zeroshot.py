@@ -113,8 +113,8 @@ def test_notes_say_what_was_used_and_nothing_is_trained(arguments, notes, phanto
 
 
 def test_a_size_that_patches_cannot_tile_ends_with_one_line(phantom, tmp_path):
-    with pytest.raises(common.Error, match="^tiny: 15 pixels [^\n]*$"):
-        run_zeroshot("--root", phantom, "--out", tmp_path, "--device", "cpu", *SHORT, "--clip-size", 15)
+    with pytest.raises(common.Error, match="^tiny: 17 pixels [^\n]*$"):
+        run_zeroshot("--root", phantom, "--out", tmp_path, "--device", "cpu", *SHORT, "--clip-size", 17)
 
 
 def test_a_kept_model_is_the_same_when_it_is_loaded_from_python(phantom, tmp_path, images):
