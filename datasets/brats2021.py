@@ -86,7 +86,7 @@ def plan(free, groups=None):
     parts = [("train", [0]), ("test", [0, 1]), ("valid", [0, 1])] if small else [(s, [y]) for s, y in GROUPS]
     patients = [PATIENTS[0], PATIENTS[1] + PATIENTS[4], PATIENTS[2] + PATIENTS[3]] if small else PATIENTS
     if len(free) == 4:
-        ranked[2:] = ranked[:1:-1]  # the one with least free slices to test, which has two patients
+        ranked[2:] = ranked[:1:-1]  # the one with the fewest free slices to test, which has two patients
     counts, normal = prepare.shares(len(free), patients), sum(map(bool, free.values()))
     if not small and 3 <= normal < sum(counts[:3]):  # so that each normal part gets patients with normal slices
         counts = prepare.shares(normal, PATIENTS[:3]) + prepare.shares(len(free) - normal, PATIENTS[3:])

@@ -49,6 +49,7 @@ CLASSES = ["train normal", "valid normal", "valid anomalous", "test normal", "te
 PUBLISHED = {  # numbers of images (README, Benchmarks)
     "brain": (7500, 39, 44, 640, 3075), "liver": (1542, 93, 73, 833, 660), "resc": (4297, 45, 70, 1041, 764),
     "oct2017": (26315, 8, 24, 242, 726), "chest": (8000, 70, 1420, 781, 16413), "histo": (5088, 100, 100, 1000, 1000)}
+SCRIPTS = dict(brain="brats2021", liver="lits", resc="resc", oct2017="oct2017", chest="rsna", histo="camelyon16")
 PATIENT = re.compile(  # file names without suffix that tell the patient (or scan, or slide)
     r"(brats.*_\d+)_\d+"  # BraTS2021_00003_60
     r"|(?:normal|cnv|dme|drusen)-(\d+)-\d+"  # OCT2017
@@ -244,7 +245,9 @@ if __name__ == "__main__":
         if benchmark and len(chosen) != published:
             findings.append(("notice", "other counts than published", f"{name} {len(chosen)} instead of {published}"))
         if not chosen:
-            findings.append(("notice" if split == "valid" else "error", "no images", name))
+            script = "btcv" if (benchmark, split) == ("liver", "train") else SCRIPTS.get(benchmark)
+            made = f" (datasets/{script}.py makes them)" * bool(script)
+            findings.append(("notice" if split == "valid" else "error", "no images", name + made))
         n = min(args.limit or len(chosen), len(chosen))
         classes[name] = [chosen[i * len(chosen) // n] for i in range(n)]  # evenly spread over the files
     # A run looks for the record of all files of a benchmark; that of a part of them (--limit) has another name.

@@ -1,13 +1,13 @@
 """phantom: a benchmark that needs no download, made from the brain MR volume that every nibabel installation contains.
 
 What it is: one volunteer's brain (an axial volume of 128x96x24 voxels that nibabel distributes as test data), cut,
-deformed and re-coloured anew for each image, with painted lesions. A demonstration for first runs and tests, no
+deformed and re-coloured for each image, with painted lesions. A demonstration for first runs and tests, no
 benchmark: nothing measured on it says anything about patients.
 
 The rule, for each image with its own seeded generator:
 1. a slice at a random depth and tilt, mirrored or not, scaled, turned and elastically deformed;
 2. anomalous ones get one to three lesions: bright or dark, textured, soft-edged, of irregular outline; the mask is
-   where a lesion changes the image by more than a third of its greatest change;
+   where a lesion changes the image by more than a third of its maximum;
 3. a random tone curve, a smooth bias field and Rician noise.
 
 Writes <root>/phantom/{train/good,{valid,test}/{good,Ungood}}/img/*.png (8-bit grey), masks in Ungood/anomaly_mask, and

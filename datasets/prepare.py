@@ -95,6 +95,7 @@ def labelled(files, raw, volume, label):
     """{case: [volume file, label file or None]} from {case: {kind: file}}, by name. A volume without label in a folder
     that says test or validation is passed over: such parts of a challenge have no labels."""
     found, left = {}, []
+    passed_over([kinds[label] for kinds in files.values() if volume not in kinds], "labels without their volume")
     for case, kinds in sorted(files.items()):
         if volume in kinds:
             folders = Path(kinds[volume]).relative_to(raw).parts[:-1]
@@ -301,12 +302,13 @@ def locked(file, wait=False):
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = open(file, "w")  # noqa: SIM115 (held by the caller)
-        fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (BlockingIOError, PermissionError) as e:
-        raise common.Error(f"{file} cannot be locked ({e.strerror}): wait for the process that works there, or choose "
-                           "another --root") from e
     except OSError as e:
         raise common.Error(f"cannot write {file}: {e.strerror}; choose another --root") from e
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as e:
+        raise common.Error(f"{file} cannot be locked ({e.strerror}): wait for the process that works there, or choose "
+                           "another --root") from e
     return lock
 
 
@@ -315,7 +317,7 @@ def free_memory():
     try:
         free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
         group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2])
-    except (OSError, TypeError):  # not Linux
+    except (OSError, TypeError, IndexError):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     limits = [place / "memory.max" for place in (group, *group.parents)]
     return min([free, *(int(f.read_text()) for f in limits if f.exists() and f.read_text().strip().isdecimal())])
@@ -550,7 +552,7 @@ class Preparation:
 
 
 def shares(total, counts):
-    """`total` cases divided in proportion to `counts`: at least one in each, the greatest remainders first."""
+    """`total` cases divided in proportion to `counts`: at least one in each, the largest remainders first."""
     exact = np.array(counts) * total / sum(counts)
     found = np.maximum(1, np.floor(exact)).astype(int)
     while found.sum() != total:

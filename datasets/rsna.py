@@ -10,8 +10,8 @@ The rule:
 2. the normal patients (8,851), in seeded order of their ids: 8,000 train, 70 valid, 781 test; the others (17,833)
    likewise: 1,420 valid, 16,413 test. A source of another size is divided in the same shares, at least one patient in
    each. --patients FILE (CSV: case,split) fixes it instead;
-3. pixels are written as 8 bits, the least value that the header allows (by its bits stored, sign, rescale slope and
-   intercept) being black and the greatest white: unchanged where 8 bits are stored, as in the source. Photometric
+3. pixels are written as 8 bits, the minimum that the header allows (by its bits stored, sign, rescale slope and
+   intercept) being black, the maximum white: unchanged where 8 bits are stored, as in the source. Photometric
    interpretation MONOCHROME1 and a negative slope are inverted.
 JPEG in DICOM has no checksums: damage inside its data cannot be seen, unless the file is cut off or its header wrong.
 Published: train 8,000; valid 70 + 1,420; test 781 + 16,413 (the thesis calls valid 1:1).

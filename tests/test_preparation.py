@@ -621,3 +621,37 @@ def test_published_checksums_are_checked(slides, tmp_path):
     named = [line for line in done.stderr.splitlines() if line.startswith("damaged: ")]
     assert done.returncode == 1 and len(named) == 1 and f"{file} has the checksum" in named[0]
     assert found and not any("test_003" in str(name) for name in found)
+
+
+# ------------------------------------------------------------------------------------------------------- all together
+@pytest.mark.slow
+def test_all_six_benchmarks_are_made_on_one_root_and_pass_the_check(slides, tmp_path):
+    raw, rng = tmp_path / "raw", np.random.default_rng(0)
+    cohort(raw / "brats2021", 12, (64, 60, 110))
+    for k in range(1, 5):
+        write_btcv(raw / "btcv", k, k, shape=(80, 70, 6))
+        write_lits(raw / "lits", k, k + 10, shape=(80, 70, 6))
+    for part, cube in (("Edema_trainingset", P1), ("Edema_validationset", P77), ("Edema_validationset", P9)):
+        for k in range(6):
+            label = np.zeros((64, 96), np.uint8)
+            label[3:20, 4:20] = 255 * (k > 3)
+            for kind, array in (("original_images/{}.img", rng.integers(0, 256, label.shape).astype(np.uint8)),
+                                ("label_images/{}_labelMark", label)):
+                file = raw / "resc" / part / kind.format(cube) / f"{k}.bmp"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(file)
+    oct_images(raw / "oct2017")
+    rows = [(f"{k:08x}", kind) for k, kind in enumerate(["Normal"] * 6 + ["Lung Opacity"] * 6)]
+    for patient, _ in rows:
+        write_dicom(raw / f"rsna/images/{patient}.dcm", rng.integers(0, 256, (64, 64)).astype(np.uint8))
+    (raw / "rsna" / rsna.LIST).write_text("patientId,class\n" + "".join(f"{p},{k}\n" for p, k in rows))
+    (raw / "camelyon16").symlink_to(slides)
+    for script in ("brats2021", "lits", "btcv", "resc", "oct2017", "rsna", "camelyon16"):
+        done, _ = prepared(script, raw / script, tmp_path)
+        assert done.returncode == 0, done.stderr
+    for name in ("brain", "liver", "resc", "oct2017", "chest", "histo"):
+        done = run_here("datasets/check.py", "--data", name, "--root", tmp_path)
+        assert done.returncode == 0 and "errors: none" in done.stdout, done.stdout
+    shutil.rmtree(tmp_path / "liver/valid")
+    done = run_here("datasets/check.py", "--data", "liver", "--root", tmp_path)
+    assert "no images: 2, e.g. valid normal (datasets/lits.py makes them)" in done.stdout
