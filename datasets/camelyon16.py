@@ -13,8 +13,8 @@ The rule, for patches of 256x256 pixels at level 0:
    test slides 13, 5 of them with tumour, are valid, and the other 115 test, without test_049 (a duplicate, withdrawn)
    and test_114 (not all of its tumour is annotated);
 2. tissue is where the colour (maximum minus minimum of R, G, B) is above Otsu's threshold, on the level nearest to
-   1:32; unlike saturation it is small in black, unscanned areas too. The centre of a patch is a multiple of 64 pixels, and at
-   least half of the patch is tissue;
+   1:32; unlike saturation it is small in black, unscanned areas too. The centre of a patch is a multiple of 64 pixels,
+   and at least half of the patch is tissue;
 3. a tumour patch has its centre inside a tumour polygon (groups _0, _1, Tumor, metastases) and outside the excluded
    ones (_2, Exclusion); a normal patch lies wholly outside every polygon;
 4. patches are drawn at random, seeded by slide; those of one slide do not overlap. Each training slide gives 32; valid
