@@ -174,7 +174,8 @@ def find_benchmark(data, root):
         if ("test", False) in parts and any(key[0] in NORMAL for key in parts.get(("train", False), {})):
             return base, parts
     raise Error(f"{asked} is not a benchmark: expected images in train/good, test/good and test/Ungood (or MVTec AD's "
-                f"test/<defect>), found {sorted(p.name for p in asked.iterdir())[:8]}")
+                f"test/<defect>), found {sorted(p.name for p in asked.iterdir())[:8]}; is a part missing that "
+                "another script of datasets/ makes?")
 
 
 def list_split(parts, split):

@@ -290,12 +290,11 @@ def build_model(args):
     longest = 75 - (args.join == "append")  # of CLIP's 77 tokens
     for allowed, rule in [
             (args.backbone in ["clip", *STAGES], f"--backbone is clip, {', '.join(STAGES)}; add yours to STAGES"),
-            (args.layers and set(args.layers) <= {1, 2, 3, 4}, "--layers takes some of 1 2 3 4"),
-            (1 <= args.prompt_tokens <= longest, f"--prompt-tokens lies in 1 to {longest}"),
-            (min(args.patches_per_step, args.adapter_reduction) > 0, "--patches-per-step, --adapter-reduction > 0"),
-            (0 <= args.smooth_sigma <= args.image_size // 4, "--smooth-sigma lies in 0 to --image-size / 4"),
-            (args.da_levels >= 0 and args.image_size >= 3 * 2 ** max(args.da_levels - 1, 0),
-             f"--da-levels lies in 0 to what {args.image_size} pixels can be halved")]:
+            (args.layers, "--layers takes some of 1 2 3 4"),
+            (args.prompt_tokens <= longest, f"--prompt-tokens with --join {args.join}: at most {longest}"),
+            (4 * args.smooth_sigma <= args.image_size, "--smooth-sigma is at most a quarter of --image-size"),
+            (args.image_size >= 3 * 2 ** max(args.da_levels - 1, 0),
+             f"--da-levels: {args.image_size} pixels cannot be halved {args.da_levels} times")]:
         if not allowed:
             raise common.Error(rule)
     return ClipRecon(args)

@@ -27,7 +27,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if getattr(item, "callspec", None) and item.callspec.params.get("finished", "padim") not in ("padim", "stfpm"):
+        if getattr(item, "callspec", None) and item.callspec.params.get("finished", "padim") != "padim":
             item.add_marker("slow")
 
 

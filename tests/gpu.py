@@ -448,7 +448,7 @@ def suite(args):
         spec = runpy.run_path(str(ROOT / f"methods/{method}.py"), run_name="asked")["Args"]()
         hours = {}
         for data, counts in PUBLISHED.items():
-            train, valid, test = map(sum, counts)
+            train, valid, test = counts[0], sum(counts[1:3]), sum(counts[3:])
             epochs, every = getattr(spec, "epochs", 1), getattr(spec, "eval_every", 1)
             images = spec.batch_size * spec.steps_per_epoch if method == "cutpaste" else train
             brief = {"patchsvdd": spec.repeat / 10 if method == "patchsvdd" else 1}.get(method, 1)  # see BRIEF

@@ -1,9 +1,12 @@
 """tests/clip.py's plumbing, with an untrained file: all checks run, and those that need training fail."""
 
+import pytest
 import torch
 from conftest import run_here
 
 import common
+
+pytestmark = pytest.mark.slow
 
 
 def test_an_untrained_clip_runs_through_all_checks_and_fails(phantom, tmp_path):

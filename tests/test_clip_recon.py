@@ -473,6 +473,7 @@ def test_a_file_that_does_not_fit_ends_with_one_line(damage, clip, tmp_path):
 ])
 def test_arguments_that_cannot_be_end_with_one_line(changes, words):
     with pytest.raises(common.Error) as error:
+        common.check_ranges(cr.Args(**changes))  # as `common.command_line` does
         build(**changes)
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
 
@@ -520,6 +521,7 @@ def test_published_weights_are_taken_from_the_cache(cache, clip, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------- a run, and its costs
+@pytest.mark.slow
 def test_a_run_lowers_the_loss_on_the_phantom_and_keeps_only_what_it_trained(phantom, tmp_path):
     done = run_script("methods/clip_recon.py", "--root", phantom, "--out", tmp_path, "--device", "cpu",
                       "--image-size", 64, "--model", "tiny", "--clip-weights", "none", "--epochs", 6, "--lr", 1e-2,
@@ -541,6 +543,7 @@ FLAGS = ["--join", "append", "--modules", "prompts", "--loss", "layer", "--block
 
 
 @pytest.mark.parametrize("flags", [[], ["--backbone", "mobilenet_v2", "--weights", "none"], FLAGS])
+@pytest.mark.slow
 def test_a_kept_model_gives_the_same_scores_when_it_is_loaded_from_python(flags, phantom, tmp_path):
     done = run_script("methods/clip_recon.py", "--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0,
                       "--image-size", 64, "--model", "tiny", "--clip-weights", "none", "--epochs", 2, "--lr", 1e-2,

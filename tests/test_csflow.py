@@ -161,6 +161,7 @@ def test_a_step_changes_the_flow_and_not_the_backbone(model):
         assert torch.equal(value, before[key]) != moves, key
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_tells_other_correlations_apart():
     torch.manual_seed(0)
     model = csflow.CSFlow.__new__(csflow.CSFlow)

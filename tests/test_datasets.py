@@ -113,6 +113,7 @@ def test_slices_are_the_right_way_up_scaled_by_their_own_range_and_lie_on_their_
     assert np.array_equal(mask > 0, seg[::-1, ::-1, z].T > 0) and set(np.unique(mask)) == {0, 255}
 
 
+@pytest.mark.slow
 def test_neither_the_affines_signs_nor_the_stored_type_change_the_images(source, tmp_path):
     assert prepare(source, tmp_path / "a").returncode == 0
     for axes, stored in (("RPS", {}), ("LPI", dict(slope=0.5, inter=-100.0))):
@@ -130,6 +131,7 @@ def test_the_same_source_gives_the_same_bytes_and_a_second_run_does_nothing(sour
     one_line(prepare(source, tmp_path / "a", "--seed", 1), "other arguments")
 
 
+@pytest.mark.slow
 def test_a_run_killed_half_way_is_finished_by_the_next(source, tmp_path):
     assert prepare(source, tmp_path / "whole").returncode == 0
     killed = "import os, prepare\nkeep = prepare.save\ndef save(folder, split, label, name, *rest, **columns):\n" \
@@ -190,6 +192,7 @@ def test_a_damaged_case_is_named_skipped_and_listed_and_strict_stops_there(harm,
     assert strict.returncode == 2 and case.name in strict.stderr and not (tmp_path / "strict/brain").exists()
 
 
+@pytest.mark.slow
 def test_a_replaced_file_changes_the_plan_and_leaves_nothing_of_the_earlier_one(tmp_path):
     raw = cohort(tmp_path / "raw")
     assert prepare(raw, tmp_path / "whole").returncode == 0

@@ -213,6 +213,7 @@ def test_map_adds_channels_and_averages_reconstructions(images):
     assert smoothed.shape == (4, 32, 32) and smoothed.std() < seeded().predict(images)[0].std()
 
 
+@pytest.mark.slow
 def test_loss_falls_and_reaches_all_weights(images):
     model = seeded()
     learner = copy.deepcopy(model.unet)
@@ -254,6 +255,7 @@ def test_arguments_that_cannot_go_together_are_refused(wrong):
     ddpm.check(ddpm.Args())
 
 
+@pytest.mark.slow
 def test_coloured_images_need_three_channels(tmp_path):
     done = run_script("methods/ddpm.py", "--data", coloured_benchmark(tmp_path / "colour"), "--root", tmp_path,
                       "--out", tmp_path / "runs", "--device", "cpu", "--image-size", 32, "--base-channels", 8,

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import run_script
 
+pytestmark = pytest.mark.slow
+
 
 def rows(part, file, *more):
     done = run_script("tests/gpu.py", part, *more, "--device", "cpu", "--small", "--out", file)

@@ -200,6 +200,7 @@ def test_a_finished_run_is_kept_and_other_arguments_ask_for_overwrite(finished, 
     assert (folder / "results.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_finished_run_on_another_folder_of_the_same_name_is_not_taken_for_this_one(phantom, tmp_path, capsys):
     arguments = ["--root", tmp_path, "--out", tmp_path / "runs", "--device", "cpu", "--maps", 0, *SHORT["padim"]]
     shutil.copytree(phantom / "phantom", tmp_path / "other/phantom")
@@ -209,6 +210,7 @@ def test_a_finished_run_on_another_folder_of_the_same_name_is_not_taken_for_this
     assert left.value.code == 2 and "--data" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_work_on_one_run_folder(phantom, tmp_path, capsys):
     folder = tmp_path / "phantom/padim/seed0"
     folder.mkdir(parents=True)
@@ -259,6 +261,7 @@ def test_six_lines_load_the_model_in_python(finished, phantom):
 
 
 @pytest.mark.parametrize("axes", ["LAS", "PIR"])
+@pytest.mark.slow
 def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom, tmp_path):
     arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 2]
     run_here("padim", *arguments, *SHORT["padim"])
@@ -278,6 +281,7 @@ def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom,
     assert np.corrcoef(panel.ravel(), lowest.ravel())[0, 1] > 0.99
 
 
+@pytest.mark.slow
 def test_predictions_never_replace_each_other_and_tell_their_input_and_checkpoint(phantom, tmp_path):
     arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 2]
     run_here("padim", *arguments, *SHORT["padim"])
@@ -297,6 +301,7 @@ def test_predictions_never_replace_each_other_and_tell_their_input_and_checkpoin
     assert len(read_scores(folder)) == 3 == len(list((folder / "maps").iterdir()))
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_that_its_images_changed(phantom, tmp_path, capsys):
     shutil.copytree(phantom / "phantom", tmp_path / "phantom")
     arguments = ["--root", tmp_path, "--out", tmp_path / "runs", "--device", "cpu", "--maps", 0, *SHORT["padim"]]
@@ -307,6 +312,7 @@ def test_a_finished_run_says_that_its_images_changed(phantom, tmp_path, capsys):
     assert left.value.code == 2 and "other images" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_overwrite_leaves_nothing_of_the_earlier_run(phantom, tmp_path):
     arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", *SHORT["padim"]]
     run_here("padim", *arguments, "--maps", 2)
@@ -316,6 +322,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(phantom, tmp_path):
     assert {p.name for p in folder.iterdir()} == {"results.json", "scores.csv", "model.pt", "padim.py", "curves.csv"}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_does_not_replace_the_scores_of_a_finished_run(phantom, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common.fcntl, "flock", lambda *_: None)  # this process leaves, but does not end
     arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0]
@@ -330,6 +337,7 @@ def test_a_checkpoint_does_not_replace_the_scores_of_a_finished_run(phantom, tmp
     assert (folder / "scores.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_one_line(phantom, tmp_path):
     arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", *SHORT["padim"]]
     run = subprocess.Popen([sys.executable, ROOT / "methods/padim.py", *map(str, arguments)], text=True,
@@ -342,6 +350,7 @@ def test_ctrl_c_ends_a_run_with_one_line(phantom, tmp_path):
     assert error == "interrupted; the same command resumes after the last evaluation, if there was one\n"
 
 
+@pytest.mark.slow
 def test_a_wrong_data_folder_leaves_a_finished_run_as_it_is(phantom, tmp_path):
     run_here("padim", "--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT["padim"])
     with pytest.raises(SystemExit):
@@ -396,6 +405,7 @@ def test_wrong_checkpoints_end_with_one_line(damage, phantom, tmp_path, capsys):
     assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and str(file) in error
 
 
+@pytest.mark.slow
 def test_a_checkpoint_refuses_other_frozen_weights(phantom, tmp_path, capsys):
     arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT["padim"]]
     run_here("padim", *arguments)
@@ -408,6 +418,7 @@ def test_a_checkpoint_refuses_other_frozen_weights(phantom, tmp_path, capsys):
     assert "trained on the frozen weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_copying_one_script_and_common_is_enough(phantom, tmp_path):
     for name in ("methods/padim.py", "common.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -194,6 +194,7 @@ def test_the_mean_image_is_that_of_all_images(model):
     assert torch.allclose(model.mean, images.mean(dim=0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_learns_positions_without_collapse():
     torch.manual_seed(0)
     model = patchsvdd.PatchSVDD(80)

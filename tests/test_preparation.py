@@ -178,6 +178,7 @@ def complete(root):
 
 
 @pytest.mark.parametrize("other", [False, True], ids=["alone", "next to another part"])
+@pytest.mark.slow
 def test_killed_at_any_step_of_the_end_nothing_incomplete_is_seen_and_the_next_run_ends_well(other, tmp_path):
     assert not other or make(tmp_path / "data", "btcv") == 0
     shutil.copytree(tmp_path / "data", tmp_path / "whole") if other else None
@@ -295,6 +296,7 @@ def alive(pids):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.slow
 def test_workers_end_with_their_parent_and_a_second_run_on_the_root_is_refused(tmp_path):
     code = SLOW.format(tests=str(ROOT / "tests"), root=str(tmp_path / "data"))
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""CFA beside anomalib 2.7.0. anomalib knows backbones by name and downloads their weights: its extractor and the width
+"""CFA next to anomalib 2.7.0. anomalib knows backbones by name and downloads their weights: its extractor and the width
 of its descriptor are replaced by ours. Its descriptor's state is copied into ours. Undone: its radius is no parameter
 (compared at 1e-5 as it is, and at a radius where the repulsion acts as a leaf put in its place); its smoothing reflects
 the border without repeating the edge pixel; it fills its memory bank with the batch norm of the backbone in training
@@ -27,7 +27,7 @@ def compare(args, train, test):
         get_feature_extractor=lambda name, nodes: common.feature_extractor("mobilenet_v2", nodes, args.weights)
     ):
         peer = peer_script.CfaModel("resnet18", 1, 1, 3, 3, 1e-5)
-        width = sum(ours.descriptor.channels)
+        width = ours.descriptor.conv.out_channels
         peer.descriptor.layer = peer_script.CoordConv2d(width, width, 1)
         ours.descriptor.conv.load_state_dict(peer.descriptor.layer.conv2d.state_dict())
         batches = [train.batch(range(i, i + 4)) for i in (0, 4)]  # of one size: anomalib weighs batches, not images
@@ -46,17 +46,18 @@ def compare(args, train, test):
         loss.backward()
         peer_loss = CfaLoss(3, 3, radius)
         peer_loss.radius = torch.tensor([radius], requires_grad=True)
-        their = peer_loss(peer(common.normalize(image)))
-        their.backward()
-        yield f"loss, r = {radius:.3g}", loss, their
+        peer_value = peer_loss(peer(common.normalize(image)))
+        peer_value.backward()
+        yield f"loss, r = {radius:.3g}", loss, peer_value
         conv = peer.descriptor.layer.conv2d
         yield f"gradient of the weight, r = {radius:.3g}", ours.descriptor.conv.weight.grad, conv.weight.grad
         yield f"gradient of the bias, r = {radius:.3g}", ours.descriptor.conv.bias.grad, conv.bias.grad
         yield f"gradient of the radius, r = {radius:.3g}", ours.radius.grad.view(1), peer_loss.radius.grad
     image = test.batch(range(len(test)))
     ours.float(), peer.float()
-    with mock.patch.object(script, "smooth", GaussianBlur2d(sigma=4)), torch.no_grad():
+    blur = GaussianBlur2d(sigma=4)
+    with mock.patch.object(common, "smooth", lambda anomaly_map: blur(anomaly_map[:, None])[:, 0]), torch.no_grad():
         anomaly_map, score = ours.predict(image)
-        found = peer.eval()(common.normalize(image))
-    yield "anomaly map", anomaly_map, found.anomaly_map
-    yield "image score", score, found.pred_score
+        theirs = peer.eval()(common.normalize(image))
+    yield "anomaly map", anomaly_map, theirs.anomaly_map
+    yield "image score", score, theirs.pred_score

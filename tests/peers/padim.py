@@ -1,4 +1,4 @@
-"""PaDiM beside anomalib 2.7.0. Undone: anomalib adds another 1e-5 to the covariance's diagonal, and its smoothing
+"""PaDiM next to anomalib 2.7.0. Undone: anomalib adds another 1e-5 to the covariance's diagonal, and its smoothing
 reflects the border without repeating the edge pixel."""
 
 from unittest import mock
@@ -13,7 +13,7 @@ script = load_script("methods/padim.py")
 
 
 def compare(args, train, test):
-    layers = script.LAYERS["mobilenet_v2"][0]
+    layers = script.LAYERS["mobilenet_v2"][0][::-1]  # the peer takes the finest grid from its first layer
     peer = PadimModel(backbone=common.pretrained_network("mobilenet_v2", args.weights).eval(), layers=layers,
                       pre_trained=False, n_features=100)
     # the peer's channel numbers run over features.3, 6, 13 (24 + 32 + 96 channels), ours over 13, 6, 3
@@ -28,10 +28,12 @@ def compare(args, train, test):
         peer.fit()
     peer.eval()
     image = test.batch(range(len(test)))
-    with mock.patch.multiple(script, EPSILON=0.01 + 1e-5, smooth=peer.anomaly_map_generator.blur):
+    blur = peer.anomaly_map_generator.blur
+    with mock.patch.object(script, "EPSILON", 0.01 + 1e-5), \
+            mock.patch.object(common, "smooth", lambda anomaly_map: blur(anomaly_map[:, None])[:, 0]):
         ours.fit(train.batches(8))
         anomaly_map, score = ours.predict(image)
     with torch.no_grad():
-        found = peer(common.normalize(image))
-    yield "anomaly map", anomaly_map, found.anomaly_map[:, 0]
-    yield "image score", score, found.pred_score.flatten()
+        theirs = peer(common.normalize(image))
+    yield "anomaly map", anomaly_map, theirs.anomaly_map[:, 0]
+    yield "image score", score, theirs.pred_score.flatten()

@@ -1,4 +1,4 @@
-"""PatchCore beside anomalib 2.7.0, with our memory bank in both (the coreset has tests of its own). Undone: anomalib
+"""PatchCore next to anomalib 2.7.0, with our memory bank in both (the coreset has tests of its own). Undone: anomalib
 enlarges its map by nearest neighbour, and its smoothing reflects the border without repeating the edge pixel."""
 
 from types import SimpleNamespace
@@ -26,9 +26,11 @@ def compare(args, train, test):
     peer.memory_bank = ours.memory_bank.clone()
     image = test.batch(range(len(test)))
     undone = SimpleNamespace(interpolate=interpolate, avg_pool2d=F.avg_pool2d, pad=F.pad)
-    with mock.patch.multiple(script, F=undone, smooth=peer.anomaly_map_generator.blur):
+    blur = peer.anomaly_map_generator.blur
+    with mock.patch.object(script, "F", undone), \
+            mock.patch.object(common, "smooth", lambda anomaly_map: blur(anomaly_map[:, None])[:, 0]):
         anomaly_map, score = ours.predict(image)
     with torch.no_grad():
-        found = peer(common.normalize(image))
-    yield "anomaly map", anomaly_map, found.anomaly_map.flatten(1).view_as(anomaly_map)
-    yield "image score", score, found.pred_score.flatten()
+        theirs = peer(common.normalize(image))
+    yield "anomaly map", anomaly_map, theirs.anomaly_map.flatten(1).view_as(anomaly_map)
+    yield "image score", score, theirs.pred_score.flatten()
