@@ -32,7 +32,7 @@ Decisions where the thesis leaves room, with a flag where another reading is as 
 On a GPU both encoders and the adapter run in bfloat16; cosines, loss and updates stay in float32.
 
 The published adapter is narrow: with 16 times fewer hidden units than inputs the model may know little more than the
-mean of each location. `--adapter-reduction 0.25` gives it four times more units than inputs (tests/README.md: what it did).
+mean of each location. `--adapter-reduction 0.25` gives it four times more units than inputs (figures: tests/README.md).
 
 Trained parameters: words 2,621,440, adapter 51,880.
 Cost, measured, of the default on one CPU thread: 17 s to train on an image (image encoder 0.9 s, text encoder 8.0 s,

@@ -14,8 +14,9 @@ dimensions.
 Differences from BMAD's code: the deeper layer is upsampled bilinearly, as in the official code, not by nearest
 neighbour; one pass over the data (three epochs there triple some of its banks).
 The coreset is exactly the greedy one of the paper (Alg. 1), see `greedy_coreset`. The features of all patches would
-take 166 GB for the 26,315 images of oct2017: a first pass over the images keeps only their projections (6.9 GB), on
-which the coreset is chosen, and a second pass stores the chosen patches (16.6 GB).
+take 166 GB for the 26,315 images of oct2017. A first pass over the images keeps only their projections, in half
+precision (6.9 GB, for a moment twice that), on which the coreset is chosen; then these are freed, and a second pass
+stores the chosen patches (16.6 GB). Both are held on the device.
 """
 
 import sys
@@ -172,7 +173,7 @@ def greedy_coreset(points, count, batch=2048):
     return torch.cat(picks)
 
 
-def nearest(points, centers, rows=2048, columns=8192):
+def nearest(points, centers, rows=2048, columns=2048):
     """Euclidean distance of each of the points (n, d) to its nearest center (m, d): (n,)."""
     middle = centers.mean(dim=0)  # around it |x|^2 - 2 x c + |c|^2 loses fewer digits
     result = torch.full((len(points),), torch.inf, device=points.device)
