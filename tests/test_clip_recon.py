@@ -459,7 +459,7 @@ def test_a_file_that_does_not_fit_ends_with_one_line(damage, clip, tmp_path):
     (dict(clip_weights="laion400m_e32"), ["laion400m_e32", "none"]),  # tiny has no published weights
     (dict(model="ViT-B-16", clip_weights="laion"), ["laion", "laion400m_e32", "openai", "FILE"]),
     (dict(backbone="vgg16"), ["--backbone", "resnet18"]),
-    (dict(layers=(0, 1)), ["--layers", "1 2 3 4"]),
+    (dict(layers=(0, 1)), ["--layers", "at most 4"]),
     (dict(layers=()), ["--layers", "1 2 3 4"]),
     (dict(prompt_tokens=76), ["--prompt-tokens", "75"]),
     (dict(prompt_tokens=75, join="append"), ["--prompt-tokens", "74"]),
@@ -469,7 +469,7 @@ def test_a_file_that_does_not_fit_ends_with_one_line(damage, clip, tmp_path):
     (dict(adapter_reduction=0.0), ["--adapter-reduction"]),
     (dict(da_levels=7), ["--da-levels", "64"]),
     (dict(da_levels=-1), ["--da-levels"]),
-    (dict(image_size=15, da_levels=0), ["15 pixels", "16"]),
+    (dict(image_size=17, da_levels=0), ["17 pixels", "16"]),
 ])
 def test_arguments_that_cannot_be_end_with_one_line(changes, words):
     with pytest.raises(common.Error) as error:
