@@ -125,6 +125,8 @@ NAMES = {  # folder names of the published downloads; `--data FOLDER` takes any 
     "histo": ["histo", "camelyon16", "camelyon16_256", "histopathology_ad"],
     "phantom": ["phantom"],
 }
+MADE_BY = {"brain": "brats2021", "liver": "btcv (train) and lits (valid, test)", "resc": "resc", "oct2017": "oct2017",
+           "chest": "rsna", "histo": "camelyon16", "phantom": "phantom"}  # scripts of datasets/
 SPLITS = {"train": ["train"], "valid": ["valid", "val", "validation"], "test": ["test"]}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 NORMAL, MASKS = {"good", "normal"}, {"anomaly_mask", "label"}  # folders of normal images, of masks; else anomalous
@@ -158,7 +160,8 @@ def find_benchmark(data, root):
     Test/test_label/Ungood; MVTec AD's test/<defect> with ground_truth/<defect>/*_mask.png."""
     asked = named_folder(data, root)
     if asked is None:
-        raise Error(f"no benchmark {data} in {root} (one of {', '.join(NAMES)}, made by datasets/), no folder {data}")
+        maker = f"made by datasets/{MADE_BY[data.lower()]}" if data.lower() in NAMES else f"known: {', '.join(NAMES)}"
+        raise Error(f"no benchmark {data} in {root} ({maker}), no folder {data}")
     bases = {}  # {folder: {(split, mask or not): {(class, ..., name): [files]}}}
     for file in images_in(asked):
         folders = file.relative_to(asked).parts[:-1]
@@ -173,9 +176,9 @@ def find_benchmark(data, root):
     for base, parts in sorted(bases.items()):
         if ("test", False) in parts and any(key[0] in NORMAL for key in parts.get(("train", False), {})):
             return base, parts
+    maker = f"; its parts come from datasets/{MADE_BY[data.lower()]}" if data.lower() in NAMES else ""
     raise Error(f"{asked} is not a benchmark: expected images in train/good, test/good and test/Ungood (or MVTec AD's "
-                f"test/<defect>), found {sorted(p.name for p in asked.iterdir())[:8]}; is a part missing that "
-                "another script of datasets/ makes?")
+                f"test/<defect>), found {sorted(p.name for p in asked.iterdir())[:8]}{maker}")
 
 
 def list_split(parts, split):
@@ -591,9 +594,10 @@ class PixelMetrics:
         # The curves' corners: level from one anomalous score to the next, then a step (slanted where scores are equal)
         fpr = np.append(np.stack([fp_above, fp], axis=1).ravel(), self.n) / self.n
         tpr, pro = (np.append(np.stack([np.append(0, y[:-1]), y], axis=1).ravel(), 1) for y in (tp / tp[-1], pro))
+        # for figures
         places = np.concatenate([np.linspace(0, 0.01, 50), np.linspace(0.01, 0.3, 100), np.linspace(0.3, 1, 50)])
-        shown = np.unique([0, *np.searchsorted(fpr, places[1:-1]), len(fpr) - 1])
-        self.curve = [dict(fpr=fpr[i], tpr=tpr[i], pro=pro[i]) for i in shown.tolist()]  # for figures
+        columns = ([0, *y] for y in (places, np.interp(places, fpr, tpr), np.interp(places, fpr, pro)))
+        self.curve = [dict(zip(("fpr", "tpr", "pro"), map(float, y), strict=True)) for y in zip(*columns, strict=True)]
         inside = fpr <= 0.3
         x, y = np.append(fpr[inside], 0.3), np.append(pro[inside], np.interp(0.3, fpr, pro))
         return dict(pixel_auroc=float(np.sum(hits * (self.n - fp / 2 - fp_above / 2)) / tp[-1] / self.n),

@@ -136,11 +136,12 @@ class CFA(nn.Module):
     @torch.no_grad()
     def fill_memory_bank(self, batches):
         """C: the untrained descriptor's mean at each position over the `features` of all normal images."""
-        n, total = 0, 0
+        n, mean = 0, 0
         for features in batches:
             phi = self.descriptor(features)
-            n, total = n + len(phi), total + phi.sum(dim=0)  # (D, h, w)
-        self.memory_bank.copy_((total / n).flatten(1).T)
+            n += len(phi)
+            mean = mean + (phi - mean).sum(dim=0) / n  # (D, h, w)
+        self.memory_bank.copy_(mean.flatten(1).T)
 
     def distances(self, features, k):
         """Squared distances |phi - c|^2 of each patch to its k nearest centres, ascending: (B, P, k)."""
@@ -148,8 +149,9 @@ class CFA(nn.Module):
         for patches in self.descriptor(features).flatten(2).mT:  # (P, D): one image at a time, for its P * P distances
             with torch.no_grad():
                 nearest = torch.cdist(patches, self.memory_bank).topk(k, largest=False).indices  # (P, k)
-            difference = patches[:, None] - self.memory_bank[nearest]  # (P, k, D): more exact than cdist, and cheaper
-            squared.append(difference.square().sum(dim=2).sort(dim=1).values)  # to differentiate
+            # the k distances again, from the differences: cdist rounds as |phi|^2 does, and its gradient takes P * P
+            difference = patches[:, None] - self.memory_bank[nearest]  # (P, k, D)
+            squared.append(difference.square().sum(dim=2).sort(dim=1).values)
         return torch.stack(squared)
 
     def loss(self, features):

@@ -15,8 +15,8 @@ Differences from BMAD's code: the deeper layer is upsampled bilinearly, as in th
 neighbour; one pass over the data (three epochs there triple some of its banks).
 The coreset is exactly the greedy one of the paper (Alg. 1), see `greedy_coreset`. The features of all patches would
 take 166 GB for the 26,315 images of oct2017. A first pass over the images keeps only their projections, in half
-precision (6.9 GB, for a moment twice that), on which the coreset is chosen; then these are freed, and a second pass
-stores the chosen patches (16.6 GB). Both are held on the device.
+precision (6.9 GB), on which the coreset is chosen; then these are freed, and a second pass stores the chosen patches
+(16.6 GB). Both are held on the device.
 """
 
 import sys
@@ -105,14 +105,16 @@ class PatchCore(nn.Module):
     def fit(self, train, batch_size, device):
         """Fill the memory bank with the coreset of all patches of the normal images."""
         steps = -(-len(train) // batch_size)
-        projected = []
+        projected, seen = None, 0
         for image in common.progress(train.batches(batch_size, device), "projecting", steps):
             patches = self.embed(image).flatten(0, 2)  # (B*P, D)
-            if not projected:
+            if projected is None:
                 project = random_projection(patches.shape[1]).to(device)
                 middle = patches.mean(dim=0)  # half precision is finest around zero
-            projected.append(((patches - middle) @ project).half())
-        projected = torch.cat(projected)  # (N*P, 128)
+                count = len(train) * len(patches) // len(image)  # N*P
+                projected = torch.empty(count, project.shape[1], dtype=torch.half, device=device)
+            projected[seen : seen + len(patches)] = (patches - middle) @ project
+            seen += len(patches)
         chosen = greedy_coreset(projected, max(2, int(self.ratio * len(projected)))).sort().values  # (K,)
         del projected
         self.memory_bank = torch.empty(len(chosen), patches.shape[1], device=device)

@@ -494,6 +494,13 @@ def test_missing_benchmarks_are_named(data, said, tmp_path):
         common.load_benchmark(arguments(tmp_path, data))
 
 
+def test_a_benchmark_without_one_of_its_parts_names_the_script_that_makes_it(tmp_path):
+    build(tmp_path / "liver", "train/good", "valid/{cls}", "test/{cls}")
+    (tmp_path / "liver/test").rename(tmp_path / "elsewhere")
+    with pytest.raises(common.Error, match="datasets/btcv .train. and lits"):
+        common.load_benchmark(arguments(tmp_path, "liver"))
+
+
 def test_a_full_disk_ends_with_one_line_and_leaves_nothing(tmp_path):
     with pytest.raises(common.Error, match="No space left"), common.atomic(tmp_path / "a.txt") as tmp:
         tmp.write_text("half")
