@@ -10,7 +10,7 @@ padim: fitting and scoring on the same made-up features of mobilenet_v2's shapes
 patchcore: the coreset of 1,024 made-up patches an image; anomalib's is measured for a few steps, which all cost the
     same, and scaled. The search for 8 phantom images among 128 and among 768 channels of mobilenet_v2 (--weights).
 cache: seconds of an epoch with and without --cache-features, default settings but 16 images and untrained backbones.
-clip: a training step of clip_recon's default model, untrained, at 64 locations of one image, against the text tower's
+clip: a training step of clip_recon's default model, untrained, at 64 locations of one image, against the text encoder's
     bare forward and backward pass on as many words, and against the step with every text padded to 77 words.
 score: from decoded images to metrics, against the backbone's forward pass alone; published settings, untrained.
 cost: every script as published, untrained, one pass over a few phantom images of its size in batches of 1 and of 32:
@@ -71,7 +71,7 @@ def blob_maps(n, size=256, seed=0):
 
 
 def ours(maps, masks):
-    metrics = common.PixelMetrics()
+    metrics = common.PixelMetrics(maps.size)
     for start in range(0, len(maps), 32):
         metrics.update(maps[start : start + 32], masks[start : start + 32])
     found = metrics.compute()
@@ -335,7 +335,7 @@ def compare_clip(args):
                     for a, b in zip(distances, model.distances(features, where), strict=True))
     seconds["padded"] = cpu_seconds(step, args.repeats)[0]
     clip_recon.text_features = short
-    print(f"clip_recon, step at 64 locations: {seconds['step']:.2f} s; bare text tower {seconds['bare']:.2f} s, "
+    print(f"clip_recon, step at 64 locations: {seconds['step']:.2f} s; bare text encoder {seconds['bare']:.2f} s, "
           f"{seconds['step'] / seconds['bare']:.2f} times that; padded to 77 {seconds['padded']:.2f} s, "
           f"{seconds['padded'] / seconds['step']:.2f} times ours, distances differ by {error:.1e}", flush=True)
 
