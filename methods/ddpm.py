@@ -12,8 +12,8 @@ decoding returns the image as it is, lesion included. The thesis does not say ho
 labels; `--noise gauss` is the plain DDPM's reconstruction.
 
 Settings: the official code (Julian-Wyatt/AnoDDPM, 3052f04, args28.json): network, schedule, 0 <= t < 800 in training,
-AdamW 1e-4, gradients cut at norm 1, averaged weights, 300,000 images. Those are 40 epochs of brain; of liver 195,
-resc 70, oct2017 11, chest 38, histo 59.
+AdamW 1e-4, gradients cut at norm 1, averaged weights, 300,000 images, which are 40 epochs of brain, 195 of liver, 70 of
+resc, 12 of oct2017, 38 of chest and 59 of histo.
 Differences from the official code:
 - Perlin's gradient noise, on a cubic lattice, instead of simplex noise, with its periods and persistence.
 - A noise field is shifted and scaled to mean 0 and deviation 1, which the schedule assumes; there it is used as it
@@ -53,6 +53,7 @@ import common
 
 STEPS, BETAS = 1000, (1e-4, 0.02)  # T, and the linear schedule's ends (DDPM, Sec. 4)
 TRAINED_STEPS = 800  # t is drawn below this (official code: sample_distance)
+TRAINED_IMAGES = 300_000  # the length of the training (official code: EPOCHS, of one image each)
 BLOCKS, HEADS = 2, 2  # residual blocks a level, attention heads (official code)
 OCTAVES, PERIOD, PERSISTENCE = 6, 64, 0.8  # periods of 64, 32, ... 2 pixels, each 0.8 as strong as the one before
 AVERAGE = 0.9999  # of the averaged weights (official code)
@@ -74,6 +75,10 @@ class Args:
     """images are resized to this many pixels squared (official code)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images a batch; each takes about 2.7 GiB in training in float32, half of it in bfloat16"""
+    white: Annotated[int, Interval(ge=1, le=65535)] = 65535
+    """value of 16-bit images that is white, 4095 for 12 bits"""
+    holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    """share of the training images that thresholds come from, where valid has no normal ones"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -83,9 +88,15 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
-    epochs: Annotated[int, Ge(1)] = 40
-    """passes over the normal training images: 300,000 images of brain (official code)"""
+    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
+    """share of normal images that the threshold of the decision should leave below it"""
+    scan_score: Literal["max", "top5"] = "max"
+    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    save_maps: Literal["no", "npy", "tiff"] = "no"
+    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    epochs: Annotated[int, Ge(0)] = 0
+    """passes over the normal training images; 0: as many as 300,000 images need (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """AdamW's learning rate (official code)"""
     eval_every: Annotated[int, Ge(1)] = 10
@@ -360,8 +371,16 @@ def check(args):  # for values that cannot go together
                            f"< {size // 4}, a quarter of the image")
 
 
+def whole_training(args):
+    """Epochs that show TRAINED_IMAGES."""
+    count = len(common.listed(args)[1]["train"])
+    return math.ceil(TRAINED_IMAGES / min(count, args.limit or count))
+
+
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
+    if not args.checkpoint:
+        args.epochs = args.epochs or whole_training(args)  # before an earlier run of the folder is compared with it
     run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)

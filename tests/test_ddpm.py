@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_script, run_script
+from conftest import ROOT, load_script, run_script
 from PIL import Image
 
 import common
@@ -253,6 +253,28 @@ def test_arguments_that_cannot_go_together_are_refused(wrong):
     with pytest.raises(common.Error, match=f"--{next(iter(wrong)).replace('_', '-')}[^\n]*$"):
         ddpm.build_model(ddpm.Args(**wrong))
     ddpm.check(ddpm.Args())
+
+
+def test_training_lasts_a_number_of_images_whatever_the_benchmark_unless_epochs_are_given(phantom):
+    args = ddpm.Args(root=str(phantom))  # 12 training images
+    assert args.epochs == 0 and ddpm.whole_training(args) == 300_000 / 12
+    args.limit = 7
+    assert ddpm.whole_training(args) == 42858  # 300,006 images
+    args.limit = 100
+    assert ddpm.whole_training(args) == 300_000 / 12
+
+
+@pytest.mark.slow
+def test_a_run_without_epochs_counts_images_and_is_finished_once(phantom, tmp_path):
+    arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", "--image-size", 16, "--maps", 0, "--limit", 4,
+                 "--base-channels", 8, "--multipliers", 1, "--noise-level", 4, "--sample-steps", 2]
+    script = tmp_path / "ddpm.py"
+    source = (ROOT / "methods/ddpm.py").read_text()
+    script.write_text(source.replace("TRAINED_IMAGES = 300_000", "TRAINED_IMAGES = 50").replace(
+        "Path(__file__).resolve().parents[1]", repr(str(ROOT))))
+    for said in ("epoch 13/13", "nothing to do"):
+        done = run_script(script, *arguments)
+        assert done.returncode == 0 and said in done.stdout, done.stderr
 
 
 @pytest.mark.slow
