@@ -34,9 +34,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
@@ -67,7 +69,7 @@ class Args:
     """benchmark, looked for below root, or a folder in one of its layouts"""
     root: str = "data"
     """folder that holds the benchmarks; the record and the picture go to <root>/.cache"""
-    limit: int | None = None
+    limit: Annotated[int | None, Ge(1)] = None
     """look at this many images of each split and class at most (default: all)"""
 
 
@@ -224,8 +226,6 @@ def draw(file, classes, pairs):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    if args.limit is not None and args.limit < 1:
-        raise common.Error("--limit must be at least 1")
     base, parts = common.find_benchmark(args.data, args.root)
     findings, listed = [], {}  # {split: [(image, label, mask or None), ...]}
     for split in common.SPLITS:

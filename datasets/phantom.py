@@ -24,9 +24,11 @@ import zlib
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Annotated
 
 import nibabel
 import numpy as np
+from annotated_types import Ge
 from PIL import Image
 from scipy import ndimage
 
@@ -41,15 +43,15 @@ FIELD_OF_VIEW = 200  # mm across an image
 class Args:
     root: str = "data"
     """the benchmark is written to <root>/phantom"""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """seeds every image"""
-    size: int = 128
+    size: Annotated[int, Ge(32)] = 128
     """pixels across an image"""
-    train: int = 200
+    train: Annotated[int, Ge(1)] = 200
     """normal training images"""
-    valid: int = 20
+    valid: Annotated[int, Ge(1)] = 20
     """validation images of each class"""
-    test: int = 60
+    test: Annotated[int, Ge(1)] = 60
     """test images of each class"""
 
 
@@ -123,9 +125,6 @@ def finish_image(image, rng):
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    if args.size < 32 or min(args.train, args.valid, args.test) < 1 or args.seed < 0:
-        raise common.Error("--size must be at least 32, --train, --valid and --test at least 1, and --seed not "
-                           "negative")
     folder = Path(args.root) / "phantom"
     asked = json.dumps({k: v for k, v in dataclasses.asdict(args).items() if k != "root"})
     if folder.exists():

@@ -25,8 +25,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,9 +43,9 @@ class Args:
     """folder of the source, as downloaded and unpacked"""
     root: str = "data"
     """the benchmark is written to <root>/<benchmark>"""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """seeds whatever the rule draws"""
-    workers: int | None = None
+    workers: Annotated[int | None, Ge(1)] = None
     """cases worked on at a time (default: as many as there are cores, and as fit into the free memory)"""
     strict: bool = False
     """stop at the first damaged file, instead of going on without it"""
@@ -329,8 +331,6 @@ class Preparation:
     def __init__(self, source, benchmark, splits, args, files, memory):
         """source: the script's name; splits: those of `benchmark` that it writes; files: of the source, in any nesting,
         whose names, sizes and times are kept; memory: GiB that a process takes for its largest case."""
-        if args.seed < 0 or (args.workers is not None and args.workers < 1):
-            raise common.Error("--workers must be at least 1 and --seed not negative")
         self.source, self.splits, self.args, self.memory = source, splits, args, memory
         self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
         self.part, self.record = self.work / "part", self.folder / f"{source}.json"
