@@ -1,29 +1,27 @@
-"""What the method scripts must share to be comparable: benchmarks, pretrained weights, metrics, the run folder.
+"""What the method scripts share, so that they can be compared: benchmarks, pretrained weights, metrics, the run folder.
 
 A script calls `command_line`, `Run` and `load_benchmark`, trains on `Split.batches`, calls `Run.validate` after
 each epoch, which keeps the state that is best on valid (or `Run.keep` where there are no epochs), and ends with
-`finish`: the test set is scored once, there. What a reader needs to re-implement a paper is in the paper's own script.
+`finish`: the test set is scored once, there.
 
 Shapes: N images of a split, B of a batch, H W image. Scores: higher is more anomalous."""
 
 import csv
 import dataclasses
-import fcntl
 import hashlib
+import io
 import json
 import math
 import operator
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,10 +30,15 @@ from typing import get_type_hints
 import numpy as np
 import torch
 import tyro
-from annotated_types import Ge, Gt, Interval
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 from tqdm import tqdm
+
+try:
+    import fcntl
+    import resource
+except ImportError:
+    sys.exit("error: Linux or macOS is needed; on Windows use WSL, the Windows Subsystem for Linux")
 
 
 # ----------------------------------------------------------------------------------------------------- errors and files
@@ -56,23 +59,32 @@ def command_line(Args, description):
         sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = in_one_line
-    args = tyro.cli(Args, description=description)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            args = tyro.cli(Args, description=description)
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        box = said.getvalue().split("├")[0].splitlines()[1:]  # its frame, and what follows the first rule, left out
+        raise Error(" ".join(" ".join(line.strip("│╰╯─ ") for line in box).split())) from None
     check_ranges(args)
     return args
 
 
 def check_ranges(args):
-    """`Error` for a number that is not in the range of its declaration, such as Annotated[int, Ge(1)]."""
+    """`Error` for a value that is not in the range of its declaration, such as Annotated[int, Ge(1)]."""
+    signs = dict(ge="at least", gt="above", le="at most", lt="below")
     for name, kind in get_type_hints(type(args), include_extras=True).items():
-        limits = [limit for limit in getattr(kind, "__metadata__", ()) if isinstance(limit, (Ge, Gt, Interval))]
-        rules = [rule for limit in limits for part in (limit if isinstance(limit, Interval) else [limit])
-                 for rule in dataclasses.asdict(part).items()]  # [("ge", 1), ...]
+        rules = [(op, bound) for limits in getattr(kind, "__metadata__", ())
+                 for op, bound in dataclasses.asdict(limits).items() if bound is not None]  # [("ge", 1), ...]
         values = getattr(args, name)
         for value in values if isinstance(values, tuple) else (values,):
-            if isinstance(value, int | float) and not all(getattr(operator, op)(value, bound) for op, bound in rules):
-                signs = dict(ge="at least", gt="above", le="at most", lt="below")
+            number = isinstance(value, int | float) and math.isfinite(value)
+            if rules and not (number and all(getattr(operator, op)(value, bound) for op, bound in rules)) \
+                    and value not in (None, getattr(type(args), name)):
                 asked = " and ".join(f"{signs[op]} {bound}" for op, bound in rules)
-                raise Error(f"--{name.replace('_', '-')} {value}: the value must be {asked}")
+                raise Error(f"--{name.replace('_', '-')} {value}: the value must be a number {asked}")
 
 
 @contextmanager
@@ -94,7 +106,8 @@ def atomic(path):
 
 def remove(path):
     """Remove a file, or a folder with all that it holds, if it is there."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_csv(path, rows):
@@ -133,6 +146,17 @@ NORMAL, MASKS = {"good", "normal"}, {"anomaly_mask", "label"}  # folders of norm
 # What a folder's name says of the images below it: (split, whether they are masks).
 ROLES = {name + end: (split, bool(end)) for split, names in SPLITS.items() for name in names for end in ("", "_label")}
 ROLES["ground_truth"] = ("test", True)  # MVTec AD
+SCAN = r"((?:patient|pat|subject|subj|sub|case|scan|volume|vol|p)[-_]?\d+)[-_].+"  # scan012_0001, scan012/0001
+PATIENT = r"(brats.*_\d+)_\d+|(?:normal|cnv|dme|drusen)-(\d+)-\d+|((?:normal|tumor|test)_\d+)_\d+_\d+|(.+?)_macular.*|"
+
+
+def patient(path):
+    """The patient (or scan, or slide) that an image's name tells, else None: BraTS2021_00003_60.png, scan012/0001.png.
+
+    The names of BraTS, OCT2017, Camelyon16 and RESC are known, and those that begin with such a word and a number."""
+    path = Path(path)
+    match = re.fullmatch(PATIENT + SCAN, path.stem, re.I) or re.fullmatch(SCAN, f"{path.parent.name}_{path.stem}", re.I)
+    return match and next(group for group in match.groups() if group).lower()
 
 
 def images_in(folder):
@@ -157,13 +181,15 @@ def find_benchmark(data, root):
 
     All published layouts are read: train/good[/img], test/{good,Ungood}[/img] with masks in
     Ungood/{anomaly_mask,label}; valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with
-    Test/test_label/Ungood; MVTec AD's test/<defect> with ground_truth/<defect>/*_mask.png."""
+    Test/test_label/Ungood; MVTec AD's test/<defect> with ground_truth/<defect>/*_mask.png. A
+    folder without test images, or with images only, has normal training images."""
     asked = named_folder(data, root)
     if asked is None:
         maker = f"made by datasets/{MADE_BY[data.lower()]}" if data.lower() in NAMES else f"known: {', '.join(NAMES)}"
         raise Error(f"no benchmark {data} in {root} ({maker}), no folder {data}")
     bases = {}  # {folder: {(split, mask or not): {(class, ..., name): [files]}}}
-    for file in images_in(asked):
+    files = images_in(asked)
+    for file in files:
         folders = file.relative_to(asked).parts[:-1]
         roles = [ROLES.get(name.lower(), (None, None)) for name in folders]
         if last := max((i for i, (split, _) in enumerate(roles, 1) if split), default=None):  # the last that names one
@@ -173,12 +199,16 @@ def find_benchmark(data, root):
             key = *(name for name in inner if name not in ("img", *MASKS)), file.stem.removesuffix("_mask")
             parts = bases.setdefault(asked.joinpath(*folders[:first]), {})
             parts.setdefault((split, mask or bool(MASKS & set(inner))), {}).setdefault(key, []).append(file)
+    named = data.lower() in NAMES
     for base, parts in sorted(bases.items()):
-        if ("test", False) in parts and any(key[0] in NORMAL for key in parts.get(("train", False), {})):
+        if (("test", False) in parts or not named) and any(k[0] in NORMAL for k in parts.get(("train", False), {})):
             return base, parts
-    maker = f"; its parts come from datasets/{MADE_BY[data.lower()]}" if data.lower() in NAMES else ""
+    if files and not named and all(file.parent == asked for file in files):
+        return asked, {("train", False): {("good", file.name): [file] for file in files}}
+    maker = f"; its parts come from datasets/{MADE_BY[data.lower()]}" if named else ""
     raise Error(f"{asked} is not a benchmark: expected images in train/good, test/good and test/Ungood (or MVTec AD's "
-                f"test/<defect>), found {sorted(p.name for p in asked.iterdir())[:8]}{maker}")
+                f"test/<defect>), or normal images alone; it holds "
+                f"{sorted(p.name for p in asked.iterdir())[:8]}{maker}")
 
 
 def list_split(parts, split):
@@ -202,35 +232,40 @@ def list_split(parts, split):
 
 def fingerprint(entries, base):
     """Hex digest of the names, sizes and times of images and masks; it changes when a file does."""
-    state = [(file.relative_to(base).as_posix(), (s := file.stat()).st_size, s.st_mtime_ns)
-             for image, _, mask in entries for file in (image, mask) if file]
+    files = [file for image, _, mask in entries for file in (image, mask) if file]
+    try:
+        state = [(file.relative_to(base).as_posix(), (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
+    except OSError as e:  # a link to nowhere
+        raise Error(f"{e.filename} cannot be read ({e.strerror}); replace or remove it") from e
     return hashlib.sha256(repr((str(base.resolve()), state)).encode()).hexdigest()[:16]
 
 
-def decode(path, size=None, mask=False):
-    """uint8 (3, size, size) and the file's own (width, height); size None: not resized. 16 bit: 65535 is white.
+def to_array(image, size=None, white=65535):
+    """A Pillow image as uint8 (3, size, size); size None: not resized. white: value of 16-bit images that is white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        array = np.asarray(image, np.float32)
+        if image.mode == "F" or array.min() < 0 or array.max() > 65535:
+            raise ValueError("32-bit or signed pixels have no fixed white: save it with 8 or 16 bits")
+        image = Image.fromarray((array / np.float32(white / 255)).clip(max=255))
+    else:
+        image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    image = image.resize((size, size), Image.Resampling.BILINEAR) if size else image  # Pillow antialiases
+    array = np.rint(np.atleast_3d(image)).astype(np.uint8).transpose(2, 0, 1)
+    return np.broadcast_to(array, (3, *array.shape[1:]))
 
-    mask: transparent pixels are black; in images, transparency is ignored."""
+
+def decode(path, size=None, mask=False, white=65535):
+    """(`to_array` of an image file, its own (width, height)). mask: transparent pixels are black, else not regarded."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"{image.n_frames} pages or frames: save each as an image")
             image = ImageOps.exif_transpose(image)  # as a viewer shows it
-            original = image.size
             if mask and "A" in image.getbands():
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                array = np.asarray(image, np.float32)
-                if image.mode == "F" or array.min() < 0 or array.max() > 65535:
-                    raise ValueError("32-bit or signed pixels have no fixed white: save it with 8 or 16 bits")
-                image = Image.fromarray(array / 257)
-            else:
-                image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-            image = image.resize((size, size), Image.Resampling.BILINEAR) if size else image  # Pillow antialiases
+            return to_array(image, size, white), image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # a broken PNG raises SyntaxError
         raise Error(f"{path} is not a readable image ({e}); replace or remove it") from e
-    array = np.rint(np.atleast_3d(image)).astype(np.uint8).transpose(2, 0, 1)
-    return np.broadcast_to(array, (3, *array.shape[1:])), original
 
 
 def decode_mask(path, image_size, size):
@@ -252,14 +287,16 @@ class Split:
     images: uint8 (N, 3, H, W); masks: bool (N, H, W) or None; labels (N,): 0 normal, 1 anomalous, -1 unknown; paths: as
     written to scores.csv."""
 
-    def __init__(self, name, entries, size, base, cache):
-        """entries: [(image, label, mask or None)], see `find_benchmark`."""
-        self.name, self.size = name, size
+    def __init__(self, name, entries, size, base, cache, white=65535):
+        """entries: [(image, label, mask or None)], see `find_benchmark`; white: see `to_array`."""
+        self.entries = entries
+        self.name, self.size, self.white, self.source = name, size, white, name
         self.paths = [image.relative_to(base).as_posix() for image, _, _ in entries]
         self.labels = np.array([label for _, label, _ in entries], int)
         self.has_masks = any(mask for _, _, mask in entries)
         self.shape = len(entries), 3 + self.has_masks, size, size  # a mask is its image's fourth channel
-        decoded = cache / f"{base.resolve().name}-{name}-{size}-{len(entries)}-{fingerprint(entries, base)}.decoded"
+        state = f"{white}-" * (white != 65535) + fingerprint(entries, base)
+        decoded = cache / f"{base.resolve().name}-{name}-{size}-{len(entries)}-{state}.decoded"
         if not decoded.is_file() or decoded.stat().st_size != math.prod(self.shape):
             with atomic(decoded) as tmp:
                 self._decode(entries, tmp)
@@ -267,13 +304,18 @@ class Split:
 
     def _decode(self, entries, file):
         def one(entry):
-            array, original = decode(entry[0], self.size)
+            array, original = decode(entry[0], self.size, white=self.white)
             return np.concatenate([array, decode_mask(entry[2], original, self.size)]) if self.has_masks else array
 
+        maximum = 0
         with open(file, "wb") as f, ThreadPoolExecutor() as pool:
             for start in progress(range(0, len(entries), 256), f"decoding {self.name}"):
                 for array in pool.map(one, entries[start : start + 256]):
+                    maximum = max(maximum, array[:3].max())
                     f.write(array.tobytes())  # not mapped: on a full disk a mapped write kills the process
+        if maximum < 17:
+            print(f"NOTE: {self.name} is almost black, no value is above {maximum} of 255; for 12 bits in files of 16 "
+                  "give --white 4095")
 
     # The file is mapped again at each use, so that pages once read don't count as this process' memory for ever.
     @property
@@ -300,7 +342,7 @@ class Split:
         order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
         if drop_last and len(self) >= batch_size:
             order = order[: len(self) // batch_size * batch_size]
-        for start in range(0, len(order), batch_size):
+        for start in progress(range(0, len(order), batch_size), self.name):
             indices = order[start : start + batch_size]
             yield fetch(indices) if fetch else self.batch(indices, device)
 
@@ -322,9 +364,8 @@ class Features:
         print(f"features of {split.name}: {needed:.2f} GiB, " + ("cached" if needed <= budget else
               f"above the budget of {budget:.2f} (--cache-features), computed again each epoch"), flush=True)
         if needed <= budget:
-            batches = split.batches(args.batch_size, run.device)
             with atomic(run.folder / "features") as tmp, open(tmp, "w+b") as f:
-                for image in progress(batches, "features", -(-len(split) // args.batch_size)):
+                for image in split.batches(args.batch_size, run.device):
                     f.write(torch.cat([f.flatten(1).float().cpu() for f in extract(image)], dim=1).numpy().tobytes())
             self.file = open(run.folder / "features", "rb")  # noqa: SIM115 (as long as this object)
             os.unlink(run.folder / "features")
@@ -342,54 +383,63 @@ class Features:
 
 
 def listed(args):
-    """(folder, {split: entries}, fingerprint of all of them) of the benchmark args.data."""
+    """(folder, {split: entries}, fingerprint of all entries, how many images are held out) of args.data.
+
+    Where valid has no normal images, args.holdout of the training images take their place, by patient where names tell:
+    thresholds come from them."""
     base, parts = find_benchmark(args.data, args.root)
     entries = {split: list_split(parts, split) for split in SPLITS}
-    return base, entries, fingerprint(sum(entries.values(), []), base)
+    images = fingerprint(sum(entries.values(), []), base)
+    scans = [patient(image) or image for image, _, _ in entries["train"]]
+    names, n = list(dict.fromkeys(scans)), 0
+    if len(names) > 1 and all(label for _, label, _ in entries["valid"]):
+        n = max(1, round(args.holdout * len(names))) if args.holdout else 0
+        held = {names[i * len(names) // n] for i in range(n)}  # evenly spread over the files
+        train = list(zip(entries["train"], scans, strict=True))
+        entries["valid"] = [entry for entry, scan in train if scan in held] + entries["valid"]
+        entries["train"] = [entry for entry, scan in train if scan not in held]
+    return base, entries, images, sum(scan in held for scan in scans) if n else 0
 
 
 def volumes():
-    """The module datasets/volumes.py, which reads NIfTI volumes for --predict."""
+    """The module datasets/volumes.py, which reads and writes NIfTI volumes and DICOM series for --predict."""
     sys.path.append(str(Path(__file__).with_name("datasets")))
     try:
         import volumes
     except ImportError as e:
-        raise Error(f"a volume needs datasets/volumes.py and nibabel ({e}); add them, or give images") from e
+        raise Error(f"scans need datasets/volumes.py, nibabel and pydicom ({e}); add them, or give images") from e
     return volumes
 
 
 def load_benchmark(args):
     """(train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit; prints their counts.
 
-    valid is None where the benchmark has none (MVTec AD). With args.predict: (None, None, that folder's images)."""
-    cache = Path(args.root) / ".cache"
+    A part that the benchmark lacks is None; with args.predict all are. See `listed` for a valid split without normal
+    images."""
     if args.predict:
-        volume = args.predict.lower().endswith((".nii", ".nii.gz"))
-        base = volumes().slices_as_images(Path(args.predict), cache) if volume else Path(args.predict)
-        files = images_in(base) if base.is_dir() else [base] * (base.suffix.lower() in SUFFIXES)
-        if not files:
-            raise Error(f"--predict {base}: no image ({' '.join(sorted(SUFFIXES))}), no folder with images, no NIfTI")
-        print(f"{args.predict}: {len(files)} images to score")
-        base = base if base.is_dir() else base.parent
-        return None, None, Split("predict", [(file, -1, None) for file in files], args.image_size, base, cache)
-    (base, entries, images), splits, counts = listed(args), [], []
+        return None, None, None
+    (base, entries, _, held), splits, counts = listed(args), [], []
     for name in SPLITS:
         normal, anomalous = ([e for e in entries[name] if e[1] == label] for label in (0, 1))
         if args.limit:  # evenly spread over the files
             normal, anomalous = ([e[i * len(e) // n] for i in range(n)] for e in (normal, anomalous)
                                  for n in [min(args.limit, len(e))])
         counts.append(f"{name} {len(normal)} normal" + f" + {len(anomalous)} anomalous" * (name != "train"))
-        complete = normal and (anomalous or name == "train")
-        if not complete and name != "valid":
+        if (name == "train" and not normal) or (name == "test" and bool(normal) != bool(anomalous)):
             raise Error(f"{base}: {counts[-1]} images; put images into train/good, test/good and test/Ungood")
-        splits.append(Split(name, normal + anomalous, args.image_size, base, cache) if complete else None)
-    checked = cache / f"{images}.check.json"  # by datasets/check.py
-    splits[2].check = json.loads(checked.read_text()) if checked.exists() else None
-    print(f"{base}: {', '.join(counts)}; {args.image_size}x{args.image_size}, "
-          f"{'' if splits[2].has_masks else 'no '}masks" + f"; LIMITED to {args.limit} a class" * bool(args.limit))
-    print("datasets/check.py:", splits[2].check["summary"] if splits[2].check else "not run on these files", flush=True)
-    if not splits[1]:
-        print("warning: valid needs normal and anomalous images to choose a checkpoint: the last epoch is taken")
+        splits.append(Split(name, normal + anomalous, args.image_size, base, Path(args.root) / ".cache", args.white)
+                      if normal else None)
+    train, valid, test = splits
+    masks = "masks" if test and test.has_masks else "no masks"
+    print(f"{base}: {', '.join(counts)}; {args.image_size}x{args.image_size}, {masks}"
+          + f"; LIMITED to {args.limit} a class" * bool(args.limit), flush=True)
+    if held:
+        valid.source = f"{held} training images held out"
+        print(f"{valid.source} for the thresholds (--holdout {args.holdout})")
+    if not valid or not valid.labels.any():
+        print("NOTE: valid has no anomalous images to choose a checkpoint with: the last epoch is taken")
+    if not test:
+        print("NOTE: no test images: scores have no metrics; --predict uses the trained model")
     return splits
 
 
@@ -419,7 +469,8 @@ def smooth(anomaly_map, sigma=4):
 def read_state(file, what):
     """What torch.save wrote to `file`, on the CPU, tensors only. what: whose weights are wanted, for the `Error`."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return state | {}  # TypeError if it is not a dict
     except Exception as e:  # missing, empty, truncated, no zip file, or pickled objects that weights_only refuses
         reason = getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
         raise Error(f"{file} cannot be read by PyTorch ({reason}); give the {what}") from e
@@ -428,6 +479,8 @@ def read_state(file, what):
 def load_state(net, state, source, optional):
     """Load the state dict `state` of the file `source`; keys that begin with one of `optional` may be missing."""
     try:
+        if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
+            raise RuntimeError(f"{bad[0]} has values that are not finite")
         missing, unknown = net.load_state_dict(state, strict=False)
         if wrong := unknown + [key for key in missing if not key.startswith(optional)]:
             raise RuntimeError(f"{wrong[0]} and {len(wrong) - 1} more are unknown or missing")
@@ -548,7 +601,8 @@ class PixelMetrics:
         self.threshold, self.best = threshold, None
         self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of the normal pixels, and their number
         self.anomalous, self.region = [], []  # scores of the anomalous ones, and the region that each belongs to
-        self.regions, self.low, self.high, self.curve = 0, math.inf, -math.inf, []
+        self.regions, self.low, self.high, self.curve = [], math.inf, -math.inf, []  # regions: the image of each
+        self.images = 0
 
     def update(self, anomaly_maps, masks):
         """anomaly_maps: (B, H, W) floats; masks: (B, H, W) bools. ValueError on other shapes or scores not finite."""
@@ -560,11 +614,12 @@ class PixelMetrics:
             if mask.any():
                 region, count = ndimage.label(mask, np.ones((3, 3)))  # 8-connected
                 self.anomalous.append(scores[mask])
-                self.region.append(region[mask] + (self.regions - 1))
-                self.regions += count
+                self.region.append(region[mask] + (len(self.regions) - 1))
+                self.regions += [self.images] * count
                 scores = scores[~mask]
             self.normal[self.n : self.n + scores.size] = scores.ravel()
             self.n += scores.size
+            self.images += 1
 
     def compute(self):
         """{pixel_auroc, pixel_ap, aupro, dice, dice_valid}, each in [0, 1]; None where no or every pixel is anomalous.
@@ -574,10 +629,10 @@ class PixelMetrics:
         and maximum of the whole set (thesis, Eq. 3.3). dice_valid: at the threshold. Both pool all pixels."""
         if not self.regions or not self.n:
             return dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro", "dice", "dice_valid"))
-        normal = self.normal[: self.n]
+        self.normal = normal = self.normal[: self.n]
         normal.sort()
         anomalous, region = np.concatenate(self.anomalous), np.concatenate(self.region)
-        overlap = (1 / np.bincount(region) / self.regions)[region]  # Eq. 3.2: mean over regions of |A n C_k| / |C_k|
+        overlap = (1 / np.bincount(region) / len(self.regions))[region]  # Eq. 3.2: mean over k of |A n C_k| / |C_k|
         order = anomalous.argsort()[::-1]
         anomalous, pro = anomalous[order], overlap[order].cumsum()
         last = np.append(np.flatnonzero(np.diff(anomalous)), len(anomalous) - 1)  # of equal scores
@@ -605,63 +660,171 @@ class PixelMetrics:
                     dice=dice(np.nextafter(middle, np.float32(np.inf))),  # above the middle, not at it
                     dice_valid=None if self.threshold is None else dice(np.float32(self.threshold)))
 
+    def lesions(self):
+        """After `compute`, a dict for each region: image (its index), lesion (its number there), area (pixels), overlap
+        (share of its pixels at or above `threshold`) and fpr_0.015, ... fpr_0.300 (share above the threshold with that
+        pixel false positive rate)."""
+        scores, region = np.concatenate(self.anomalous), np.concatenate(self.region)
+        area = np.bincount(region)
+        rates = [0.015 * k for k in range(1, 21)]
+        limits = {f"fpr_{rate:.3f}": self.normal[self.n - 1 - int(rate * self.n)] for rate in rates}
+        above = {name: scores > limit for name, limit in limits.items()}
+        if self.threshold is not None:
+            above = dict(overlap=scores >= np.float32(self.threshold)) | above
+        share = {name: np.bincount(region[hit], minlength=len(area)) / area for name, hit in above.items()}
+        first = np.searchsorted(self.regions, self.regions)  # the first region of the same image
+        return [dict(image=image, lesion=int(k - first[k]), area=int(area[k]),
+                     **{name: round(float(column[k]), 4) for name, column in share.items()})
+                for k, image in enumerate(self.regions)]
+
 
 @torch.no_grad()
-def evaluate(predict, split, batch_size, device, map_indices=(), map_file=None, threshold=None):
-    """Score a split: an object with metrics {image_auroc, ..., dice_valid}, scores (N,), ms_per_image (from the image
-    on the device to score and map), map_range (minimum, maximum) of all maps or None; curve, best: see PixelMetrics.
+def score(model, image):
+    """(anomaly maps (B, H, W) or None, scores (B,)) as float32 arrays, of images (B, 3, H, W) in [0, 1] on the model's
+    device. Error for other images and for a score that is not finite."""
+    if image.ndim != 4 or image.shape[1] != 3 or not (image.min() >= 0 and image.max() <= 1):
+        raise Error(f"images {tuple(image.shape)} from {float(image.min())} to {float(image.max())}: expected (B, 3, H, "
+                    "W) in [0, 1]; divide 8 bits by 255")
+    maps, scores = (None if part is None else part.float().cpu().numpy() for part in model.predict(image))
+    if not np.isfinite(scores).all():
+        raise Error("a score is not finite: training diverged; lower --lr")
+    return maps, scores
 
-    predict: images (B, 3, H, W) in [0, 1] -> anomaly maps (B, H, W) or None, anomaly scores (B,); higher is more
-    anomalous. The maps at `map_indices` are written to `map_file` as they come, float32."""
+
+def evaluate(model, split, batch_size, device, threshold=None, each=None):
+    """Score a split: an object with metrics {image_auroc, ..., dice_valid}, scores (N,), ms_per_image (from the image
+    on the device to score and map), maxima (N,) and map_range (minimum, maximum) of the maps or None, pixel: see
+    PixelMetrics.
+
+    model: its predict takes images (B, 3, H, W) in [0, 1] and gives anomaly maps (B, H, W) or None and anomaly scores
+    (B,); higher is more anomalous. each: called with the index and the map (H, W), float32, of each image."""
     pixel = PixelMetrics(len(split) * split.size**2 * split.has_masks, threshold)
-    scores, low, high, seconds, done = [], math.inf, -math.inf, 0.0, 0
-    for image in progress(split.batches(batch_size, device), f"scoring {split.name}", -(-len(split) // batch_size)):
+    scores, maxima, low, seconds, done = [], [], math.inf, 0.0, 0
+    for image in split.batches(batch_size, device):
         started = time.perf_counter()
-        anomaly_map, score = predict(image)
-        score = score.float().cpu().numpy()  # waits for the device
+        maps, new = score(model, image)
         seconds += time.perf_counter() - started
-        if not np.isfinite(score).all():
-            raise Error(f"a score of {split.paths[done]} or what follows is not finite: training diverged; lower --lr")
-        scores.append(score)
-        if anomaly_map is not None:
-            anomaly_map = anomaly_map.float().cpu().numpy()
-            low, high = min(low, float(anomaly_map.min())), max(high, float(anomaly_map.max()))
+        scores.append(new)
+        if maps is not None:
+            maxima.append(maps.max(axis=(1, 2)))
+            low = min(low, float(maps.min()))
             if split.has_masks:
-                pixel.update(anomaly_map, split.masks[done : done + len(score)])
-            for i in sorted(set(map_indices).intersection(range(done, done + len(score)))):
-                map_file.write(anomaly_map[i - done].tobytes())
-        done += len(score)
-    scores = np.concatenate(scores)
+                pixel.update(maps, split.masks[done : done + len(new)])
+            for i in range(len(new)) if each else ():
+                each(done + i, maps[i])
+        done += len(new)
+    scores, maxima = np.concatenate(scores), np.concatenate(maxima) if maxima else None
     return SimpleNamespace(metrics=image_metrics(split.labels, scores) | pixel.compute(), scores=scores,
-                           ms_per_image=1000 * seconds / done, map_range=(low, high) if low <= high else None,
-                           curve=pixel.curve, best=pixel.best)
+                           ms_per_image=1000 * seconds / done, maxima=maxima, pixel=pixel,
+                           map_range=None if maxima is None else (low, float(maxima.max())))
+
+
+# ------------------------------------------------------------------------------------------- from a score to a decision
+def at_specificity(normal, specificity):
+    """(threshold, specificity to expect) from the sorted scores of n normal images: the ceil((n + 1) s)-th smallest.
+
+    A new normal image of the same kind is above it with a probability of at most 1 - s, whatever the distribution
+    (split conformal prediction, Vovk et al. 2005). With fewer images: their maximum, and at most n / (n + 1)."""
+    rank, n = math.ceil(round((len(normal) + 1) * specificity, 9)), len(normal)
+    return (normal[rank - 1], specificity) if rank <= n else (normal[-1], n / (n + 1))
+
+
+def scan_score(scores, rule):
+    """A scan's score from its slices': their maximum, or the mean of the five highest ("top5")."""
+    return float(np.sort(scores)[-5 if rule == "top5" else -1 :].mean())
+
+
+def calibrate(model, valid, batch_size, device):
+    """What thresholds need of the valid split's scores and maps, as JSON can hold it; see `decide`."""
+    from sklearn.metrics import precision_recall_curve
+
+    result, normal, best, scans = evaluate(model, valid, batch_size, device), valid.labels == 0, None, {}
+    if not normal.all():
+        precision, recall, at = precision_recall_curve(valid.labels, result.scores)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        best = float(np.nextafter(at[np.argmax(f1[:-1])], -np.inf, dtype=np.float32))  # that score itself is above
+    for path, score in zip(np.array(valid.paths)[normal], result.scores[normal], strict=True):
+        scans.setdefault(patient(path), []).append(score)
+    scans = None if None in scans else {rule: sorted(scan_score(s, rule) for s in scans.values())
+                                        for rule in ("max", "top5")}
+    maps = result.maxima is not None and not getattr(model, "scaled_by_image", False)
+    return {"from": valid.source, "normal_scores": sorted(map(float, result.scores[normal])), "image_f1": best,
+            "map_range": result.map_range, "dice": result.pixel.best if maps else None,
+            "normal_maxima": sorted(map(float, result.maxima[normal])) if maps else None, "normal_scans": scans}
+
+
+# Of a model that saw no normal images (zero-shot): nothing is decided, maps are between 0 and 1.
+UNDECIDED = dict(normal_scores=[], normal_scans=None, map_range=(0, 1)) | dict.fromkeys(
+    ("image", "image_f1", "pixel", "scan"))
+
+
+def decide(kept, args):
+    """`calibrate`'s values and the thresholds at args.specificity: image, pixel, scan. An image or scan is anomalous if
+    its score is above its threshold, a pixel if it is at or above. None: that cannot be decided."""
+    image, reached = at_specificity(kept["normal_scores"], args.specificity)
+    pixel, rule = kept["dice"], "best Dice on valid"
+    if pixel is None and kept["normal_maxima"]:
+        highest, _ = at_specificity(kept["normal_maxima"], args.specificity)
+        pixel = float(np.nextafter(highest, np.inf, dtype=np.float32))
+        rule = f"no pixel of a normal map, at specificity {args.specificity}"
+    scans = kept["normal_scans"] and kept["normal_scans"][args.scan_score]
+    enough = scans and len(scans) >= 20
+    return kept | dict(specificity=args.specificity, reached=reached, image=image, pixel=pixel,
+                       pixel_rule=rule if pixel is not None else "none: no maps, or each is scaled by itself",
+                       scan=at_specificity(scans, args.specificity)[0] if enough else None, scan_score=args.scan_score)
+
+
+def decision_metrics(labels, scores, decision):
+    """Sensitivity, specificity, F1 and balanced accuracy at decision's `image` and, with the suffix _f1, at `image_f1`;
+    sensitivity at a specificity of at least 0.9 and 0.95 of the scores themselves."""
+    from sklearn.metrics import roc_curve
+
+    metrics = {}
+    for threshold, suffix in ((decision["image"], ""), (decision["image_f1"], "_f1")):
+        if threshold is None:
+            continue
+        tp, fp = ((scores[labels == label] > threshold).sum() for label in (1, 0))
+        sensitivity, specificity = float(tp / (labels == 1).sum()), float(1 - fp / (labels == 0).sum())
+        metrics |= {f"sensitivity{suffix}": sensitivity, f"specificity{suffix}": specificity,
+                    f"f1{suffix}": float(2 * tp / (tp + fp + (labels == 1).sum())),
+                    f"balanced_accuracy{suffix}": (sensitivity + specificity) / 2}
+    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+    return metrics | {f"sensitivity_at_{round(100 * s)}": float(tpr[fpr <= 1 - s + 1e-9].max()) for s in (0.9, 0.95)}
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
-FORMAT = 1  # of model.pt, resume.pt and results.json: it changes with what these hold
+FORMAT = 2  # of model.pt, resume.pt and results.json: it changes with what these hold
 # What may differ from the training run when a checkpoint is given, as may --weights that now lie elsewhere; every other
 # argument is taken from the checkpoint. A run that resumes must have the same data, limit and batch size, too.
-FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "overwrite", "checkpoint", "predict",
-        "cache_features"}
+FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "save_maps", "overwrite", "checkpoint",
+        "predict", "specificity", "scan_score", "cache_features"}
+INFERNO = ("000004 0c0826 240c4f 420a68 5d126e 781c6d 932667 ae305c c73e4c dd513a ed6925 f8850f fca50a fac62d f2e661 "
+           "fcffa4")
+COLOURS = np.stack([np.interp(np.linspace(0, 15, 256), range(16), channel) for channel in
+                    zip(*map(bytes.fromhex, INFERNO.split(" ")), strict=True)], axis=1).astype(np.uint8)  # (256, 3)
 
 
 def read_results(file):
     """The results.json of a finished run, as a dict."""
     try:
         results = json.loads(Path(file).read_text())
-        assert results["format"] == FORMAT
-    except (OSError, ValueError, TypeError, KeyError, AssertionError) as e:
+        if results["format"] != FORMAT or not {"args", "images", "metrics", "counts", "decision"} <= results.keys():
+            raise ValueError
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise Error(f"{file} is damaged or of another format than {FORMAT}: run that method again") from e
     return results
 
 
-def read_checkpoint(file, method):
-    """What a model.pt or resume.pt of `method` holds, see `Run._save`."""
+def read_checkpoint(file, method, more=()):
+    """What a model.pt of `method` holds, see `Run._save`; more: what a resume.pt must hold in addition."""
     kept = read_state(file, f"model.pt of a {method} run")
-    kept = kept if isinstance(kept, dict) else {}
     if kept.get("method") != method or kept.get("format") != FORMAT:
         raise Error(f"{file} is of method {kept.get('method')}, format {kept.get('format')}; expected a model.pt of "
                     f"{method}, format {FORMAT}")
+    kinds = dict(args=dict, state=dict, weights=list, notes=dict, train_seconds=float, epoch=(int, type(None)))
+    kinds |= dict.fromkeys(more, object)
+    if wrong := [k for k, kind in kinds.items() if k not in kept or not isinstance(kept[k], kind)]:
+        raise Error(f"{file} is damaged, without {wrong[0]}; give another model.pt, or --overwrite")
     return kept
 
 
@@ -671,12 +834,13 @@ class Run:
     checkpoint.pt is the best state yet, model.pt the same of a finished run; resume.pt is all of the last evaluation.
     notes: what else a script wants in results.json (a dict that JSON can hold); kept with the checkpoint."""
 
-    def __init__(self, script, args):
+    def __init__(self, script, args, zero_shot=False):
         """Seeds PyTorch, picks the device, makes `<out>/<data>/<method>/seed<k>` and locks it.
 
-        With args.checkpoint the arguments that define the model are taken from it, in place."""
+        With args.checkpoint the arguments that define the model are taken from it, in place; without one, --predict is
+        for methods that need no training images (zero_shot)."""
         method, kept, self.args = Path(script).stem, None, args
-        if args.predict and not args.checkpoint:
+        if args.predict and not args.checkpoint and not zero_shot:
             raise Error("--predict needs a trained model: give --checkpoint FILE, the model.pt of a run")
         if args.checkpoint:
             kept = read_checkpoint(args.checkpoint, method)
@@ -684,20 +848,27 @@ class Run:
                 moved = field.name.endswith("weights") and getattr(args, field.name) != field.default
                 if field.name not in FREE and field.name in kept["args"] and not moved:
                     setattr(args, field.name, kept["args"][field.name])
+            check_ranges(args)
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
             device = torch.device(best if args.device == "auto" else args.device)
-            torch.zeros(1, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as e:
-            raise Error(f"--device {args.device} cannot be used ({str(e).splitlines()[0]}); try --device auto") from e
+            reason = str(e).splitlines()[0][:120]
+            raise Error(f"--device {args.device} cannot be used ({reason}); try --device auto") from e
         torch.manual_seed(args.seed)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for on a GPU
         torch.use_deterministic_algorithms(True, warn_only=True)
         self.images = None if args.predict else listed(args)[2]  # resuming needs the very same ones
+        checked = Path(args.root) / ".cache" / f"{self.images}.check.json"  # by datasets/check.py
+        try:
+            self.check = json.loads(checked.read_text())
+        except (OSError, ValueError):  # not checked
+            self.check = None
         asked = Path(args.predict or args.data).resolve()
         data = asked.name if asked.is_dir() else args.data
         if args.predict:  # each input and each model has its own folder
-            source = f"{asked} {sha256(args.checkpoint)}".encode(errors="surrogateescape")
+            source = f"{asked} {sha256(args.checkpoint) if args.checkpoint else args}".encode(errors="surrogateescape")
             data = f"{plain(asked.name)}-{hashlib.sha256(source).hexdigest()[:8]}"
         folder = Path(args.out) / data / method / f"seed{args.seed}"
         try:
@@ -717,11 +888,14 @@ class Run:
             print(f"{folder} is finished already, with these arguments; nothing to do (--overwrite does it again)")
             raise SystemExit(0)
         if not args.checkpoint and not args.overwrite and begun.exists():
-            kept = read_checkpoint(begun, method)
+            more = ("images", "threads", "history", "best", "best_epoch", "stateful", "random")
+            kept = read_checkpoint(begun, method, more)
             self._belongs_to(kept, folder)
             if kept["threads"] != torch.get_num_threads():
                 print(f"NOTE: {torch.get_num_threads()} threads now, {kept['threads']} before: results can differ")
         print(f"{method} on {data}, seed {args.seed}, {device}: {folder}", flush=True)
+        if not args.predict:
+            print("datasets/check.py:", self.check["summary"] if self.check else "not run on these files", flush=True)
         self.script, self.device, self.folder, self.lock = Path(script), device, folder, lock
         self.kept = kept  # what --checkpoint, or else an interrupted run's last evaluation holds, or None
         self.history, self.best, self.epoch, self.notes = [], -math.inf, None, {}
@@ -761,7 +935,7 @@ class Run:
         """Log the epoch; at every args.eval_every-th and the last one score valid and keep the state that is best yet.
 
         The criterion: image AUROC, averaged with pixel AUROC where there are masks (thesis, 3.4.1: chosen on valid,
-        evaluated every 10 epochs); the first of equals. Without a valid split the last epoch is kept.
+        evaluated every 10 epochs); the first of equals. Without anomalous images in valid the last epoch is kept.
         losses: name -> value of this epoch; one that is not finite ends the run."""
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
             raise Error(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
@@ -769,11 +943,12 @@ class Run:
         row = dict(epoch=epoch, seconds=round(seconds, 1), **losses)
         self.history.append(row)
         looked, value = epoch % self.args.eval_every == 0 or epoch == self.args.epochs, math.inf
-        if looked and valid:
-            metrics = evaluate(model.predict, valid, self.args.batch_size, self.device).metrics
+        chooses = valid and valid.labels.any()
+        if looked and chooses:
+            metrics = evaluate(model, valid, self.args.batch_size, self.device).metrics
             value = np.mean([v for v in (metrics["image_auroc"], metrics["pixel_auroc"]) if v is not None])
             row |= {f"valid_{k}": v for k, v in metrics.items() if v is not None}
-        if looked and (value > self.best or not valid):
+        if looked and (value > self.best or not chooses):
             self.best = value
             self.keep(model, epoch)
         shown = {k: row[k] for k in (*losses, "valid_image_auroc", "valid_pixel_auroc") if k in row}
@@ -830,39 +1005,21 @@ def _weights(model):
 def finish(run, model, splits):
     """Evaluate the kept state on the test split, once, and write the run folder; the last file is results.json.
 
-    splits: (train, valid, test) of `load_benchmark`. scores.csv: path, label, score. maps/: panels of image, ground
-    truth and heat map, min-max over the test set (thesis, 3.4.1). With --predict: scores.csv and maps/ only, and for a
-    NIfTI volume anomaly_map.nii.gz."""
-    args, folder, test = run.args, run.folder, splits[2]
+    splits: (train, valid, test) of `load_benchmark`. scores.csv: path, label, score. maps/: pictures on the scale of
+    the validation maps. browser/ and lesions.csv are for report.py. With --predict: see `predict`."""
+    args, folder, (_, valid, test) = run.args, run.folder, splits
     epoch, train_seconds = run.load(model)
-    for old in ("results.json", "maps", "curves.csv"):  # a folder without results.json is not a finished run
-        remove(folder / old)
     model.to(run.device)
-    volume = (args.predict or "").lower().endswith((".nii", ".nii.gz"))
-    count = len(test) if args.maps < 0 else min(args.maps, len(test))
-    shown = [i * len(test) // count for i in range(count)]  # the same images for all methods
-    wanted = range(len(test)) if volume else shown
-    threshold = None  # of the pixels: the best for Dice on valid
-    if splits[1] and splits[1].has_masks:
-        threshold = evaluate(model.predict, splits[1], args.batch_size, run.device).best
-    with tempfile.TemporaryFile(dir=folder) as raw:
-        result = evaluate(model.predict, test, args.batch_size, run.device, wanted, raw, threshold)
-        if result.map_range and wanted:
-            raw.flush()
-            maps = np.memmap(raw, np.float32, "r", shape=(len(wanted), test.size, test.size))
-            if volume:
-                volumes().write_maps(folder / "anomaly_map.nii.gz", args.predict, maps)
-            _write_panels(folder / "maps", test, shown, maps[shown] if volume else maps, *result.map_range)
-    rows = zip(test.paths, test.labels, result.scores, strict=True)
-    write_csv(folder / "scores.csv", [dict(path=p, label="" if y < 0 else int(y), score=float(s)) for p, y, s in rows])
+    for name in [w["name"] for w in _weights(model) if not w["trained"]]:
+        print(f"NOTE: {name} has UNTRAINED weights; the figures show that the code runs, no more")
     if args.predict:
-        record = dict(input=str(Path(args.predict).resolve()), checkpoint=str(Path(args.checkpoint).resolve()),
-                      checkpoint_sha256=sha256(args.checkpoint), scored=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        (folder / "predict.json").write_text(json.dumps(record, indent=1))
-        os.close(run.lock)
-        print(f"{len(test)} scores, {count if result.map_range else 0} heat maps: {folder}")
-        return
-    write_csv(folder / "curves.csv", result.curve) if result.curve else None
+        return predict(run, model)
+    for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
+        remove(folder / old)  # a folder without results.json is not a finished run
+    decision = decide(calibrate(model, valid, args.batch_size, run.device), args) if valid else None
+    run.kept["decision"], metrics = decision, {}
+    if test:
+        metrics, test_ms = _test(run, model, test, decision or UNDECIDED)
     published = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
     if "epochs" in published:  # where nothing is trained, the batch size changes nothing but speed and memory
         published["batch_size"] = type(args).batch_size
@@ -872,11 +1029,11 @@ def finish(run, model, splits):
     commit = subprocess.run(["git", "-C", run.script.parent, "describe", "--always", "--dirty", "--abbrev=40"],
                             capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     results = dict(
-        format=FORMAT, method=run.script.stem, data=folder.parts[-3], seed=args.seed, metrics=result.metrics,
-        images=run.images,
-        counts={s.name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum())) for s in splits if s},
-        pixel_threshold=threshold, check=test.check, epoch=epoch, train_seconds=train_seconds,
-        test_ms_per_image=result.ms_per_image,
+        format=FORMAT, method=run.script.stem, data=folder.parts[-3], seed=args.seed, metrics=metrics,
+        images=run.images, counts={name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum()))
+                                   for name, s in zip(SPLITS, splits, strict=True) if s},
+        decision=decision, check=run.check, epoch=epoch, train_seconds=train_seconds,
+        test_ms_per_image=test_ms if test else None,
         peak_memory_gib=dict(ram=peak) | (dict(gpu=torch.cuda.max_memory_allocated() / 2**30) if on_gpu else {}),
         parameters=dict(total=sum(p.numel() for p in model.parameters()),
                         trained=sum(p.numel() for p in model.parameters() if p.requires_grad)),
@@ -887,17 +1044,166 @@ def finish(run, model, splits):
         commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     if not args.checkpoint:
-        os.replace(folder / "checkpoint.pt", folder / "model.pt")
+        with atomic(folder / "model.pt") as tmp:
+            torch.save(run.kept, tmp)
     shutil.copyfile(run.script, folder / run.script.name)
     with atomic(folder / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1))
-    (folder / "resume.pt").unlink(missing_ok=True)
+    for name in ("checkpoint.pt", "resume.pt"):
+        remove(folder / name)
     os.close(run.lock)
-    for name in [w["name"] for w in results["weights"] if not w["trained"]]:
-        print(f"NOTE: {name} ran with UNTRAINED weights; the figures show that the code runs, no more")
-    print(*(f"  {name:<11}  {'-' if v is None else format(v, '.4f')}" for name, v in result.metrics.items()), sep="\n")
-    print(f"  epoch {epoch or '-'}, train {train_seconds:.1f} s, test {result.ms_per_image:.1f} ms/image, "
-          f"peak {peak:.2f} GiB: {folder}")
+    shown = {name: "-" if v is None else f"{v:.4f}" for name, v in metrics.items() if not name.endswith("_f1")}
+    print(*(f"  {name:<17}  {v}" for name, v in shown.items()), sep="\n")
+    print(f"  epoch {epoch or '-'}, train {train_seconds:.1f} s, peak {peak:.2f} GiB: {folder}")
+
+
+def _test(run, model, test, decision):
+    """Score the test split and write its scores, pictures and what report.py shows; its metrics and ms per image."""
+    args, folder = run.args, run.folder
+    count = len(test) if args.maps < 0 else min(args.maps, len(test))
+    shown = {i * len(test) // count for i in range(count)}  # the same images for all methods
+    low, high = decision["map_range"] or (0, 1)
+    browser = (args.seed == 0 and args.maps) or args.maps < 0
+    def each(i, anomaly_map):
+        if i in shown:
+            mask = test.masks[i] if test.has_masks else None
+            save(picture(test.images[i], anomaly_map, decision, test.paths[i], mask),
+                 folder / "maps" / map_name(i, test.paths[i]))
+        if browser:
+            small = Image.fromarray(anomaly_map).resize([min(128, test.size)] * 2, Image.Resampling.BILINEAR)
+            share = np.clip((np.asarray(small) - low) / (high - low or 1), 0, 1)
+            tile = Image.fromarray(np.rint(share * 255).astype(np.uint8), "P")
+            tile.putpalette(COLOURS.tobytes())
+            save(tile, folder / "browser" / f"{i:05}.png")
+
+    result = evaluate(model, test, args.batch_size, run.device, decision["pixel"], each)
+    metrics = result.metrics | decision_metrics(test.labels, result.scores, decision)
+    rows = zip(test.paths, test.labels, result.scores, strict=True)
+    write_csv(folder / "scores.csv", [dict(path=p, label=int(y), score=float(s)) for p, y, s in rows])
+    if result.pixel.curve:
+        write_csv(folder / "curves.csv", result.pixel.curve)
+        write_csv(folder / "lesions.csv", [dict(path=test.paths[row["image"]]) | row for row in result.pixel.lesions()])
+    images = folder.parents[1] / f"images-{run.images}{f'-{args.limit}' * bool(args.limit)}"
+    if browser and not images.exists():  # once for a benchmark
+        with atomic(images) as tmp:
+            tmp.mkdir()
+            for i, (file, _, mask) in enumerate(test.entries):
+                array, size = decode(file, 256, white=test.white)
+                Image.fromarray(array.transpose(1, 2, 0).copy()).save(tmp / f"{i:05}.jpg", quality=85)
+                if mask:
+                    Image.fromarray(decode_mask(mask, size, 256)[0] > 0).save(tmp / f"{i:05}-mask.png")
+    return metrics, result.ms_per_image
+
+
+def predict(run, model):
+    """Score args.predict: an image or a folder of images here, scans in datasets/volumes.py. Damaged files are listed
+    at the end, with exit code 1.
+
+    scores.csv: for each image its score, percentile among the normal validation images, and decision. maps/ has its
+    picture, masks/ the decided pixels and raw/ (args.save_maps) the map, these two at the image's own size."""
+    args, folder, asked, decision = run.args, run.folder, Path(run.args.predict), run.kept.get("decision")
+    decision = decide(decision, args) if decision else UNDECIDED
+    for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
+        remove(folder / old)
+    files = images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in SUFFIXES)
+    rows, scans, damaged = ([], [], []) if files else volumes().predict(run, model, decision)
+    for start in progress(range(0, len(files), args.batch_size), "images"):
+        arrays = {}
+        for file in files[start : start + args.batch_size]:
+            try:
+                arrays[file] = decode(file, args.image_size, white=args.white)[0]
+            except Error as e:
+                damaged.append(str(e))
+        for file, (anomaly_map, score) in zip(arrays, scored(model, list(arrays.values()), run), strict=True):
+            name = file.relative_to(asked).as_posix() if asked.is_dir() else file.name
+            rows.append(answer(name, score, decision["normal_scores"], decision["image"]))
+            if anomaly_map is not None and args.maps:
+                image, _ = decode(file, white=args.white)
+                show(run, map_name(len(rows) - 1, name), image, anomaly_map, decision, rows[-1])
+    for name, table in dict(scores=rows, scans=scans).items():
+        if table:
+            write_csv(folder / f"{name}.csv", table)
+    record = dict(input=str(asked.resolve()), checkpoint=args.checkpoint and str(Path(args.checkpoint).resolve()),
+                  checkpoint_sha256=args.checkpoint and sha256(args.checkpoint), damaged=damaged,
+                  thresholds={k: decision[k] for k in ("image", "pixel", "scan")}, args=dataclasses.asdict(args),
+                  scored=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    (folder / "predict.json").write_text(json.dumps(record, indent=1))
+    remove(folder / "checkpoint.pt")  # of a zero-shot method
+    os.close(run.lock)
+    ranked, threshold, what = (scans, decision["scan"], "scans") if scans else (rows, decision["image"], "images")
+    for row in sorted(ranked, key=lambda row: -row["score"])[:5]:
+        print("", *(f"{k} {row[k]}" for k in ("score", "percentile", "decision", "path") if row[k] is not None))
+    above = f"{sum(row['decision'] == 'anomalous' for row in ranked)} above the threshold {threshold}"
+    if threshold is None:
+        above = "ranked, not decided: no normal images, or fewer than 20 normal scans, were in valid"
+    print(f"{len(ranked)} {what}, {above}: {folder}")
+    if damaged:
+        print(*[f"not scored: {message}" for message in damaged], sep="\n", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def scored(model, arrays, run):
+    """Yield (map (S, S) or None, score) of images, uint8 (3, S, S)."""
+    for start in range(0, len(arrays), run.args.batch_size):
+        image = torch.from_numpy(np.stack(arrays[start : start + run.args.batch_size])).to(run.device).float() / 255
+        maps, scores = score(model, image)
+        yield from zip([None] * len(image) if maps is None else maps, scores.tolist(), strict=True)
+
+
+def answer(name, score, normal, threshold):
+    """A row of scores.csv or scans.csv. normal: sorted scores of normal images or scans."""
+    percentile = round(100 * float(np.searchsorted(normal, score, "right")) / len(normal), 2) if normal else None
+    decided = None if threshold is None else "anomalous" if score > threshold else "normal"
+    return dict(path=name, score=score, percentile=percentile, decision=decided)
+
+
+def show(run, name, image, anomaly_map, decision, row):
+    """Write the picture of an image (3, H, W), the mask where pixels are decided, and the map (S, S) at H x W."""
+    folder, save_maps = run.folder, run.args.save_maps
+    score = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
+    save(picture(image, anomaly_map, decision, score), folder / "maps" / name)
+    own = Image.fromarray(anomaly_map).resize(image.shape[:0:-1], Image.Resampling.BILINEAR)
+    if decision["pixel"] is not None:
+        save(Image.fromarray(np.asarray(own) >= np.float32(decision["pixel"])), folder / "masks" / name)
+    if save_maps == "tiff":
+        save(own, folder / "raw" / Path(name).with_suffix(".tiff"))
+    elif save_maps == "npy":
+        (folder / "raw").mkdir(exist_ok=True)
+        np.save(folder / "raw" / Path(name).with_suffix(".npy"), np.asarray(own))
+
+
+def save(image, file):
+    file.parent.mkdir(exist_ok=True)
+    image.save(file)
+
+
+def picture(image, anomaly_map, decision, title, mask=None):
+    """The image with the contour of its mask, next to it the map on the scale of the validation maps, transparent where
+    it is low, with the contour of the decided pixels and a colour bar. image: uint8 (3, H, W); mask: bool (H, W)."""
+    size = width, height = [max(1, round(384 * side / max(image.shape[1:]))) for side in image.shape[:0:-1]]
+    (low, high), pixel = decision["map_range"] or (0, 1), decision["pixel"]
+    left = np.asarray(Image.fromarray(image.transpose(1, 2, 0).copy()).resize(size, Image.Resampling.BILINEAR))
+    heat = np.asarray(Image.fromarray(anomaly_map).resize(size, Image.Resampling.BILINEAR))
+    value = np.clip((heat - low) / (high - low or 1), 0, 1)[..., None]
+    coloured = COLOURS[np.rint(value[..., 0] * 255).astype(int)]
+    right = (left * (1 - 0.7 * value) + coloured * 0.7 * value).astype(np.uint8)
+    left = left.copy()
+    decided = None if pixel is None else heat >= pixel
+    for panel, area, colour in ((left, mask, (0, 255, 0)), (right, decided, (0, 255, 255))):
+        if area is not None:
+            area = np.asarray(Image.fromarray(area).resize(size, Image.Resampling.NEAREST))
+            panel[area & ~ndimage.binary_erosion(area, iterations=2, border_value=1)] = colour
+    bar = np.repeat(COLOURS[np.linspace(255, 0, height).astype(int)][:, None], 12, axis=1)
+    page = Image.new("RGB", (2 * width + 90, height + 36), "white")
+    for panel, x in ((left, 0), (right, width + 6), (bar, 2 * width + 12)):
+        page.paste(Image.fromarray(panel), (x, 36))
+    draw = ImageDraw.Draw(page)
+    draw.text((2, 2), title, "black")
+    draw.text((2, 20), "image" + ", ground truth (green)" * (mask is not None), "black")
+    draw.text((width + 8, 20), "anomaly map" + ", decision (cyan)" * (pixel is not None), "black")
+    draw.text((2 * width + 28, 36), f"{high:.4g}", "black")
+    draw.text((2 * width + 28, height + 24), f"{low:.4g}", "black")
+    return page
 
 
 def plain(name):
@@ -906,18 +1212,5 @@ def plain(name):
 
 
 def map_name(index, path):
-    """The file of a test image's heat map, unique whatever the images' paths are."""
+    """The file of an image's heat map, unique whatever the images' paths are."""
     return f"{index:05}_{plain(path.rsplit('.', 1)[0])}.png"
-
-
-def _write_panels(folder, split, indices, maps, low, high):
-    with atomic(folder) as tmp:
-        tmp.mkdir()
-        for i, anomaly_map in zip(indices, maps, strict=True):
-            image = split.images[i].transpose(1, 2, 0)
-            heat = (anomaly_map - low) / (high - low or 1)
-            jet = np.clip(1.5 - np.abs(4 * heat[..., None] - [3, 2, 1]), 0, 1) * 255  # blue is low, red is high
-            panels = [image, (0.5 * image + 0.5 * jet).astype(np.uint8)]
-            if split.has_masks:
-                panels.insert(1, np.repeat(split.masks[i][..., None] * np.uint8(255), 3, axis=2))
-            Image.fromarray(np.concatenate(panels, axis=1)).save(tmp / map_name(i, split.paths[i]))

@@ -15,7 +15,8 @@ Differences from LeeDoYup/AnoGAN-tf:
 - Every image's search starts from the same random code, which is part of the model, so no score depends on the images
   before or next to it. There the search starts at the code, and with Adam's moments, at which the last image ended.
 - The features come from batch normalisation's running statistics; there from those of the one image and of its twin.
-- A batch is searched at once: the sum of the losses has each code's own gradient, and Adam works value by value.
+- A batch is searched at once: the sum of the losses has each code's own gradient, and Adam works value by value. In
+  float32 the steps enlarge rounding, which differs with the batch, to 2e-4 of the range of scores (float64: 2e-16).
 - Convolutions are padded alike on all sides (there: as TensorFlow does); a last batch that is not full is trained on;
   images come in random order; the epoch is chosen on valid.
 Parameters at 64 pixels: generator 5,135,363, discriminator 4,316,545.
@@ -26,7 +27,7 @@ search in batches of 16: 58 ms an image. The default was not timed; its 500 step
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,10 @@ class Args:
     """images are resized to this many pixels squared (paper): a power of two, at least 16"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images a batch, in training and in the search (LeeDoYup)"""
+    white: Annotated[int, Interval(ge=1, le=65535)] = 65535
+    """value of 16-bit images that is white, 4095 for 12 bits"""
+    holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    """share of the training images that thresholds come from, where valid has no normal ones"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -65,7 +70,13 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
+    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
+    """share of normal images that the threshold of the decision should leave below it"""
+    scan_score: Literal["max", "top5"] = "max"
+    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    save_maps: Literal["no", "npy", "tiff"] = "no"
+    """with --predict: also write each image's anomaly map at its own size, in float32"""
     epochs: Annotated[int, Ge(1)] = 25
     """passes over the normal training images (LeeDoYup)"""
     lr: Annotated[float, Gt(0)] = 2e-4

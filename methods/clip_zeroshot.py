@@ -51,6 +51,10 @@ class Args:
     """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images a batch; changes nothing but speed and memory"""
+    white: Annotated[int, Interval(ge=1, le=65535)] = 65535
+    """value of 16-bit images that is white, 4095 for 12 bits"""
+    holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    """share of the training images that thresholds come from, where valid has no normal ones"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -60,7 +64,13 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
+    """score this image, folder of images, NIfTI volume, DICOM series or folder of scans; zero-shot or --checkpoint"""
+    specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
+    """share of normal images that the threshold of the decision should leave below it"""
+    scan_score: Literal["max", "top5"] = "max"
+    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    save_maps: Literal["no", "npy", "tiff"] = "no"
+    """with --predict: also write each image's anomaly map at its own size, in float32"""
     model: str = "ViT-B-16-plus-240"
     """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
@@ -71,8 +81,13 @@ class Args:
     """what the sentences speak of (WORDS); auto: the benchmark of --data, generic for other folders"""
     prompts: Literal["plain", "ensemble"] = "plain"
     """one sentence a class, or the mean of many"""
-    findings: Literal["none", "named"] = "none"
-    """the ensemble speaks of normal and abnormal only, or names what may be found; plain sentences never do"""
+    organ: str | None = None
+    """what the images show, in your own words, such as "knee": in place of the organ of WORDS"""
+    findings: str = "none"
+    """none: the ensemble speaks of normal and abnormal only; named: it names the findings of WORDS; or your own,
+    separated by commas; plain sentences never name any"""
+    sentences: str | None = None
+    """in place of all these: a text FILE with a sentence a line, after "normal:" or "anomalous:\""""
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -151,9 +166,23 @@ def benchmark_words(data):
     return next((key for key, folders in common.NAMES.items() if name in folders), "generic")
 
 
-def sentences(words, prompts, findings):
+def own_sentences(file):
+    """As `sentences`, from a text file: the sentences of a class are one state."""
+    try:
+        lines = [line.partition(":") for line in Path(file).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise common.Error(f"--sentences {file} cannot be read ({e}); give a text file") from e
+    classes = [[[text.strip() for name, _, text in lines if name.strip() == kind]] for kind in ("normal", "anomalous")]
+    if sum(len(states[0]) for states in classes) < len(lines) or not all(states[0] for states in classes):
+        raise common.Error(f'--sentences {file}: each line begins with "normal:" or "anomalous:"; both are needed')
+    return classes
+
+
+def sentences(words, prompts, findings, organ=None):
     """For the normal and for the anomalous class: a list of states, each a list of sentences."""
     modality, organs, names = WORDS[words]
+    organs = [organ] if organ else organs
+    names = names if findings in ("none", "named") else [name.strip() for name in findings.split(",")]
     if prompts == "plain":
         return [[[sentence.format(m=modality, o=organs[0])]] for sentence in PLAIN]
 
@@ -162,18 +191,19 @@ def sentences(words, prompts, findings):
                  for f in (names if "{f}" in state else [""])]
         return [re.sub(r"\ba (?=[aeiou]|H&E)", "an ", text) for text in texts]
 
-    return [[written(s) for s in states if findings == "named" or "{f}" not in s] for states in (NORMAL, ANOMALOUS)]
+    return [[written(s) for s in states if findings != "none" or "{f}" not in s] for states in (NORMAL, ANOMALOUS)]
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    run = common.Run(__file__, args)
+    run = common.Run(__file__, args, zero_shot=True)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
-        words = benchmark_words(args.data) if args.words == "auto" else args.words
-        classes = sentences(words, args.prompts, args.findings)
-        run.notes = dict(words=words, prompts=args.prompts,
+        words = benchmark_words(args.predict or args.data) if args.words == "auto" else args.words
+        classes = own_sentences(args.sentences) if args.sentences else sentences(
+            words, args.prompts, args.findings, args.organ)
+        run.notes = dict(words=words, organ=args.organ, file=args.sentences, prompts=args.prompts,
                          findings=args.findings if args.prompts == "ensemble" else "none",
                          sentences=[sum(map(len, states)) for states in classes])
         print("sentences:", run.notes, flush=True)

@@ -30,7 +30,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -63,6 +63,10 @@ class Args:
     """images are resized to this many pixels squared (thesis' code); scars keep theirs, up to 31 pixels"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images a batch (thesis, Table 3.5); in training each comes three times: normal, CutPaste, scar"""
+    white: Annotated[int, Interval(ge=1, le=65535)] = 65535
+    """value of 16-bit images that is white, 4095 for 12 bits"""
+    holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    """share of the training images that thresholds come from, where valid has no normal ones"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -72,7 +76,13 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
+    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
+    """share of normal images that the threshold of the decision should leave below it"""
+    scan_score: Literal["max", "top5"] = "max"
+    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    save_maps: Literal["no", "npy", "tiff"] = "no"
+    """with --predict: also write each image's anomaly map at its own size, in float32"""
     epochs: Annotated[int, Ge(1)] = 256
     """epochs of `steps_per_epoch` updates (thesis' code, paper)"""
     steps_per_epoch: Annotated[int, Ge(1)] = 1
@@ -183,10 +193,12 @@ class CutPaste(nn.Module):
             raise common.Error("the embeddings are not finite: training diverged; lower --lr")
         mean = e.mean(dim=0)
         sigma = torch.from_numpy(ledoit_wolf((e - mean).numpy(), assume_centered=True)[0])
-        # _ex: where all embeddings are equal, scores are not finite, which ends the run with a clear line
-        cholesky = torch.linalg.cholesky_ex(sigma).L  # Sigma = L L^T
         self.mean.copy_(mean)
-        self.whiten.copy_(torch.linalg.solve_triangular(cholesky, torch.eye(len(mean)).double(), upper=False))  # L^-1
+        self.whiten.zero_()
+        if sigma.trace() > 1e-12:  # else all embeddings are equal but for rounding: nothing has a distance
+            cholesky = torch.linalg.cholesky_ex(sigma).L  # Sigma = L L^T
+            inverse = torch.linalg.solve_triangular(cholesky, torch.eye(len(mean)).double(), upper=False)
+            self.whiten.copy_(inverse)
 
     @torch.inference_mode()
     def predict(self, image):

@@ -4,18 +4,17 @@ Textures are blended into normal images within random masks of Perlin noise. One
 image; a second one sees the restoration next to its input and learns to segment what was blended in. In a test image
 the second network marks what the first would not have drawn like that.
 
-Settings: thesis, Table 3.5 (Adam 1e-4, "the remaining settings: the default configurations of the original work"):
-official code (VitjanZ/DRAEM), its data pipeline, widths, losses, initial weights, 700 epochs in batches of 8, learning
-rate x 0.2 after 80% and 90% of the epochs.
-Textures: see --textures. The original has DTD's photographs. The thesis' row was made by BMAD's code without any: the
-noise that makes the mask is also its filling (--textures noise). results.json says what was used (notes).
-Differences from the paper: the official code where they disagree: learning rate (there x 0.1 after 400 and 600
-epochs), opacity of the texture (0.2 to 1, there 0.1 to 1), ten augmentations of the texture (there seven), rotation up
-to 90 degrees (there 45).
+Settings: thesis, Table 3.5 (Adam 1e-4); else the official code (VitjanZ/DRAEM): data pipeline, widths, losses, initial
+weights, 700 epochs in batches of 8, learning rate x 0.2 after 80% and 90% of the epochs.
+Textures: the original has DTD's photographs; BMAD's code, which made the thesis' row, has the noise that makes the mask
+(--textures noise). results.json says what was used (notes).
+Differences from the paper, where the official code disagrees: learning rate (there x 0.1 after 400 and 600 epochs),
+opacity of the texture (0.2 to 1, there from 0.1), ten augmentations of the texture (there seven), rotation up to 90
+degrees (there 45).
 Differences from the official code: an epoch sees each image once (there: draws with replacement); the epoch is chosen
-on valid (the last is kept there); SSIM's range is 1 (there guessed from the restoration, 2 where it undershoots).
-Textures are augmented by torchvision in floats, there by imgaug 0.4 on 8 bits. What differs by more than rounding:
-- brightness: all channels change by the drawn factor and offset; there the lightness in one of six colour spaces;
+on valid (there the last); SSIM's range is 1 (there 2 where the restoration undershoots). Textures are augmented by
+torchvision in floats, there by imgaug 0.4 on 8 bits. By more than rounding this changes
+- brightness: one factor and one offset for all channels; there the lightness in one of six colour spaces;
 - saturation: x 0.8 to 1.2; there moved by up to 50 / 255, which gives grey textures a colour;
 - autocontrast: from the minimum to the maximum; there 0 to 20% of the pixels at both ends are cut off first.
 Differences from BMAD's: images in [0, 1] as in the original (there textures in [0, 1] are blended into images scaled
@@ -27,12 +26,11 @@ to score, 1.0 GiB. As published, on an H100: a step of 8 images 0.24 s, their si
 """
 
 import math
-import socket
 import sys
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +60,10 @@ class Args:
     """images are resized to this many pixels squared (official code), a multiple of 32"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images a batch (official code); each takes 1.1 GB in training"""
+    white: Annotated[int, Interval(ge=1, le=65535)] = 65535
+    """value of 16-bit images that is white, 4095 for 12 bits"""
+    holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    """share of the training images that thresholds come from, where valid has no normal ones"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -71,7 +73,13 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
+    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
+    """share of normal images that the threshold of the decision should leave below it"""
+    scan_score: Literal["max", "top5"] = "max"
+    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    save_maps: Literal["no", "npy", "tiff"] = "no"
+    """with --predict: also write each image's anomaly map at its own size, in float32"""
     epochs: Annotated[int, Ge(1)] = 700
     """passes over the normal training images (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
@@ -210,21 +218,21 @@ AUGMENTERS = [  # of textures (3, H, W) in [0, 1], with the ranges of the offici
 
 def perlin(rows, columns, size, device):
     """Perlin noise (size, size) about 0: each corner of rows x columns cells has a random gradient of length 1; a pixel
-    interpolates between its four corners' values, each the gradient times the way from the corner to the pixel."""
+    is the weighted sum, over its four corners, of the gradient times the way from the corner to the pixel."""
     angle = 2 * math.pi * torch.rand(rows + 1, columns + 1).to(device)
     y, x = (torch.arange(size, device=device) / size * cells for cells in (rows, columns))  # pixels, in cells
-    row, column = y.long()[:, None], x.long()  # the cell of each pixel
-    v, u = y[:, None] - row, x - column  # the place within it, in [0, 1)
+    noise = 0
+    for down, right in product((0, 1), repeat=2):
+        v, u = (y % 1 - down)[:, None], x % 1 - right  # the way, in [-1, 1]
+        corner = angle[y.long()[:, None] + down, x.long() + right]  # (size, size)
+        noise = noise + fade(v) * fade(u) * (corner.cos() * v + corner.sin() * u)
+    return math.sqrt(2) * noise
 
-    def value(down, right):
-        corner = angle[row + down, column + right]  # (size, size)
-        return corner.cos() * (v - down) + corner.sin() * (u - right)
 
-    def fade(t):
-        return 6 * t**5 - 15 * t**4 + 10 * t**3
-
-    left, right = (torch.lerp(value(0, side), value(1, side), fade(v)) for side in (0, 1))
-    return math.sqrt(2) * torch.lerp(left, right, fade(u))
+def fade(way):
+    """Perlin's weight of a corner: 1 at it, 0 one cell away, flat at both."""
+    s = 1 - way.abs()
+    return s**3 * (6 * s**2 - 15 * s + 10)
 
 
 def simulate(image, textures):
@@ -250,34 +258,27 @@ def simulate(image, textures):
 
 
 def load_textures(args, train):
-    """The `Split` of images to blend in, None for noise; and what is recorded of it."""
+    """The `Split` of images to blend in (None: the noise itself), and their source."""
     source, folder = args.textures, Path(args.textures)
-    if source == "noise":
-        return None, dict(source=source)
     if source in ("dtd", "auto"):
-        source, folder = "dtd", Path(args.root) / "dtd" / "dtd" / "images"
-        timeout = socket.getdefaulttimeout()
+        folder = Path(args.root) / "dtd" / "dtd" / "images"
         try:
-            socket.setdefaulttimeout(8)
             DTD(args.root, download=True)
+            source = "dtd"
         except Exception as e:  # no network, a broken download, a full disk
             problem = f"DTD is not in {folder} and could not be downloaded ({e})"
-            if args.textures == "dtd":
-                raise common.Error(f"{problem}; unpack {DTD._URL} in {Path(args.root) / 'dtd'}, or take --textures "
-                                   "FOLDER, images or noise") from e
+            if source == "dtd":
+                raise common.Error(f"{problem}; unpack {DTD._URL} in {folder.parents[1]}, or take --textures FOLDER, "
+                                   "images or noise") from e
             print(f"warning: {problem}; continuing with the TRAINING IMAGES as textures", flush=True)
             source = "images"
-        finally:
-            socket.setdefaulttimeout(timeout)
-    if source == "images":
-        return train, dict(source=source, images=len(train))
+    if source in ("images", "noise"):
+        return train if source == "images" else None, source
     entries = [(file, -1, None) for file in common.images_in(folder)]
     if len(entries) < (5640 if source == "dtd" else 1):  # DTD's unpacking was interrupted, or no folder with images
         raise common.Error(f"--textures {args.textures}: {folder} has {len(entries)} images (DTD has 5640); remove it "
                            "or give another folder, images or noise")
-    textures = common.Split("textures", entries, args.image_size, folder, Path(args.root) / ".cache")
-    print(f"textures: {len(textures)} images in {folder}", flush=True)
-    return textures, dict(source=source, images=len(textures))
+    return common.Split("textures", entries, args.image_size, folder, Path(args.root) / ".cache"), source
 
 
 if __name__ == "__main__":
@@ -288,7 +289,8 @@ if __name__ == "__main__":
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
-        textures, run.notes["textures"] = load_textures(args, train)
+        textures, source = load_textures(args, train)
+        run.notes["textures"] = dict(source=source)
         optimizer = torch.optim.Adam(model.parameters(), args.lr)
         milestones = [math.ceil(args.epochs * 8 / 10), math.ceil(args.epochs * 9 / 10)]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)

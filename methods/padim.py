@@ -16,7 +16,7 @@ that memory does not grow with the number of images.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,10 @@ class Args:
     """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
     batch_size: Annotated[int, Ge(1)] = 16
     """images a batch; changes nothing but speed and memory"""
+    white: Annotated[int, Interval(ge=1, le=65535)] = 65535
+    """value of 16-bit images that is white, 4095 for 12 bits"""
+    holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    """share of the training images that thresholds come from, where valid has no normal ones"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -62,7 +66,13 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
+    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
+    """share of normal images that the threshold of the decision should leave below it"""
+    scan_score: Literal["max", "top5"] = "max"
+    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    save_maps: Literal["no", "npy", "tiff"] = "no"
+    """with --predict: also write each image's anomaly map at its own size, in float32"""
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
@@ -148,6 +158,6 @@ if __name__ == "__main__":
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
-        model.fit(common.progress(train.batches(args.batch_size, run.device), "fitting", len(train) / args.batch_size))
+        model.fit(train.batches(args.batch_size, run.device))
         run.keep(model)
     common.finish(run, model, (train, valid, test))

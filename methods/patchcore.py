@@ -22,7 +22,7 @@ precision (6.9 GB), on which the coreset is chosen; then these are freed, and a 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -59,6 +59,10 @@ class Args:
     """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images a batch; changes nothing but speed and memory"""
+    white: Annotated[int, Interval(ge=1, le=65535)] = 65535
+    """value of 16-bit images that is white, 4095 for 12 bits"""
+    holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    """share of the training images that thresholds come from, where valid has no normal ones"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -68,7 +72,13 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
+    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
+    """share of normal images that the threshold of the decision should leave below it"""
+    scan_score: Literal["max", "top5"] = "max"
+    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    save_maps: Literal["no", "npy", "tiff"] = "no"
+    """with --predict: also write each image's anomaly map at its own size, in float32"""
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
@@ -104,9 +114,8 @@ class PatchCore(nn.Module):
     @torch.inference_mode()
     def fit(self, train, batch_size, device):
         """Fill the memory bank with the coreset of all patches of the normal images."""
-        steps = -(-len(train) // batch_size)
         projected, seen = None, 0
-        for image in common.progress(train.batches(batch_size, device), "projecting", steps):
+        for image in train.batches(batch_size, device):
             patches = self.embed(image).flatten(0, 2)  # (B*P, D)
             if projected is None:
                 project = random_projection(patches.shape[1]).to(device)
@@ -119,7 +128,7 @@ class PatchCore(nn.Module):
         del projected
         self.memory_bank = torch.empty(len(chosen), patches.shape[1], device=device)
         seen = stored = 0
-        for image in common.progress(train.batches(batch_size, device), "storing", steps):
+        for image in train.batches(batch_size, device):
             patches = self.embed(image).flatten(0, 2)
             kept = patches[chosen[(chosen >= seen) & (chosen < seen + len(patches))] - seen]
             self.memory_bank[stored : stored + len(kept)] = kept

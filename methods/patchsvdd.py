@@ -27,7 +27,7 @@ against 10,000 patches, 0.96 GiB. The default was not timed: 219 GFLOP a step.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -60,6 +60,10 @@ class Args:
     """images are resized to this many pixels squared (official code): a multiple of 16, above 64"""
     batch_size: Annotated[int, Ge(1)] = 64
     """pairs of each loss a batch (official code), and images a batch when scoring"""
+    white: Annotated[int, Interval(ge=1, le=65535)] = 65535
+    """value of 16-bit images that is white, 4095 for 12 bits"""
+    holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    """share of the training images that thresholds come from, where valid has no normal ones"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -69,7 +73,13 @@ class Args:
     checkpoint: str | None = None
     """a model.pt: skip training and evaluate it on --data"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images or NIfTI volume; no labels needed"""
+    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
+    """share of normal images that the threshold of the decision should leave below it"""
+    scan_score: Literal["max", "top5"] = "max"
+    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    save_maps: Literal["no", "npy", "tiff"] = "no"
+    """with --predict: also write each image's anomaly map at its own size, in float32"""
     epochs: Annotated[int, Ge(1)] = 300
     """passes over the training images, each seen `repeat` times (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
@@ -195,7 +205,7 @@ class PatchSVDD(nn.Module):
         """Fill the banks with embeddings of the training images' patches, the same patches each time."""
         chance, banks = torch.Generator().manual_seed(0), ([], [])
         keep = max(1, limit // len(train))  # of each image
-        for image in common.progress(train.batches(batch_size, device), "storing", -(-len(train) // batch_size)):
+        for image in train.batches(batch_size, device):
             for bank, h in zip(banks, self.embed(image), strict=True):
                 h = h.flatten(2).mT  # (B, P, D)
                 if keep < h.shape[1]:

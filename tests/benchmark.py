@@ -385,7 +385,7 @@ def compare_score(args):
                     network(common.normalize(image))
 
             def score(model=model):
-                common.evaluate(model.predict, test, 8, torch.device("cpu"))
+                common.evaluate(model, test, 8, torch.device("cpu"))
 
             alone, whole = (cpu_seconds(work, args.repeats)[0] / len(test) for work in (forward, score))
             print(f"{name:<22} forward {alone:6.3f} s an image, score and metrics {whole:6.3f} s, "

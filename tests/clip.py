@@ -93,7 +93,7 @@ def reconstruction(args):
     train, _, test = common.load_benchmark(asked)
     torch.manual_seed(0)
     model = clip_recon.build_model(asked)
-    untrained = common.evaluate(model.predict, test, 2, "cpu").metrics["image_auroc"]
+    untrained = common.evaluate(model, test, 2, "cpu").metrics["image_auroc"]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], asked.lr)
     losses, batches = [], []
     while len(losses) < args.steps:
@@ -107,7 +107,7 @@ def reconstruction(args):
     fifth = max(1, args.steps // 5)
     start, end = np.mean(losses[:fifth]), np.mean(losses[-fifth:])
     yield check("clip_recon's loss falls", end <= 0.9 * start, f"{start:.4f} to {end:.4f}")
-    trained = common.evaluate(model.predict, test, 2, "cpu").metrics["image_auroc"]
+    trained = common.evaluate(model, test, 2, "cpu").metrics["image_auroc"]
     yield check("clip_recon is better trained than untrained", trained > untrained, f"{untrained:.3f} to {trained:.3f}")
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import same_state
+from conftest import load_script, same_state
 from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -132,7 +132,7 @@ def test_diagonal_neighbours_are_one_region():
     masks[0, 0, 0] = masks[0, 1, 1] = True
     metrics = common.PixelMetrics(16)
     metrics.update(np.zeros((1, 4, 4)), masks)
-    assert metrics.regions == 1
+    assert metrics.regions == [0]
 
 
 def test_perfect_maps_score_one_and_constant_maps_one_half():
@@ -206,7 +206,8 @@ DATA = {"liver": "liver", "resc": "resc", "oct2017": "oct2017", "chest": "chest"
 
 
 def arguments(root, data, **changed):
-    return SimpleNamespace(**dict(data=data, root=str(root), image_size=32, limit=None, predict=None) | changed)
+    given = dict(data=data, root=str(root), image_size=32, limit=None, predict=None, white=65535, holdout=0.1)
+    return SimpleNamespace(**given | changed)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -230,7 +231,7 @@ def test_masks_of_good_images_are_passed_over(tmp_path):
     assert common.load_benchmark(arguments(tmp_path, str(tmp_path / "b")))[2].masks[:2].max() == 0
 
 
-def test_mvtec_layout_has_no_valid_split_and_masks_by_suffix(tmp_path):
+def test_mvtec_layout_has_masks_by_suffix_and_holds_out_normal_images_for_valid(tmp_path):
     for i in range(3):
         save(tmp_path / f"m/train/good/{i:03}.png")
         save(tmp_path / f"m/test/good/{i:03}.png")
@@ -238,7 +239,9 @@ def test_mvtec_layout_has_no_valid_split_and_masks_by_suffix(tmp_path):
             save(tmp_path / f"m/test/{defect}/{i:03}.png")
             save(tmp_path / f"m/ground_truth/{defect}/{i:03}_mask.png", 255)
     train, valid, test = common.load_benchmark(arguments(tmp_path, str(tmp_path / "m")))
-    assert valid is None and len(train) == 3 and test.labels.sum() == 6 and test.masks.any(axis=(1, 2)).sum() == 6
+    assert valid.labels.tolist() == [0] and len(train) == 2  # held out
+    assert common.load_benchmark(arguments(tmp_path, str(tmp_path / "m"), holdout=0))[1] is None
+    assert test.labels.sum() == 6 and test.masks.any(axis=(1, 2)).sum() == 6
 
 
 @pytest.mark.parametrize("suffix, mode, value, expected", [
@@ -331,15 +334,27 @@ def test_a_damaged_decoded_cache_is_made_again(harm, tmp_path):
 
 def test_a_run_is_told_what_check_py_said_of_exactly_these_files(tmp_path, capsys):
     build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
-    ask = arguments(tmp_path, str(tmp_path / "b"))
-    assert common.load_benchmark(ask)[2].check is None and "check.py: not run on these files" in capsys.readouterr().out
-    base, parts = common.find_benchmark(ask.data, ask.root)
-    entries = sum((common.list_split(parts, split) for split in common.SPLITS), [])
-    record = tmp_path / f".cache/{common.fingerprint(entries, base)}.check.json"
+    given = dict(data=str(tmp_path / "b"), root=str(tmp_path), out=str(tmp_path / "out"))
+    padim = load_script("methods/padim.py")
+
+    def said():
+        run = common.Run("padim.py", padim.Args(**given))
+        os.close(run.lock)
+        return run.check, capsys.readouterr().out
+
+    check, out = said()
+    assert check is None and "check.py: not run on these files" in out
+    images = common.listed(arguments(tmp_path, given["data"]))[2]
+    record = tmp_path / f".cache/{images}.check.json"
+    record.parent.mkdir(exist_ok=True)
     record.write_text('{"summary": "1 error"}')
-    assert common.load_benchmark(ask)[2].check["summary"] == "1 error" and "1 error" in capsys.readouterr().out
+    check, out = said()
+    assert check["summary"] == "1 error" and "check.py: 1 error" in out
+    record.write_text("{")
+    assert said()[0] is None
+    record.write_text('{"summary": "1 error"}')
     save(tmp_path / "b/train/good/n0.png", 222)
-    assert common.load_benchmark(ask)[2].check is None
+    assert said()[0] is None
 
 
 def test_links_are_followed_and_hidden_folders_are_not(tmp_path):

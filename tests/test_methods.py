@@ -50,7 +50,8 @@ SHORT = {  # the budgets of these tests
 RANDOM = set(METHODS) - {"clip_zeroshot"}  # methods whose scores depend on the seed
 IMAGE_ONLY = {"anogan", "cutpaste", "deepsvdd", "fanogan", "ganomaly"}  # methods that give no anomaly map
 SHARED = {"data": str, "root": str, "out": str, "seed": int, "device": str, "image_size": int, "batch_size": int,
-          "limit": int, "maps": int, "overwrite": bool, "checkpoint": str, "predict": str}
+          "limit": int, "maps": int, "overwrite": bool, "checkpoint": str, "predict": str, "white": int,
+          "holdout": float, "specificity": float, "scan_score": str, "save_maps": str}
 
 
 def run_here(method, *arguments):
@@ -97,13 +98,16 @@ def test_a_run_leaves_complete_results(finished):
     results = json.loads((folder / "results.json").read_text())
     assert set(results) == {"method", "data", "seed", "metrics", "images", "counts", "epoch", "train_seconds",
                             "test_ms_per_image", "peak_memory_gib", "parameters", "weights", "notes", "args",
-                            "command", "format", "check", "changed", "pixel_threshold", "versions", "device", "threads",
+                            "command", "format", "check", "changed", "decision", "versions", "device", "threads",
                             "commit", "finished"}
     assert (results["method"], results["data"], results["seed"]) == (method, "phantom", 0)
     metrics = results["metrics"]
-    assert list(metrics) == ["image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "dice", "dice_valid"]
+    pixel = ["pixel_auroc", "pixel_ap", "aupro", "dice", "dice_valid"]
+    decided = ["sensitivity", "specificity", "f1", "balanced_accuracy"]
+    assert list(metrics) == ["image_auroc", "image_ap", *pixel, *decided, *(f"{name}_f1" for name in decided),
+                             "sensitivity_at_90", "sensitivity_at_95"]
     for name, value in metrics.items():
-        if method in IMAGE_ONLY and not name.startswith("image"):
+        if method in IMAGE_ONLY and name in pixel:
             assert value is None
         else:
             assert 0 <= value <= 1, name
@@ -111,7 +115,7 @@ def test_a_run_leaves_complete_results(finished):
                                      test=dict(normal=6, anomalous=6))
     assert "train 12 normal" in stdout and f"{metrics['image_auroc']:.4f}" in stdout
     assert {p.name for p in folder.iterdir()} <= {"results.json", "scores.csv", "model.pt", "maps", f"{method}.py",
-                                                  "log.csv", "curves.csv"}
+                                                  "log.csv", "curves.csv", "lesions.csv", "browser"}
     assert ("epochs" in results["args"]) == (folder / "log.csv").exists()
     if metrics["aupro"] is not None:
         rows = read_csv(folder / "curves.csv")
@@ -138,14 +142,13 @@ def test_scores_give_the_reported_auroc_again(finished):
     assert {r["path"].split("/")[1] for r in rows} == {"good", "Ungood"}
 
 
-def test_maps_show_image_ground_truth_and_heat(finished):
+def test_pictures_show_the_image_and_its_map(finished):
     method, folder, *_ = finished
     if method in IMAGE_ONLY:
         assert not (folder / "maps").exists()
         return
     panels = [Image.open(p) for p in (folder / "maps").iterdir()]
-    size = SHORT[method][SHORT[method].index("--image-size") + 1]
-    assert len(panels) == 3 and {p.size for p in panels} == {(3 * size, size)}
+    assert len(panels) == 3 and {p.size for p in panels} == {(2 * 384 + 90, 384 + 36)}  # image, map and colour bar
     assert all(np.asarray(p).std() > 0 for p in panels)
 
 
@@ -241,6 +244,8 @@ def test_predict_scores_any_folder_of_images_one_by_one_as_in_a_batch(finished, 
     run_here(method, "--checkpoint", folder / "model.pt", "--predict", tmp_path / "new", "--root", tmp_path, "--out",
              tmp_path / "runs", "--device", "cpu", "--batch-size", 1)
     found, = (tmp_path / "runs").glob(f"new-*/{method}/seed0")
+    assert all(0 <= float(r["percentile"]) <= 100 for r in read_scores(found))
+    assert {r["decision"] for r in read_scores(found)} <= {"normal", "anomalous"}
     scores = {r["path"].split("/")[-1]: float(r["score"]) for r in read_scores(found)}
     known = {r["path"].split("/")[-1]: float(r["score"]) for r in read_scores(folder) if r["label"] == "1"}
     # untrained embeddings lie so close together that CutPaste's whitening enlarges their rounding to 1e-3
@@ -272,14 +277,19 @@ def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom,
              tmp_path / "case.nii.gz")
     folder, = tmp_path.glob("case_nii_gz-*/padim/seed0")
     scores = [float(r["score"]) for r in read_scores(folder)]  # from the lowest slice up
-    source, found = (nibabel.load(f) for f in (tmp_path / "case.nii.gz", folder / "anomaly_map.nii.gz"))
-    assert found.shape == source.shape and np.array_equal(found.affine, source.affine)
+    source, found, mask = (nibabel.load(f) for f in (tmp_path / "case.nii.gz", *(
+        folder / f"case_{what}.nii.gz" for what in ("map", "mask"))))
+    assert found.shape == source.shape == mask.shape and np.array_equal(found.affine, source.affine)
     upright = np.asarray(nibabel.as_closest_canonical(found).dataobj)
-    assert upright.shape == (40, 32, 6) and len(list((folder / "maps").iterdir())) == 2
+    assert upright.shape == (40, 32, 6)
     assert np.argsort(upright.max(axis=(0, 1))).tolist() == np.argsort(scores).tolist()
-    panel = np.asarray(Image.open(sorted((folder / "maps").iterdir())[0]), float)[:, :64, 0]  # the image, front on top
-    lowest = np.asarray(Image.fromarray(volume[::-1, ::-1, 0].T).resize((64, 64), Image.Resampling.BILINEAR))
-    assert np.corrcoef(panel.ravel(), lowest.ravel())[0, 1] > 0.99
+    picture, = (folder / "maps").iterdir()  # of the highest slice
+    panel = np.asarray(Image.open(picture), float)[36:, :307, 0]  # the image, front on top
+    highest = volume[::-1, ::-1, int(np.argmax(scores))].T
+    highest = np.asarray(Image.fromarray(highest).resize((307, 384), Image.Resampling.BILINEAR))
+    assert np.corrcoef(panel.ravel(), highest.ravel())[0, 1] > 0.99
+    scan, = read_csv(folder / "scans.csv")
+    assert float(scan["score"]) == max(scores) and scan["decision"] == ""  # the phantom's names tell no scans
 
 
 @pytest.mark.slow
@@ -320,7 +330,8 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(phantom, tmp_path):
     folder = tmp_path / "phantom/padim/seed0"
     (folder / "resume.pt").write_text("of a killed run")
     run_here("padim", *arguments, "--maps", 0, "--overwrite")
-    assert {p.name for p in folder.iterdir()} == {"results.json", "scores.csv", "model.pt", "padim.py", "curves.csv"}
+    assert {p.name for p in folder.iterdir()} == {"results.json", "scores.csv", "model.pt", "padim.py", "curves.csv",
+                                                 "lesions.csv"}
 
 
 @pytest.mark.slow
@@ -379,8 +390,9 @@ def test_all_scripts_share_names_and_wording_of_their_arguments(method):
         assert name in fields, name
     source = (ROOT / f"methods/{method}.py").read_text()
     exemplar = (ROOT / "methods/padim.py").read_text()
-    for name in ("data", "root", "out", "seed", "device", "limit", "maps", "checkpoint", "predict", "weights"):
-        if name in fields:
+    for name in ("data", "root", "out", "seed", "device", "limit", "white", "holdout", "maps", "checkpoint", "predict",
+                 "specificity", "scan_score", "save_maps", "weights"):
+        if name in fields and not (name == "predict" and method in ("winclip", "clip_zeroshot")):
             start = exemplar.index(f"    {name}: ")
             assert exemplar[start : exemplar.index('"""\n', exemplar.index('"""', start) + 3)] in source, name
     if "backbone" in fields:
