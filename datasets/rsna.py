@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
+import volumes
 from prepare import common
 
 CLASSES = {"Normal": 0, "Lung Opacity": 1, "No Lung Opacity / Not Normal": 1}
@@ -73,27 +73,14 @@ def plan(labels, seed=0):
 
 def read_radiograph(file):
     """The image of a DICOM file as (H, W) uint8, black being 0; Damaged if it cannot be used. See rule 3."""
-    try:
-        dataset = pydicom.dcmread(file)
-        syntax = dataset.file_meta.TransferSyntaxUID
-        try:
-            decoder = pydicom.pixels.get_decoder(syntax)
-            needed = [d.rpartition("requires ")[2] for d in decoder.missing_dependencies] * (not decoder.is_available)
-        except NotImplementedError:
-            needed = ["to be converted: pydicom knows no package for it"]
-    except Exception as e:  # pydicom raises many kinds, also where it trusts a damaged header
-        why = " ".join(str(e).split())
-        raise prepare.Damaged(f"{file} is not a readable DICOM file ({why}); download it again") from e
-    if needed:
-        raise prepare.Damaged(f"{file} has the transfer syntax {syntax.name} ({syntax}), which needs "
-                              f"{', or '.join(needed)}")
+    dataset = volumes.open_dicom(file)
     try:
         stored = dataset.pixel_array.astype(np.float64)
         bits, signed, kind = dataset.BitsStored, dataset.PixelRepresentation, dataset.PhotometricInterpretation
         slope = float(dataset.get("RescaleSlope", 1))  # the intercept moves black and white alike
         low = -(2 ** (bits - 1)) if signed else 0
         image = (stored - low) / (2**bits - 1)  # in [0, 1]
-    except Exception as e:  # as above, and of every decoder
+    except Exception as e:  # of pydicom and of every decoder
         why = " ".join(str(e).split())  # a line for each decoder that was tried
         raise prepare.Damaged(f"{file} has no readable pixels ({why}); download it again") from e
     if image.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2") or not slope:
