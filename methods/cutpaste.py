@@ -195,7 +195,7 @@ class CutPaste(nn.Module):
         sigma = torch.from_numpy(ledoit_wolf((e - mean).numpy(), assume_centered=True)[0])
         self.mean.copy_(mean)
         self.whiten.zero_()
-        if sigma.trace() > 1e-12:  # else all embeddings are equal but for rounding: nothing has a distance
+        if sigma.trace() > 1e-20:  # else all embeddings are equal: nothing has a distance
             cholesky = torch.linalg.cholesky_ex(sigma).L  # Sigma = L L^T
             inverse = torch.linalg.solve_triangular(cholesky, torch.eye(len(mean)).double(), upper=False)
             self.whiten.copy_(inverse)

@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401 (before sys.modules is patched, which forgets what is imported meanwhile)
 from conftest import load_script
 from scipy import ndimage
 
