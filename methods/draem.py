@@ -121,12 +121,11 @@ class SegmentingNetwork(nn.Module):
 
     def __init__(self, w):
         super().__init__()
-        widths = [w, 2 * w, 4 * w, 8 * w, 8 * w, 8 * w]  # at 1, 1/2, ..., 1/32 of the size
+        widths = [w, 2 * w, 4 * w, 8 * w, 8 * w, 8 * w]  # of the encoder, at 1, 1/2, ..., 1/32 of the size
+        up_widths = [8 * w, 4 * w, 2 * w, w, w]  # of the decoder, at 1/16, ..., 1 of the size
         self.encoder = nn.ModuleList(block(c_in, c_out, c_out) for c_in, c_out in pairwise([6, *widths]))
-        self.up = nn.ModuleList([up(8 * w, 8 * w), up(8 * w, 4 * w), up(4 * w, 2 * w), up(2 * w, w), up(w, w)])
-        self.decoder = nn.ModuleList([  # input: what comes up, and the encoder's features of that size
-            block((8 + 8) * w, 8 * w, 8 * w), block((4 + 8) * w, 4 * w, 4 * w), block((2 + 4) * w, 2 * w, 2 * w),
-            block((1 + 2) * w, w, w), block((1 + 1) * w, w, w)])
+        self.up = nn.ModuleList(up(c_in, c_out) for c_in, c_out in pairwise([8 * w, *up_widths]))
+        self.decoder = nn.ModuleList(block(c + skip, c, c) for c, skip in zip(up_widths, widths[-2::-1], strict=True))
         self.head = nn.Conv2d(w, 2, 3, padding=1)
 
     def forward(self, x):
