@@ -1,42 +1,43 @@
 """The report over runs: `python report.py runs` prints a table for each benchmark and writes <runs>/report/.
 
-Reads every finished <runs>/<data>/<method>/seed<k>/ (results.json, scores.csv, curves.csv, maps/). Writes index.html
-(everything, in one file), report.md, report.tex, report.csv (one row a method and benchmark, raw means and deviations),
-pvalues.csv and the figures as PNG. What the thesis prints (methods/published.csv) stands beside a figure only where all
-runs of the row have the published settings, trained weights and the published number of images.
-
-Marks behind a method's name: (u) untrained weights, (l) limited images, (c) settings changed from the script's
-defaults, which are listed below the table, (d) they differ between seeds.
+Reads every finished <runs>/<data>/<method>/seed<k>/ (results.json, scores.csv, curves.csv, log.csv, lesions.csv,
+browser/). Writes index.html (with the test images that runs left, which it reads from the run folders as they come into
+view), report.md, report.tex, report.csv (one row a method and benchmark, raw means and deviations), pvalues.csv and the
+figures as SVG. What the thesis prints (methods/published.csv) is next to a figure only where all runs of the row have
+the published settings, trained weights and the published number of images.
 
 Intervals and tests of image AUROC tell what other test images would change, given these trained networks; what other
-seeds would change is the standard deviation. Intervals: the percentiles of a bootstrap that draws the normal and the
-anomalous test images anew, with replacement; a draw's figure is the mean AUROC of all seeds on these images. p-values:
-DeLong's paired test. An AUROC is the mean over images of their placement, the share of the other class that an image is
-ranked right against; placements averaged over seeds have the seeds' mean AUROC as their mean, so the test is of the
-very figure in the table. No scores of different seeds are mixed in either."""
+seeds would change is the standard deviation. An AUROC is the mean over images of their placement, the share of the
+other class that an image is ranked right against; placements averaged over seeds have the seeds' mean AUROC as their
+mean, so intervals and tests are of the very figure in the table. No scores of different seeds are mixed.
+Intervals: the percentiles of a bootstrap that draws the normal and the anomalous placements again, with replacement.
+p-values: DeLong's paired test (1988). Where file names tell patients (datasets/check.py), patients are drawn instead of
+images, and the test is Obuchowski's (1997), which is DeLong's with the images of a patient taken together."""
 
-import base64
 import csv
-import html
+import fcntl
 import itertools
+import json
 import math
+import os
 import re
+import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
+import jinja2
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
-from PIL import Image, ImageDraw, ImageFont
-from scipy.sparse import csr_array
 from scipy.stats import rankdata
 
 import common
+
+sys.path.insert(1, str(Path(__file__).with_name("datasets")))
+from check import PATIENT, PUBLISHED
 
 METRICS = {  # results.json's names and the tables' headings
     "image_auroc": "Image AUROC",
@@ -47,6 +48,16 @@ METRICS = {  # results.json's names and the tables' headings
     "dice": "Dice",
     "dice_valid": "Dice (valid)",
 }
+DECISIONS = {
+    "sensitivity_at_90": "Sens. at 90% spec.", "sensitivity_at_95": "Sens. at 95% spec.",
+    "sensitivity": "Sensitivity", "specificity": "Specificity", "f1": "F1", "balanced_accuracy": "Balanced acc.",
+    "sensitivity_f1": "Sensitivity (F1)", "specificity_f1": "Specificity (F1)", "f1_f1": "F1 (F1)",
+    "balanced_accuracy_f1": "Balanced acc. (F1)",
+}
+SIZES = {"pro_small": "Small", "pro_medium": "Medium", "pro_large": "Large"}  # from lesions.csv
+COSTS = {"train_seconds": "Training, s", "ms": "Test, ms/image", "ram_gib": "Peak RAM, GiB",
+         "gpu_gib": "Peak GPU memory, GiB"}
+OVERVIEW = ("image_auroc", "pixel_auroc", "aupro", "dice")  # the metrics of the overview
 MARKS = {
     "u": "untrained weights: shows that the code runs, no more",
     "l": "a limit on the images of each split and class",
@@ -60,14 +71,8 @@ NOT_COMPARED = {  # rows of the thesis that are something else than our script o
     "dice": "Dice: Table 3.11 uses the threshold that is best for F1 on the test set (MKD: each map scaled by itself); "
             "ours use half of the range of all maps (Dice, Eq. 3.3) or the best threshold on valid (Dice (valid))",
 }
-IMAGES = {  # published counts: train, test normal, test anomalous (README, Benchmarks)
-    "brain": [(7500, 640, 3075)],
-    "liver": [(1542, 833, 660)],
-    "resc": [(4297, 1041, 764)],
-    "oct2017": [(26315, 242, 726)],
-    "chest": [(8000, 781, 16413)],
-    "histo": [(5088, 1000, 1000), (5088, 1026, 1008)],  # the paper's counts, and those of the authors' coordinates
-}
+IMAGES = {name: [(train, normal, anomalous)] for name, (train, _, _, normal, anomalous) in PUBLISHED.items()}
+IMAGES["histo"].append((5088, 1026, 1008))  # the paper's counts, and those of the authors' coordinates
 OURS = {  # variants of clip_recon that the thesis' Tables 4.1 to 4.4 have: its name, the method, what was changed
     "base": ("clip_recon", "clip_recon", {}),
     "da-levels 0": ("clip_recon (ViT, no DA)", "clip_recon", dict(da_levels=0)),
@@ -75,48 +80,90 @@ OURS = {  # variants of clip_recon that the thesis' Tables 4.1 to 4.4 have: its 
     "backbone resnet50": ("clip_recon (ResNet-50, DA)", "clip_recon", dict(backbone="resnet50")),
 }
 NUMBER = (int, float)
-NEEDED = dict(method=str, metrics=dict, counts=dict, train_seconds=NUMBER, test_ms_per_image=NUMBER,
-              peak_memory_gib=dict, weights=list, notes=dict, args=dict, changed=dict, device=str)  # of results.json
+NEEDED = dict(method=str, metrics=dict, counts=dict, train_seconds=NUMBER, test_ms_per_image=NUMBER, notes=dict,
+              peak_memory_gib=dict, weights=list, args=dict, changed=dict, device=str, decision=dict, versions=dict,
+              threads=int, commit=str, finished=str, images=str)  # of results.json
 DRAWS = 2000  # of the test images, for the intervals
-RATES = np.linspace(0, 1, 1001)  # false positive rates at which the curves of the seeds are averaged
-TILE, SHOWN = 128, 5  # pixels of an image in the grid of heat maps; how many anomalous ones, beside one normal
+RATES = np.concatenate([np.linspace(0, 0.1, 61), np.linspace(0.1, 1, 91)[1:]])  # false positive rates of the curves
+LEVELS = [f"fpr_{0.015 * i:.3f}" for i in range(1, 21)]  # columns of lesions.csv
+LABELLED, HUES = 5, 8  # curves that get a name and a colour; how many colours there are
+
+TEMPLATES = Path(__file__).with_name(".report")
+ENV = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True,
+                         autoescape=lambda name: name.endswith((".html", ".svg")), undefined=jinja2.StrictUndefined)
+DRAW, WORDS = ENV.get_template("figures.svg").module, ENV.get_template("words.txt").module  # their macros
 
 
 @dataclass
 class Args:
     runs: Annotated[str, tyro.conf.Positional] = "runs"
     """the folder that the runs were written to (their --out)"""
+    table: bool = False
+    """print the rows of the README's table of results, and write nothing"""
 
 
 # ----------------------------------------------------------------------------------------------------- reading the runs
-def read_runs(folder):
-    """{(data, method): [results, ...]} of all finished runs, seeds in order; each knows its folder."""
-    runs = defaultdict(list)
-    for file in sorted(Path(folder).glob("*/*/seed*/results.json")):
-        try:
-            results = common.read_results(file)
-            if wrong := [k for k, kind in NEEDED.items() if not isinstance(results[k], kind)]:
-                raise TypeError(f"{wrong[0]} is {results[wrong[0]]!r}")
-            if wrong := [m for m in METRICS if not (results["metrics"][m] is None or 0 <= results["metrics"][m] <= 1)]:
-                raise ValueError(f"{wrong[0]} is {results['metrics'][wrong[0]]}")
-            check_line(results), as_published(None, results["method"], [results], {}), marks([results], {""})
-            results["memory"] = {k: float(v) for k, v in results["peak_memory_gib"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
-            what = f"no {e}" if isinstance(e, KeyError) else e
-            raise common.Error(f"{file} is not a run's results ({what}); remove it, or run that method again") from e
-        results["folder"] = file.parent
-        runs[file.parts[-4], file.parts[-3]].append(results)
-    return dict(sorted(runs.items()))
+def read_runs(folder, root):
+    """({(data, method): [results, ...]} of all finished runs, seeds in order, {(data, method): {seed: its state}} of
+    the others). Each of the former knows its folder."""
+    runs, others = defaultdict(list), defaultdict(dict)
+    places = [p for p in Path(folder).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name)]
+    for place in sorted(places, key=lambda p: (p.parts[:-1], int(p.name[4:]))):
+        data, method, seed = place.parts[-3:]
+        if (place / "results.json").exists():
+            runs[data, method].append(read_run(place / "results.json", root))
+        elif not (place / "predict.json").exists():
+            others[data, method][seed] = state_of(place)
+    shown = {data for data, _ in runs} | set(sum(common.NAMES.values(), []))  # the others are folders of --predict
+    return dict(sorted(runs.items())), {key: found for key, found in others.items() if key[0] in shown}
+
+
+def read_run(file, root):
+    """The results.json of a finished run of the report over the folder `root`."""
+    try:
+        results = common.read_results(file)
+        if wrong := [k for k, kind in NEEDED.items() if not isinstance(results[k], kind)]:
+            raise TypeError(f"{wrong[0]} is {results[wrong[0]]!r}")
+        for name, value in results["metrics"].items():
+            if not (value is None or 0 <= value <= 1):
+                raise ValueError(f"{name} is {value}")
+        costs = dict(train_seconds=results["train_seconds"], ms=results["test_ms_per_image"])
+        results["costs"] = costs | {f"{k}_gib": float(v) for k, v in results["peak_memory_gib"].items()}
+        if wrong := [k for k, v in results["costs"].items() if not math.isfinite(v)]:
+            raise ValueError(f"{wrong[0]} is {results['costs'][wrong[0]]}")
+        results["metrics"] = {m: results["metrics"].get(m) for m in METRICS | DECISIONS}
+        check_line(results), as_published(None, results["method"], [results], {}), marks([results], {""})
+        _ = {results["decision"][k] for k in ("image", "from")}, results["args"]["image_size"] ** 2
+        np.array(results["decision"]["normal_scores"], float), results["decision"]["map_range"]
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
+        what = f"no {e}" if isinstance(e, KeyError) else e
+        raise common.Error(f"{file} is not a run's results ({what}); remove it, or run that method again") from e
+    results |= dict(folder=file.parent, link=quote(f"../{file.parent.relative_to(root).as_posix()}/"))
+    results["metrics"] |= read_lesions(file.with_name("lesions.csv"))
+    return results
+
+
+def state_of(folder):
+    """What is known of a run without results. Training holds a lock on the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        state = "unfinished" if (folder / "resume.pt").exists() else "failed"
+    except BlockingIOError:
+        state = "running"
+    os.close(descriptor)
+    epochs = [row["epoch"] for row in read_log(folder / "log.csv")]
+    return state + (f" after epoch {epochs[-1]:g}" if epochs else "")
 
 
 def read_ablation(folder):
-    """{data: {variant: [results, ...]}} of `bash run_all.sh ablation`; a variant is named by its flag and value."""
-    found = defaultdict(dict)
+    """{(data, variant): [results, ...]} of `bash run_all.sh ablation`; a variant is named by its flag and value."""
+    found = {}
     for variant in sorted({file.parents[3] for file in Path(folder).glob("ablation/*/*/*/seed*/results.json")},
                           key=lambda folder: (folder.name != "base", folder.name)):
-        for (data, _), results in read_runs(variant).items():
-            found[data][variant.name.replace("_", " ")] = results
-    return found
+        for (data, _), results in read_runs(variant, folder)[0].items():
+            found[data, variant.name.replace("_", " ")] = results
+    return dict(sorted(found.items(), key=lambda kv: kv[0][0]))
 
 
 def read_published():
@@ -127,98 +174,144 @@ def read_published():
 
 def read_columns(file, **kinds):
     """The columns of a CSV file, whose names and types (str or float) are `kinds`; ends with one line if it differs."""
-    columns = [[] for _ in kinds]
     try:
         with open(file, newline="") as f:
             rows = csv.reader(f)
             if (header := next(rows, [])) != list(kinds):
-                raise ValueError(f"its first line is {','.join(header)!r}")
-            for row in rows:  # keeping the rows, too, would wake the garbage collector all the time
-                for column, kind, value in zip(columns, kinds.values(), row, strict=True):
-                    column.append(kind(value))
-        if not columns[0]:
+                raise ValueError(f"its first line is {','.join(header)[:200]!r}")
+            columns = list(zip(*rows, strict=True))
+        if not columns:
             raise ValueError("it has no rows")
+        columns = [c if kind is str else np.array(c, float) for c, kind in zip(columns, kinds.values(), strict=True)]
         if not all(np.isfinite(c).all() for c, kind in zip(columns, kinds.values(), strict=True) if kind is float):
             raise ValueError("a number is not finite")
         return columns
     except (OSError, ValueError, csv.Error) as e:
-        raise common.Error(f"{file} cannot be read ({e}); expected the columns {','.join(kinds)}; run that method "
-                           f"again") from e
+        raise common.Error(f"{file} cannot be read ({e}); expected the columns {','.join(kinds)[:200]}; run that "
+                           f"method again") from e
+
+
+def read_log(file):
+    """[{name: number}, ...] of log.csv, the empty cells left out; [] if there is none."""
+    try:
+        with open(file, newline="") as f:
+            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, csv.Error) as e:
+        raise common.Error(f"{file} cannot be read ({e}); run that method again") from e
+
+
+def read_lesions(file):
+    """PRO of the smallest, middle and largest third of the lesions (`SIZES`), from their overlaps at 20 false positive
+    rates to 30%, and the largest area in pixels of the first two thirds; {} without such a file."""
+    if not file.exists():
+        return {}
+    kinds = dict(path=str, lesion=str, area=float, overlap=str) | dict.fromkeys(LEVELS, float)
+    _, _, area, _, *overlap = read_columns(file, **kinds)
+    overlap = np.array([np.zeros(len(area)), *overlap])  # (21, L), from a false positive rate of 0 on
+    pro = (overlap[1:] + overlap[:-1]).mean(axis=0) / 2  # (L,), the trapezoids' area divided by 0.3
+    edges = np.quantile(area, [1 / 3, 2 / 3])
+    third = np.searchsorted(edges, area)
+    found = {name: float(pro[third == i].mean()) if (third == i).any() else None for i, name in enumerate(SIZES)}
+    return found | dict(lesions=len(area), small_to=edges[0], medium_to=edges[1])
+
+
+@dataclass
+class Scores:
+    """A method's scores on the N test images, of S seeds."""
+    anomalous: np.ndarray  # (N,)
+    scores: np.ndarray  # (S, N)
+    placements: np.ndarray  # (S, N)
+    paths: tuple
+    patients: np.ndarray | None  # (N,), a number a patient; None where the names don't tell
+
+    @property
+    def share(self):
+        return self.placements.mean(axis=0)
 
 
 def read_scores(results, known):
-    """(anomalous (N,), scores (S, N) of all S seeds, the images' paths) from scores.csv; None where one is missing,
-    the seeds have other images, or one class is missing. known: {(paths, labels): ...}, so that equal ones are one."""
-    found, seen = [], set()
+    """`Scores` from scores.csv; None where one is missing, the seeds have other images, or one class is missing.
+
+    known: {(paths, labels): ...}, so that equal ones are one."""
+    scores, placements, seen = [], [], set()
     for r in results:
-        if not (file := r["folder"] / "scores.csv").exists():
+        if not (file := r["folder"] / "scores.csv").exists() or "test" not in r["counts"]:
             return None
-        paths, labels, scores = read_columns(file, path=str, label=str, score=float)
-        images = tuple(paths), tuple(labels)
-        paths, anomalous = known.setdefault(images, (paths, np.array([label == "1" for label in labels])))
+        paths, labels, values = read_columns(file, path=str, label=str, score=float)
+        if (paths, labels) not in known:
+            known[paths, labels] = paths, np.array([label == "1" for label in labels]), patients_of(paths)
+        paths, anomalous, patients = known[paths, labels]
         seen.add(id(paths))
         if anomalous.all() or not anomalous.any() or len(seen) > 1:
             return None
-        found.append(np.array(scores))
-        auroc, told = placement(anomalous, found[-1])[anomalous].mean(), r["metrics"]["image_auroc"]
+        scores.append(values)
+        placements.append(placement(anomalous, values))
+        auroc, told = placements[-1][anomalous].mean(), r["metrics"]["image_auroc"]
         if told is None or abs(auroc - told) > 1e-6:
-            raise common.Error(f"{file} gives image AUROC {auroc:.6f}, results.json beside it says {told}; run it "
+            raise common.Error(f"{file} gives image AUROC {auroc:.6f}, results.json next to it says {told}; run it "
                                f"again")
-    return anomalous, np.array(found), paths
+    return Scores(anomalous, np.array(scores), np.array(placements), paths, patients)
+
+
+def patients_of(paths):
+    """(N,): which patient each image is of, as far as names tell that of all images; else None."""
+    found = [PATIENT.fullmatch(Path(path).stem) for path in paths]
+    return np.unique([m[m.lastindex] for m in found], return_inverse=True)[1] if all(found) else None
 
 
 # --------------------------------------------------------------------------------------------- intervals and tests
-@lru_cache(maxsize=1)  # methods with the same images share the draws
-def resample(*counts):
-    """How often each image of either class is in each of DRAWS draws with replacement: two of (count, DRAWS)."""
-    rng, drawn = np.random.default_rng(0), [np.empty((n, DRAWS), np.float32) for n in counts]
-    for times in drawn:
-        for i in range(DRAWS):
-            times[:, i] = np.bincount(rng.integers(len(times), size=len(times)), minlength=len(times))
-    return drawn
-
-
-def interval(anomalous, scores):
-    """(low, high), 95%, of the mean AUROC of seeds (S, N): percentiles of a bootstrap over the images of either class.
-
-    None where a class has one image or all draws are alike (perfect separation): these tell nothing of the error."""
-    n, m = anomalous.sum(), (~anomalous).sum()
-    if min(n, m) < 2:
-        return None, None
-    drawn, drawn_normal = resample(n, m)
-    auroc = np.zeros(DRAWS)
-    for these in scores:
-        order = np.argsort(these[~anomalous])
-        normal = these[~anomalous][order]
-        below = np.zeros((m + 1, DRAWS), np.float32)  # row k: how many of the draw are among the k lowest
-        np.cumsum(drawn_normal[order], axis=0, out=below[1:])
-        # an anomalous image exceeds the k lowest normal ones; among ties there are two k, which count half
-        k = np.concatenate([np.searchsorted(normal, these[anomalous], side) for side in ("left", "right")])
-        halves = csr_array((np.full(2 * n, 0.5, np.float32), (k, np.tile(np.arange(n), 2))), shape=(m + 1, n))
-        auroc += ((halves @ drawn) * below).sum(axis=0, dtype=float) / (n * m)
-    low, high = np.quantile(auroc / len(scores), [0.025, 0.975])
-    return (float(low), float(high)) if low < high else (None, None)
-
-
 def placement(anomalous, scores):
-    """(..., N): the share of the other class that each image is ranked right against, ties half (DeLong et al. 1988).
-
-    scores: (N,) or (S, N)."""
-    rank, share = rankdata(scores, axis=-1), np.empty(scores.shape)
+    """(N,): the share of the other class that each image is ranked right against, ties half (DeLong et al. 1988)."""
+    rank, share = rankdata(scores), np.empty(len(scores))
     for these in (anomalous, ~anomalous):  # of the others, ranked below
-        share[..., these] = (rank[..., these] - rankdata(scores[..., these], axis=-1)) / (~these).sum()
+        share[these] = (rank[these] - rankdata(scores[these])) / (~these).sum()
     return np.where(anomalous, share, 1 - share)
 
 
-def p_value(anomalous, first, second):
-    """Two-sided, that two methods' placements (N,) on the same images have the same AUROC: DeLong's paired test."""
+@lru_cache(maxsize=4)  # methods with the same images share the draws
+def resample(units, stream):
+    """(units, DRAWS): how often each unit is in each of DRAWS draws with replacement. stream: one for each class."""
+    rng, times = np.random.default_rng([stream, units]), np.empty((units, DRAWS), np.float32)
+    for i in range(DRAWS):
+        times[:, i] = np.bincount(rng.integers(units, size=units), minlength=units)
+    return times
+
+
+def interval(anomalous, share, patients=None):
+    """(low, high), 95%, of the AUROC that the placements `share` (N,) average to: percentiles of a bootstrap.
+
+    None where a class has one image (or patient) or all draws are alike (perfect separation): these tell nothing of the
+    error."""
+    auroc = -share[anomalous].mean()
+    for stream, these in enumerate((anomalous, ~anomalous)):
+        unit = np.arange(these.sum()) if patients is None else patients[these]
+        if len(set(unit)) < 2:
+            return None, None
+        drawn = resample(len(unit), stream) if patients is None else resample(patients.max() + 1, 2)
+        total, count = (np.bincount(unit, weights, len(drawn)).astype(np.float32)
+                        for weights in (share[these], None))
+        with np.errstate(invalid="ignore"):  # a draw of patients without one class
+            auroc = auroc + (total @ drawn) / (count @ drawn)  # the mean over each class is the AUROC
+    low, high = np.nanquantile(auroc.clip(0, 1), [0.025, 0.975])
+    return (float(low), float(high)) if high - low > 1e-6 else (None, None)
+
+
+def p_value(anomalous, first, second, patients=None):
+    """Two-sided, that two methods' placements (N,) on the same images have the same AUROC."""
     if min(anomalous.sum(), (~anomalous).sum()) < 2:
         return 1.0  # one image of a class tells nothing
     difference = first - second
     delta = difference[anomalous].mean()
     if abs(delta) < 1e-12:
         return 1.0
-    var = sum(difference[c].var(ddof=1) / c.sum() for c in (anomalous, ~anomalous))
+    if patients is None:
+        var = sum(difference[c].var(ddof=1) / c.sum() for c in (anomalous, ~anomalous))
+    else:
+        part = sum(np.bincount(patients[c], difference[c] - delta, patients.max() + 1) / c.sum()
+                   for c in (anomalous, ~anomalous))  # of each patient
+        var = (part**2).sum() * len(part) / (len(part) - 1)
     return math.erfc(abs(delta) / math.sqrt(2 * var)) if var > 0 else 0.0
 
 
@@ -232,7 +325,33 @@ def holm(p_values):
     return held
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+@dataclass
+class Comparison:
+    """All pairs of a benchmark's methods that have the images that most of them have."""
+    auroc: dict  # {method: image AUROC}, falling
+    p_values: dict  # {(better, worse): p}
+    held: set  # the pairs that differ at 5%, after Holm's correction for all pairs
+    left_out: list
+
+    def alike(self, best):
+        """The methods that are not told from `best`, and itself."""
+        return {m for m in self.auroc if m == best or not {(best, m), (m, best)} & self.held}
+
+
+def compare(data, scores):
+    known = {m: s for (d, m), s in scores.items() if d == data and s}
+    most = Counter(id(s.paths) for s in known.values()).most_common(1)
+    same = {m: s for m, s in known.items() if id(s.paths) == most[0][0]}
+    share = {m: s.share for m, s in same.items()}
+    auroc = {m: float(share[m][s.anomalous].mean()) for m, s in same.items()}
+    order = sorted(same, key=lambda m: -auroc[m])
+    p_values = {(a, b): p_value(same[a].anomalous, share[a], share[b], same[a].patients)
+                for a, b in itertools.combinations(order, 2)}
+    left_out = sorted({m for d, m in scores if d == data} - set(same)) if same else []
+    return Comparison({m: auroc[m] for m in order}, p_values, holm(p_values), left_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
 def marks(results, changed):
     found = dict(
         u=any(not w["trained"] for r in results for w in r["weights"]),
@@ -240,7 +359,7 @@ def marks(results, changed):
         c=any(changed),
         d=len(changed) > 1,
     )
-    return "".join(f" ({k})" for k, is_so in found.items() if is_so)
+    return "".join(k for k, is_so in found.items() if is_so)
 
 
 def check_line(results):
@@ -251,41 +370,54 @@ def check_line(results):
 def as_published(data, method, results, changed):
     """Whether all these runs have the thesis' method, settings (with what its table says is `changed`) and number of
     images, and what they resolved was published: trained weights, DRAEM's textures."""
-    def count(r):
-        return r["counts"]["train"]["normal"], r["counts"]["test"]["normal"], r["counts"]["test"]["anomalous"]
+    def counts(r):
+        test = r["counts"].get("test", dict(normal=None, anomalous=None))
+        return r["counts"]["train"]["normal"], test["normal"], test["anomalous"]
 
-    def resolved(r):  # auto found the published weights if they are trained
+    def resolved(r):  # auto means the published weights if they are trained
         trained = all(w["trained"] for w in r["weights"])
         textures = r["notes"].get("textures", {}).get("source", "dtd") == "dtd"
         return trained and textures and {k: v for k, v in r["changed"].items() if v != "auto"} == changed
 
-    return all(r["method"] == method and resolved(r) and r["args"]["limit"] is None and count(r) in IMAGES.get(data, [])
-               for r in results)
+    return all([r["method"] == method and resolved(r) and r["args"]["limit"] is None and
+                counts(r) in IMAGES.get(data, []) for r in results])
+
+
+def flags(changed):
+    """{argument: value} as flags; lists as they are typed."""
+    return [f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}"
+            for k, v in changed.items()]
+
+
+def benchmark_of(data):
+    return next((name for name, folders in common.NAMES.items() if data.lower() in folders), None)
 
 
 def rows_of(runs, scores, published):
-    """One dict a benchmark and method: names, marks, seeds, mean and standard deviation (n - 1) of each metric, the
-    interval, and what the thesis prints."""
+    """One dict a benchmark and method: names, marks, seeds, mean and standard deviation (n - 1) of each metric, each
+    seed's image AUROC, the interval, and what the thesis prints."""
     rows = []
     for (data, method), results in runs.items():
-        changed = {" ".join(f"--{k.replace('_', '-')} {v}" for k, v in r["changed"].items()) for r in results}
+        changed = {" ".join(flags(r["changed"])) for r in results}
         row = dict(data=data, method=method, marks=marks(results, changed), seeds=len(results),
-                   changed=" | ".join(sorted(changed)),
-                   check=" | ".join(sorted({check_line(r) for r in results})))
-        costs = dict(train_seconds=[r["train_seconds"] for r in results], ms=[r["test_ms_per_image"] for r in results])
-        for kind in ("ram", "gpu"):
-            costs[f"{kind}_gib"] = [r["memory"].get(kind) for r in results]
-        for name, values in ({m: [r["metrics"][m] for r in results] for m in METRICS} | costs).items():
+                   folder=results[0]["link"].rsplit("/", 2)[0],  # from the report's
+                   changed=" | ".join(sorted(changed)), check=" | ".join(sorted({check_line(r) for r in results})),
+                   device=" | ".join(sorted({f"{r['device']}, {r['threads']} threads" for r in results})))
+        for name in [*METRICS, *DECISIONS, *SIZES, *COSTS]:
+            values = [(r["metrics"] | r["costs"]).get(name) for r in results]
             known = [v for v in values if v is not None]
             row[name] = float(np.mean(known)) if known else None
             row[f"{name}_std"] = float(np.std(known, ddof=1)) if len(known) > 1 else None
-        low_high = interval(*known[:2]) if (known := scores[data, method]) else (None, None)
-        row["image_auroc_low"], row["image_auroc_high"] = low_high
-        benchmark = next((n for n, folders in common.NAMES.items() if data.lower() in folders), None)
+        row |= {f"seed{r['seed']}": r["metrics"]["image_auroc"] for r in results}
+        row |= {name: results[0]["metrics"].get(name) for name in ("lesions", "small_to", "medium_to")}
+        s = scores[data, method]
+        low, high = interval(s.anomalous, s.share, s.patients) if s else (None, None)
+        row |= dict(image_auroc_low=low, image_auroc_high=high,
+                    interval_by="patients" if s and s.patients is not None else "images")
         printed, script, setting = OURS.get(method, (method, method, {}))
-        same = as_published(benchmark, script, results, setting)
+        same = as_published(benchmark_of(data), script, results, setting)
         for metric in METRICS:
-            found = published.get((printed, benchmark, metric), {}) if same else {}
+            found = published.get((printed, benchmark_of(data), metric), {}) if same else {}
             for name in ("mean", "std"):
                 row[f"{metric}_thesis_{name}"] = float(found[name]) / 100 if found else None
             row[f"{metric}_thesis_note"] = found["note"] if found.get("suspect") else ""
@@ -293,408 +425,369 @@ def rows_of(runs, scores, published):
     return rows
 
 
-def cell(row, name):
-    if row[name] is None:
+def fair(row):
+    """Whether its networks were trained and no image was left out."""
+    return not {"u", "l"} & set(row["marks"])
+
+
+def best_of(rows, metric):
+    """The row with the highest figure, of fair rows where there are any; None without."""
+    known = [r for r in rows if r[metric] is not None]
+    return max(known, key=lambda r: (fair(r), r[metric]), default=None)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+@dataclass
+class Cell:
+    text: str
+    value: float | None = None  # what sorts the column
+    bold: bool = False
+    signs: str = ""  # keys of MARKS
+    link: str = ""
+    title: str = ""
+    shade: float | None = None  # in [0, 1]
+    span: tuple = ()  # (low, point, high), each in [0, 1]: an interval that is drawn
+
+    def __str__(self):
+        return self.text + "".join(f" ({k})" for k in self.signs)
+
+
+@dataclass
+class Table:
+    name: str
+    caption: str
+    header: list
+    lines: list  # of lists of Cells
+
+
+def text_of(row, name, scale=100, digits=2):
+    if row.get(name) is None:
         return "-"
-    deviation = row[f"{name}_std"]
-    return f"{100 * row[name]:.2f}" + (f" ± {100 * deviation:.2f}" if deviation is not None else "")
+    deviation = row.get(f"{name}_std")
+    return f"{scale * row[name]:.{digits}f}" + (f" ± {scale * deviation:.{digits}f}" if deviation is not None else "")
 
 
 def thesis_cell(row, metric):
     """The printed figure and ours less it; a question mark where the figure is suspect."""
     if row[f"{metric}_thesis_mean"] is None:
-        return "-"
+        return Cell("-")
     mean, deviation = 100 * row[f"{metric}_thesis_mean"], 100 * row[f"{metric}_thesis_std"]
     compared = row[metric] is not None and not {row["method"], metric} & NOT_COMPARED.keys()
     ours = f" ({100 * row[metric] - mean:+.2f})" if compared else ""
-    return f"{mean:.2f} ± {deviation:.2f}{'?' * bool(row[f'{metric}_thesis_note'])}{ours}"
+    return Cell(f"{mean:.2f} ± {deviation:.2f}{'?' * bool(row[f'{metric}_thesis_note'])}{ours}", mean)
 
 
-def best_of(rows, metric):
-    """The shown figure to set bold: the highest, among rows of trained weights and all images where there are any."""
-    fair = [r for r in rows if "(u)" not in r["marks"] and "(l)" not in r["marks"]] or rows
-    known = [r[metric] for r in fair if r[metric] is not None]
-    return f"{100 * max(known):.2f}" if known and len(rows) > 1 else None
+def interval_cell(row, rows):
+    if row["image_auroc_low"] is None:
+        return Cell("-")
+    lowest = min(r["image_auroc_low"] or 1 for r in rows)
+    highest = max(r["image_auroc_high"] or 0 for r in rows)
+    low, point, high = (row[name] for name in ("image_auroc_low", "image_auroc", "image_auroc_high"))
+    return Cell(f"{100 * low:.2f} to {100 * high:.2f}", low,
+                span=tuple((v - lowest) / (highest - lowest) for v in (low, point, high)))
 
 
-def table(rows, full=False):
-    """Header and lines of cells for one benchmark; a metric that no method has is left out.
-
-    full: also intervals, the thesis' figures, and **bold** for the best."""
-    header, columns = ["Method", "Seeds"], [[r["method"] + r["marks"] for r in rows], [str(r["seeds"]) for r in rows]]
-    for metric, title in METRICS.items():
-        if all(r[metric] is None for r in rows):
-            continue
-        best, cells = best_of(rows, metric), [cell(r, metric) for r in rows]
-        header.append(title)
-        columns.append([f"**{c}**" if full and c.split()[0] == best else c for c in cells])
-        if full and metric == "image_auroc" and any(r["image_auroc_low"] is not None for r in rows):
-            header.append("95% interval")
-            columns.append(["-" if r["image_auroc_low"] is None else
-                            f"{100 * r['image_auroc_low']:.2f} to {100 * r['image_auroc_high']:.2f}" for r in rows])
-        if full and any(r[f"{metric}_thesis_mean"] is not None for r in rows):
-            header.append("Thesis (diff.)")
-            columns.append([thesis_cell(r, metric) for r in rows])
-    header += ["Train s", "ms/image"]
-    columns += [[f"{r['train_seconds']:.0f}" for r in rows], [f"{r['ms']:.1f}" for r in rows]]
-    return header, [list(line) for line in zip(*columns, strict=True)]
+def marks_of_all(rows):
+    """The marks that all rows have, where there are several rows: these are said once."""
+    return [k for k in MARKS if len(rows) > 1 and all(k in r["marks"] for r in rows)]
 
 
-def notes_of(rows):
-    """The lines below a benchmark's table: changed settings, datasets/check.py's, suspect figures of the thesis."""
-    changed = [f"{r['method']}: {r['changed']}" for r in rows if r["changed"]]
-    checks = [f"datasets/check.py: {line}" for line in sorted({r["check"] for r in rows})]
-    suspect = [f"{r['method']}, {title}, the thesis' {100 * r[f'{m}_thesis_mean']:.2f}?: {note}"
-               for r in rows for m, title in METRICS.items() if (note := r[f"{m}_thesis_note"])]
-    shown = {key for r in rows for m in METRICS if r[f"{m}_thesis_mean"] is not None for key in (r["method"], m)}
-    suspect += [f"No difference for {why}." for key, why in NOT_COMPARED.items() if key in shown]
-    return changed, checks, suspect
+def table(name, rows, metrics, caption, alike=()):
+    """Methods x metrics. alike: the methods to set bold in image AUROC; elsewhere the highest figure is bold. A column
+    without a single figure is left out."""
+    once = marks_of_all(rows)
+    columns = {"Method": [Cell(r["method"], signs="".join(k for k in r["marks"] if k not in once)) for r in rows],
+               "Seeds": [Cell(str(r["seeds"]), r["seeds"]) for r in rows]}
+    for metric, title in metrics.items():
+        best, scale, digits = best_of(rows, metric), *((1, 1) if metric in COSTS else (100, 2))
+        cells = columns[title] = [Cell(text_of(r, metric, scale, digits), r[metric]) for r in rows]
+        for row, cell in zip(rows, cells, strict=True):
+            if metric == "image_auroc" and alike:
+                cell.bold = row["method"] in alike
+            elif metric in METRICS | DECISIONS | SIZES and best and len(rows) > 1:
+                cell.bold = fair(row) == fair(best) and cell.text.split()[0] == f"{100 * best[metric]:.2f}"
+            elif metric in COSTS and row[metric] is not None:
+                most = max(r[metric] or 0 for r in rows) or 1
+                cell.span = 0, row[metric] / most, row[metric] / most
+            elif metric.startswith("seed") and row[metric] is not None:
+                cell.link = f"{row['folder']}/{metric}/"
+        if metric in METRICS:
+            columns[f"{title}: thesis (diff.)"] = [thesis_cell(r, metric) for r in rows]
+        if metric == "image_auroc":
+            columns["95% interval"] = [interval_cell(r, rows) for r in rows]
+    columns = {title: cells for title, cells in columns.items() if any(c.text != "-" for c in cells)}
+    return Table(name, caption, list(columns), [list(line) for line in zip(*columns.values(), strict=True)])
 
 
-def overview(rows, metric):
-    """Methods x benchmarks of one metric (the form of the thesis' Tables 3.10 and 3.11)."""
+def tables_of(rows, alike):
+    text = "Percent, mean ± standard deviation over seeds. Bold: the highest"
+    text += ", in image AUROC also what the test does not distinguish from it." if alike else "."
+    tables = [table("results", rows, METRICS, text, alike),
+              table("decisions", rows, DECISIONS, "Percent: sensitivity where the test's own specificity is 90 and 95%; "
+                    "then at the threshold from normal validation scores, (F1) at that of the best F1 on valid.")]
+    if known := [r for r in rows if r["lesions"]]:
+        first = known[0]
+        tables.append(table("sizes", known, SIZES, f"PRO to 30%, percent, of the {first['lesions']} lesions in three equal "
+                            f"parts: small to {first['small_to']:.0f}, medium to {first['medium_to']:.0f} pixels."))
+    seeds = sorted({k for r in rows for k in r if re.fullmatch(r"seed\d+", k)}, key=lambda k: int(k[4:]))
+    devices = "; ".join(sorted({r["device"] for r in rows}))
+    tables += [table("seeds", [dict.fromkeys(seeds) | r for r in rows],
+                     {k: f"Seed {k[4:]}" for k in seeds} | dict(image_auroc_std="Deviation"),
+                     "Image AUROC of each seed, percent; each leads to its run."),
+               table("costs", rows, COSTS, f"Mean ± standard deviation over seeds, on {devices}.")]
+    return [t for t in tables if len(t.header) > 2]
+
+
+def overview(rows, others, metric):
+    """Methods x benchmarks of one metric, by mean rank; runs that are missing or not finished are named."""
     known = {(r["data"], r["method"]): r for r in rows if r[metric] is not None}
-    names, methods = (sorted({key[i] for key in known}) for i in (0, 1))
-    best = {d: best_of([r for r in rows if r["data"] == d], metric) for d in names}
-    lines = []
-    for method in methods:
-        here = [known.get((d, method)) for d in names]
-        cells = [cell(row, metric) + row["marks"] if row else "-" for row in here]
-        lines.append([method] + [f"**{c}**" if c.split()[0] == best[d] else c
-                                 for d, c in zip(names, cells, strict=True)])
-    return ["Method", *names], lines
+    names, seeds, lines = sorted({data for data, _ in known}), max(r["seeds"] for r in rows), []
+    for method in sorted({m for _, m in known} | {m for _, m in others if metric == "image_auroc"}):
+        line, ranks = [Cell(method)], []
+        for data in names:
+            states, cell = others.get((data, method), {}), Cell("missing")
+            if row := known.get((data, method)):
+                column = np.array([r[metric] for (d, _), r in known.items() if d == data])
+                ranks.append((column > row[metric]).sum() + ((column == row[metric]).sum() + 1) / 2)
+                cell = Cell(text_of(row, metric), row[metric], signs=row["marks"], link=row["folder"] + "/",
+                            shade=(row[metric] - column.min()) / (np.ptp(column) or 1))
+                cell.text += f" [{row['seeds']} of {seeds} seeds]" * (row["seeds"] < seeds)
+            elif states:
+                cell = Cell(next(iter(states.values())), link=quote(f"../{data}/{method}/"))
+            cell.title = ", ".join(f"{seed} {state}" for seed, state in states.items())
+            line.append(cell)
+        mean, part = np.mean(ranks or [999]), len(ranks) < len(names)
+        text = f"{mean:.1f}" + f" (of {len(ranks)})" * part if ranks else "-"
+        lines.append([*line, Cell(text, mean + 100 * part)])
+    return Table(metric, f"{METRICS[metric]}, percent, mean ± standard deviation over seeds. Darker: higher in its column.",
+                 ["Method", *names, "Mean rank"], sorted(lines, key=lambda line: line[-1].value))
 
 
-def compare(data, scores):
-    """(header, lines) of the p-values of all pairs, methods by falling AUROC; the same as dicts; the methods left out.
-
-    Only methods with the images that most of them have; bold: holds after Holm's correction for all pairs."""
-    known = {m: p for (d, m), p in scores.items() if d == data and p}
-    groups = Counter(id(p[2]) for p in known.values())
-    if not groups or (most := groups.most_common(1)[0])[1] < 2:
-        return None, [], []
-    same = {m: (p[0], placement(*p[:2]).mean(axis=0)) for m, p in known.items() if id(p[2]) == most[0]}
-    auroc = {m: share[anomalous].mean() for m, (anomalous, share) in same.items()}
-    order = sorted(same, key=lambda m: -auroc[m])
-    p_values = {(a, b): p_value(*same[a], same[b][1]) for a, b in itertools.combinations(order, 2)}
-    held = holm(p_values)
-    lines = []
-    for a in order:
-        line = [a, f"{100 * auroc[a]:.2f}"]
-        for b in order:
-            pair = (a, b) if (a, b) in p_values else (b, a)
-            p = p_values.get(pair)
-            text = "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
-            line.append(f"**{text}**" if pair in held else text)
-        lines.append(line)
-    rows = [dict(data=data, method=a, other=b, difference=auroc[a] - auroc[b], p=p, holm_5_percent=(a, b) in held)
-            for (a, b), p in p_values.items()]
-    return (["Method", "AUROC", *order], lines), rows, sorted({m for d, m in scores if d == data} - set(same))
+# ------------------------------------------------------------------------------------------------------------- figures
+@dataclass
+class Figure:
+    caption: str
+    frame: object  # the `Frame` of each panel
+    panels: list  # of SVG texts
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
-def style(i):
-    """The colour and line of the i-th method, the same in all figures."""
-    return dict(color=f"C{i % 10}", linestyle=["-", "--", ":"][i // 10 % 3])
+@dataclass
+class Frame:
+    """Where a panel draws: the ranges of its data, its size and margins in pixels."""
+    x: tuple
+    y: tuple
+    width: int = 330
+    height: int = 300
+    left: int = 42
+    top: int = 26
+    right: int = 12
+    bottom: int = 38
+
+    def px(self, value):
+        share = (value - self.x[0]) / (self.x[1] - self.x[0] or 1)
+        return round(float(self.left + share * (self.width - self.left - self.right)), 1)
+
+    def py(self, value):
+        share = (value - self.y[0]) / (self.y[1] - self.y[0] or 1)
+        return round(float(self.height - self.bottom - share * (self.height - self.top - self.bottom)), 1)
+
+    def path(self, xs, ys, y_range=None):
+        frame = replace(self, y=y_range or self.y)
+        return " ".join(f"{frame.px(x)},{frame.py(y)}" for x, y in zip(xs, ys, strict=True))
+
+    @staticmethod
+    def ticks(low, high, count=7):
+        """Round numbers within a range, about `count` of them."""
+        step = 10 ** math.floor(math.log10((high - low) / count or 1))
+        step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count)
+        return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def roc(anomalous, scores):
-    """Mean true positive rate (1001,) of the seeds at RATES. A normal image's placement is 1 - (rates above it)."""
-    found = []
-    for share in placement(anomalous, scores):  # (N,)
+def summary_figure(rows, alike):
+    """Methods by falling image AUROC: mean, 95% interval, the seeds, the thesis' figure."""
+    rows = sorted((r for r in rows if r["image_auroc"] is not None), key=lambda r: -r["image_auroc"])
+    seeds = {r["method"]: [v for k, v in r.items() if re.fullmatch(r"seed\d+", k)] for r in rows}
+    names = ("image_auroc", "image_auroc_low", "image_auroc_high", "image_auroc_thesis_mean")
+    values = [100 * v for r in rows for v in (*seeds[r["method"]], *(r[n] for n in names)) if v is not None] or [0]
+    frame = Frame((min(values) - 1, min(max(values) + 1, 100)), (len(rows) - 0.4, -0.6), 400, 46 + 15 * len(rows), 94, 6)
+    return Figure("Image AUROC on the test images, %.", frame,
+                  [DRAW.summary(frame, rows, seeds, alike)] if rows else [])
+
+
+def differences_figure(compared):
+    side = 19 * len(compared.auroc)
+    frame = Frame((0, 1), (0, 1), side + 110, side + 10)
+    return Figure("Differences of image AUROC, percentage points; a dot: not distinguished (Holm, 5%).", frame,
+                  [DRAW.differences(frame, compared)] if compared.p_values else [])
+
+
+def roc(anomalous, placements):
+    """Mean true positive rate of the seeds at RATES. A normal image's placement is 1 - (rates above it)."""
+    curves = []
+    for share in placements:  # (N,)
         # an anomalous image is found at the false positive rate 1 - its placement: the curve counts these
         rate = np.sort(1 - share[anomalous])
-        found.append(np.searchsorted(rate, RATES + 1e-9, side="right") / len(rate))
-    return np.mean(found, axis=0)
+        curves.append(np.searchsorted(rate, RATES + 1e-9, side="right") / len(rate))
+    return np.mean(curves, axis=0)
 
 
 def pixel_curves(results):
-    """Mean (tpr, pro), each (1001,), at RATES, of the runs that have a curves.csv; None if none has."""
-    found = []
+    """Mean (tpr, pro), at RATES, of the runs that have a curves.csv; None if none has."""
+    curves = []
     for r in results:
         if (file := r["folder"] / "curves.csv").exists():
             fpr, tpr, pro = read_columns(file, fpr=float, tpr=float, pro=float)
             if (np.diff(fpr) < 0).any():
                 raise common.Error(f"{file} is no curve, its fpr falls; run that method again")
-            found.append([np.interp(RATES, fpr, y) for y in (tpr, pro)])
-    return np.mean(found, axis=0) if found else None
+            curves.append([np.interp(RATES, fpr, y) for y in (tpr, pro)])
+    return np.mean(curves, axis=0) if curves else None
 
 
-def curves_figure(data, methods, runs, scores):
-    """Image ROC, pixel ROC and PRO curve (to 30%) of a benchmark's methods, means over seeds; None without any."""
-    panels = [("ROC, images", "true positive rate", 1), ("ROC, pixels", "true positive rate", 1),
-              ("PRO", "mean overlap per region", 0.3)]
-    lines = [{}, {}, {}]
-    for method in methods:
-        if known := scores.get((data, method)):
-            lines[0][method] = roc(*known[:2])
-        if (known := pixel_curves(runs.get((data, method), []))) is not None:
-            lines[1][method], lines[2][method] = known
-    shown = [i for i in range(3) if lines[i]]
-    if not shown:
+def curves_figure(data, rows, runs, scores):
+    """Image ROC, pixel ROC and PRO (to 30%), means over seeds; the best methods named on their lines."""
+    curves = [{}, {}, {}]
+    for method in [r["method"] for r in rows]:
+        if s := scores[data, method]:
+            curves[0][method] = 100 * roc(s.anomalous, s.placements)
+        if (known := pixel_curves(runs[data, method])) is not None:
+            curves[1][method], curves[2][method] = 100 * known
+    panels, hues = [], {}
+    titles = [("ROC, images", "image_auroc", 1), ("ROC, pixels", "pixel_auroc", 1), ("PRO", "aupro", 0.3)]
+    for (title, metric, limit), lines in zip(titles, curves, strict=True):
+        best = sorted((r for r in rows if r["method"] in lines), key=lambda r: -(r[metric] or 0))[:LABELLED]
+        for r in best:
+            hues.setdefault(r["method"], len(hues) % HUES)
+        frame, shown = Frame((0, 100 * limit), (0, 100)), limit >= RATES
+        lines = {m: (100 * RATES[shown], y[shown]) for m, y in lines.items()}
+        if lines:
+            places = name_lines(frame, lines, [r["method"] for r in best])
+            panels.append(DRAW.curves(frame, title, lines, places, hues))
+    return Figure(f"Curves on the test set, means over seeds; the {LABELLED} best are named.", Frame, panels)
+
+
+def name_lines(frame, lines, named):
+    """{method: (x, y)}: below its line, where the name covers no other one and the other named lines are far."""
+    points = {m: [(frame.px(x), frame.py(y)) for x, y in zip(*lines[m], strict=True)] for m in named}
+    places = {}
+    for method in named:
+        best = -math.inf, points[method][-1]
+        for k, (x, y) in enumerate(points[method]):
+            inside = x + 7 * len(method) < frame.width and y + 16 < frame.height - frame.bottom
+            free = all(x + 7 * len(method) < a or x > a + 7 * len(m) or abs(y - b) > 12 for m, (a, b) in places.items())
+            apart = min((abs(y + 8 - points[m][k][1]) for m in named if m != method), default=0)
+            best = max(best, (inside and free and min(apart, 30), (x, y)), key=lambda place: place[0])
+        places[method] = best[1]
+    return places
+
+
+def training_figure(data, rows, runs):
+    """First loss and image AUROC on valid of each method's first seed, at the epochs that were validated."""
+    panels, frame = [], Frame((0, 1), (0, 100), 200, 118, 30, 22, 10, 20)
+    for method in [r["method"] for r in rows]:
+        log, chosen = read_log(runs[data, method][0]["folder"] / "log.csv"), runs[data, method][0]["epoch"]
+        log = [row for row in log if "valid_image_auroc" in row] or log
+        if len(log) > 1:
+            loss = next((k for k in log[0] if k not in ("epoch", "seconds") and not k.startswith("valid")), None)
+            lines = {k: list(zip(*((row["epoch"], row[k]) for row in log if k in row), strict=True))
+                     for k in (loss, "valid_image_auroc") if k in log[0]}
+            panels.append(DRAW.training(replace(frame, x=(0, log[-1]["epoch"])), method, lines, chosen))
+    return Figure("Training of the first seed. Line: image AUROC on valid, %; grey: the first loss, from its minimum to its "
+                  "maximum; dot: the epoch kept.", frame, panels)
+
+
+# ------------------------------------------------------------------------------------------------------- image browser
+def browser(data, runs, scores):
+    """What the page needs to show the test images of a benchmark; None where no run left any.
+
+    Of each method the first seed that has maps, or the first one; methods with other images are left out."""
+    chosen, methods = {}, {}
+    for method, results in ((method, results) for (d, method), results in runs.items() if d == data):
+        r = next((r for r in results if (r["folder"] / "browser").is_dir()), results[0])
+        place = f"images-{r['images']}" + f"-{r['args']['limit']}" * bool(r["args"]["limit"])
+        if scores[data, method] and (r["folder"].parents[1] / place).is_dir():
+            chosen[method] = r, place
+    if not chosen:
         return None
-    figure = Figure(figsize=(4.1 * len(shown) + 1.8, 4.1), layout="constrained", dpi=130)
-    handles = {}
-    for axes, i in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        title, y, limit = panels[i]
-        for method, values in lines[i].items():
-            handles[method], = axes.plot(RATES, values, lw=1.2, **style(methods.index(method)))
-        axes.set(title=title, xlabel="false positive rate", ylabel=y, xlim=(0, limit), ylim=(0, 1.01))
-        axes.grid(color="0.9")
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
-    return figure
+    for method, (r, place) in chosen.items():
+        s, decision = scores[data, method], r["decision"]
+        values, normal = s.scores[runs[data, method].index(r)], np.sort(decision["normal_scores"])
+        percentiles = 100 * np.searchsorted(normal, values, side="right") / max(len(normal), 1)
+        if place == (first := next(iter(chosen.values())))[1]:
+            methods[method] = dict(
+                seed=r["seed"], maps=r["link"] + "browser/" if (r["folder"] / "browser").is_dir() else None,
+                range=decision["map_range"], pixel=decision["pixel"], threshold=decision["image"],
+                scores=[float(f"{v:.5g}") for v in values], percentiles=percentiles.round(1).tolist(),
+                anomalous=None if decision["image"] is None else bits(values > decision["image"]))
+    s, names = scores[data, next(iter(methods))], {f.name for f in (first[0]["folder"].parents[1] / first[1]).iterdir()}
+    return dict(images=f"{first[0]['link']}../../{first[1]}/", paths=s.paths, labels=bits(s.anomalous), methods=methods,
+                masks=[i for i in range(len(s.paths)) if f"{i:05}-mask.png" in names])
 
 
-def panels_of(file):
-    """The square images of a run's panel, in TILE pixels: image, ground truth (where there are masks), heat map."""
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if width not in (2 * height, 3 * height):
-                raise ValueError(f"{width}x{height} pixels are not two or three squares")
-            return [image.convert("RGB").resize((TILE, TILE), Image.Resampling.BILINEAR, (x, 0, x + height, height))
-                    for x in range(0, width, height)]
-    except (OSError, SyntaxError, ValueError) as e:
-        raise common.Error(f"{file} is no panel of image, ground truth and heat map ({e}); run that method "
-                           f"again") from e
+def bits(truths):
+    return "".join(map(str, truths.astype(int)))
 
 
-def maps_figure(data, methods, runs, scores):
-    """Rows: test images, the same for all; columns: image, ground truth, each method's heat map (thesis, Figure 3.8).
-
-    Of the images that all methods have: SHOWN anomalous ones, evenly spread, and the first normal one."""
-    folders = {m: next((r["folder"] / "maps" for r in runs.get((data, m), []) if (r["folder"] / "maps").is_dir()), None)
-               for m in methods}
-    folders = {m: f for m, f in folders.items() if f}
-    names = sorted(set.intersection(*({p.name for p in f.glob("*.png")} for f in folders.values()))) if folders else []
-    normal = {common.map_name(i, path) for (d, _), known in scores.items() if d == data and known
-              for i, (path, is_so) in enumerate(zip(known[2], ~known[0], strict=True)) if is_so}
-    anomalous = [n for n in names if n not in normal]
-    count = min(SHOWN, len(anomalous))
-    names = [anomalous[i * len(anomalous) // count] for i in range(count)] + [n for n in names if n in normal][:1]
-    if not names:
-        return None
-    rows = []
-    for name in names:
-        panels = [panels_of(f / name) for f in folders.values()]
-        rows.append([*panels[0][:-1], *(p[-1] for p in panels)])
-    if len({len(row) for row in rows}) > 1:
-        raise common.Error(f"{next(iter(folders.values()))} holds panels with and without ground truth; run that "
-                           f"method again")
-    titles = ["image", "ground truth"][: len(rows[0]) - len(folders)] + list(folders)
-    sides = ["normal" if n in normal else "anomalous" for n in names]
-    step, font = TILE + 4, ImageFont.load_default(16)
-    left, top = 100, 30
-    grid = Image.new("RGB", (left + step * len(titles), top + step * len(rows)), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, row in enumerate(rows):
-        draw.text((left - 8, top + (i + 0.5) * step), sides[i], "black", font, "rm")
-        for k, tile in enumerate(row):
-            grid.paste(tile, (left + k * step, top + i * step))
-    for k, title in enumerate(titles):
-        draw.text((left + k * step + TILE / 2, top - 8), title, "black", font, "ms")
-    return grid
+# --------------------------------------------------------------------------------------------------------- the report
+def settings_of(rows, results):
+    """Lines "these methods: their changed settings", what all share in one; of paths the last part."""
+    having, shared = defaultdict(dict), defaultdict(list)  # {flag: {method: None}}, {methods: [flag, ...]}
+    for r in results:
+        for flag in flags(r["changed"]):
+            name, _, value = flag.partition(" ")
+            having[f"{name} {value.rsplit('/', 1)[-1]}"][r["method"]] = None
+    for flag, methods in having.items():
+        shared["all methods" if len(methods) == len(rows) > 1 else ", ".join(methods)].append(flag)
+    return [f"{methods}: {' '.join(these)}" for methods, these in sorted(shared.items(), key=lambda kv: -len(kv[0]))]
 
 
-def training_figure(data, methods, runs):
-    """First loss and image AUROC on valid by epoch, of each method's first seed; a dot marks the chosen epoch."""
-    logs = {}
-    for method in methods:
-        run = next(iter(runs.get((data, method), [])), None)
-        if run and (file := run["folder"] / "log.csv").exists():
-            with open(file, newline="") as f:
-                logs[method] = list(csv.DictReader(f)), run["epoch"]
-    if not logs:
-        return None
-    figure = Figure(figsize=(10, 3.6), layout="constrained", dpi=130)
-    for axes, valid in zip(figure.subplots(1, 2), (False, True), strict=True):
-        for method, (log, chosen) in logs.items():
-            names = [k for k in log[0] if k not in ("epoch", "seconds")]
-            name = "valid_image_auroc" if valid else next(k for k in names if not k.startswith("valid"))
-            rows = [row for row in log if row.get(name)]
-            epochs, values = ([float(row[k]) for row in rows] for k in ("epoch", name))
-            axes.plot(epochs, values, lw=1.2, label=method, markevery=[x == chosen for x in epochs], marker="o", ms=4,
-                      **style(methods.index(method)))
-        axes.set(xlabel="epoch", title="image AUROC on valid" if valid else "loss")
-        axes.grid(color="0.9")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
-    return figure
+def section_of(title, data, rows, runs, scores, others):
+    """A benchmark's part of the report, or that of its variants of clip_recon."""
+    rows = [r for r in rows if r["data"] == data]
+    results = [r for row in rows for r in runs[data, row["method"]]]
+    compared, best = compare(data, scores), best_of(rows, "image_auroc")
+    alike = compared.alike(best["method"]) if best and best["method"] in compared.auroc else set()
+    printed = {key for r in rows for m in METRICS if r[f"{m}_thesis_mean"] is not None for key in (r["method"], m)}
+    figures = dict(summary=summary_figure(rows, alike), curves=curves_figure(data, rows, runs, scores),
+                   training=training_figure(data, rows, runs), differences=differences_figure(compared))
+    return dict(
+        title=title, file=common.plain(title), sentence=WORDS.finding(best, compared, alike).strip(), compared=compared, results=results,
+        settings=settings_of(rows, results),
+        notes=WORDS.notes(data, rows, compared, others, marks_of_all(rows), MARKS).strip().splitlines(),
+        suspect=WORDS.suspect(rows, METRICS, NOT_COMPARED, printed).strip().splitlines(),
+        tables=tables_of(rows, alike), figures={kind: f for kind, f in figures.items() if f.panels},
+        browser=browser(data, runs, scores))
 
 
-def cost_figure(rows, methods):
-    """Time per image, image AUROC and, as area, peak memory of a benchmark's methods (thesis, Figure 3.9)."""
-    rows = [r for r in rows if r["image_auroc"] is not None and r["ms"] > 0]
-    if not rows:
-        return None
-    kind = "gpu_gib" if all(r["gpu_gib"] is not None for r in rows) else "ram_gib"  # one measure for all
-    memory = np.array([r[kind] or 0 for r in rows])
-    figure = Figure(figsize=(8, 5), layout="constrained", dpi=130)
-    axes = figure.subplots()
-    x, y = [r["ms"] for r in rows], [100 * r["image_auroc"] for r in rows]
-    area = 900 * memory / (memory.max() or 1)  # square points
-    axes.scatter(x, y, area, [f"C{methods.index(r['method']) % 10}" for r in rows], alpha=0.5, edgecolors="0.3", lw=0.6)
-    margin = max(2, 0.12 * (max(y) - min(y)))
-    axes.set(xscale="log", xlabel="ms/image, log scale", ylabel="image AUROC, %", xlim=(min(x) / 1.6, max(x) * 1.9),
-             ylim=(min(y) - margin, max(y) + margin))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(ScalarFormatter() if max(x) < 10 * min(x) else NullFormatter())
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.set_title(f"area: peak {'GPU memory' if kind == 'gpu_gib' else 'RAM'}, {memory.max():.1f} GiB the largest",
-                   fontsize=10)
-    figure.draw_without_rendering()
-    place_labels(axes, x, y, area, [r["method"] for r in rows])
-    return figure
+def readme_table(rows, published):
+    """The rows of the README's table of results: the thesis' image AUROC and ours, benchmark by benchmark."""
+    names, ours = [n for n in common.NAMES if n != "phantom"], {(r["method"], benchmark_of(r["data"])): r for r in rows}
+    methods = sorted({m for m, _, _ in published if " " not in m} | {m for m, name in ours if name in names})
+    print(WORDS.readme_table(methods, names, published, ours).strip())
 
 
-def ablation_figure(variants):
-    """Image AUROC against each flag's value (thesis, Figures 4.6 to 4.8): mean and deviation of the seeds, with the
-    base (hollow) among them at its own value of that flag."""
-    found = defaultdict(dict)
-    for name, results in variants.items():
-        if name != "base":
-            flag, _, value = name.partition(" ")
-            found[flag][value] = results
-            own = variants["base"][0]["args"][flag.replace("-", "_")] if "base" in variants else []
-            own = " ".join(map(str, own)) if isinstance(own, list) else f"{own:g}" if isinstance(own, NUMBER) else own
-            found[flag] |= {own: variants["base"]} if own else {}
-    figure = Figure(figsize=(3.2 * len(found), 3.4), layout="constrained", dpi=130)
-    for axes, (flag, values) in zip(figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(),
-                                    strict=True):
-        order = sorted(values, key=lambda v: (len(v.split()), float(v) if re.fullmatch(r"[\d.]+", v) else v))
-        for x, value in enumerate(order):
-            auroc = 100 * np.array([r["metrics"]["image_auroc"] for r in values[value]])
-            axes.errorbar(x, auroc.mean(), auroc.std(ddof=1) if len(auroc) > 1 else 0, fmt="o", color="C0", capsize=3,
-                          mfc="white" if values[value] is variants.get("base") else "C0")
-        axes.set_xticks(range(len(order)), [v.replace(" ", ",") for v in order], rotation=30)
-        axes.set(title=f"--{flag}", xlim=(-0.5, len(order) - 0.5))
-        axes.grid(axis="y", color="0.9")
-    figure.supylabel("image AUROC, %")
-    return figure
-
-
-def place_labels(axes, x, y, area, names):
-    """Write each name beside its bubble, at the first of some places where it covers no other name or bubble."""
-    scale = axes.figure.dpi / 72  # pixels a point; all below is in points
-    centres, right = axes.transData.transform(np.stack([x, y], axis=1)) / scale, axes.bbox.x1 / scale
-    radii = np.sqrt(np.array(area) / math.pi)
-    bubbles = [(*(c - r), *(c + r)) for c, r in zip(centres, radii, strict=True)]  # left, bottom, right, top
-    taken = []
-    for i in np.argsort(y):
-        width, height = 4.8 * len(names[i]), 8  # at 8 points' type
-        for dx, dy in itertools.product((radii[i] + 2, -radii[i] - 2 - width), (-3, 6, -12, 15, -21)):
-            box = (*(centres[i] + (dx, dy)), *(centres[i] + (dx + width, dy + height)))
-            others = taken + bubbles[:i] + bubbles[i + 1 :]
-            if box[2] < right and all(box[0] > o[2] or o[0] > box[2] or box[1] > o[3] or o[1] > box[3] for o in others):
-                break
-        else:
-            dx, dy = radii[i] + 2, -3
-            box = (*(centres[i] + (dx, dy)), *(centres[i] + (dx + width, dy + height)))
-        taken.append(box)
-        axes.annotate(names[i], (x[i], y[i]), xytext=(dx, dy), textcoords="offset points", fontsize=8, in_layout=False)
-
-
-# -------------------------------------------------------------------------------------------------------------- formats
-CSS = """body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:1400px;margin:2em auto}
-h1{font-size:1.6em}h2{font-size:1.3em;margin-top:2.2em;border-bottom:1px solid #ccc;padding-bottom:.2em}
-nav ul{columns:3;padding-left:1.2em}a{color:#245a8d}.wide{overflow-x:auto;margin:1em 0}
-table{border-collapse:collapse;font-size:.87em;font-variant-numeric:tabular-nums}
-caption{caption-side:top;text-align:left;color:#555;padding:.3em 0}
-th,td{padding:.25em .7em;text-align:right;white-space:nowrap;border-bottom:1px solid #e4e4e4}
-th{border-bottom:2px solid #888;font-weight:600}th:first-child,td:first-child{text-align:left}
-tbody tr:hover{background:#f4f6f8}.dense th,.dense td{padding:.2em .3em;font-size:.83em}
-figure{margin:1.5em 0}img{max-width:100%;height:auto}figcaption,.notes{color:#555;font-size:.9em}
-.notes{padding-left:1.2em}code{background:#f2f2f2;padding:0 .25em}"""
-
-
-def bold(text, before, after):
-    """**bold**, the one mark that cells have, in another format."""
-    return re.sub(r"\*\*(.+?)\*\*", lambda found: before + found[1] + after, text)
-
-
-def as_markdown(sections, notes):
-    out = ["# Report", ""]
-    for s in sections:
-        out += [f"## {s['title']}", ""]
-        for caption, header, lines in s["tables"]:
-            rule = ["---"] + ["---:"] * (len(header) - 1)
-            out += [caption, "", *(f"| {' | '.join(line)} |" for line in [header, rule, *lines]), ""]
-        out += [f"- `{line}`" for line in s["changed"]] + [f"- {line}" for line in s["notes"]] + [""]
-        out += [f"![{caption}]({quote(file)})\n\n*{caption}*\n" for file, caption in s["figures"]]
-    return "\n".join(out + notes) + "\n"
+def print_section(section):
+    table, kept = section["tables"][0], ("Method", "Seeds", *METRICS.values())
+    lines = [[str(c) for c, title in zip(line, table.header, strict=True) if title in kept]
+             for line in [table.header, *table.lines]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{section['title']}: {section['sentence']}")
+    for first, *others in lines:
+        print("  ".join([f"  {first:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True))]))
+    print("".join(f"    {line}\n" for line in section["settings"] + section["notes"]), end="")
 
 
 def tex(text):
-    """Text for LaTeX: its special characters, signs and **bold**."""
+    """Text for LaTeX: its special characters and signs."""
     special = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
                                                   "^": r"\textasciicircum{}", "±": r"$\pm$", "<": "$<$", ">": "$>$"}
-    return bold("".join(special.get(c, c) for c in text).replace("--", "-{}-"), r"\textbf{", "}")  # no en dash
+    return "".join(special.get(c, c) for c in str(text)).replace("--", "-{}-")  # no en dash
 
 
-def as_latex(sections, notes):
-    out = [r"% \usepackage{booktabs,adjustbox}"]
-    for s in sections:
-        for caption, header, lines in s["tables"]:
-            below = [*s["changed"], *s["notes"]] if caption == s["tables"][0][0] else []
-            columns = "l" + "r" * (len(header) - 1)
-            head, *body = (" & ".join(map(tex, line)) + r" \\" for line in [header, *lines])
-            out += [r"\begin{table}", r"\centering", rf"\caption{{{tex(s['title'])}: {tex(caption)}}}",
-                    r"\begin{adjustbox}{max width=\textwidth}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head,
-                    r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}",
-                    *(rf"\par {{\footnotesize {tex(line)}}}" for line in below), r"\end{table}", ""]
-    return "\n".join(out + [rf"\noindent {tex(line)}\par" for line in notes]) + "\n"
-
-
-def as_html(sections, notes, folder):
-    """One file that holds everything: the figures' bytes stand in it."""
-    def cells(tag, line):
-        return "".join(f"<{tag}>{bold(html.escape(c), '<b>', '</b>')}</{tag}>" for c in line)
-
-    contents = "".join(f'<li><a href="#s{i}">{html.escape(s["title"])}</a></li>' for i, s in enumerate(sections))
-    out = [f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Anomaly detection: report</title>'
-           f"<style>{CSS}</style></head><body>\n<h1>Anomaly detection: report over runs</h1>",
-           *(f"<p>{html.escape(line)}</p>" for line in notes), f"<nav><ul>{contents}</ul></nav>"]
-    for i, s in enumerate(sections):
-        out.append(f'<h2 id="s{i}">{html.escape(s["title"])}</h2>')
-        for k, (caption, header, lines) in enumerate(s["tables"]):
-            body = "\n".join(f"<tr>{cells('td', line)}</tr>" for line in lines)
-            kind = "wide dense" if len(header) > 12 else "wide"
-            out.append(f'<div class="{kind}"><table><caption>{html.escape(caption)}</caption>'
-                       f"<thead><tr>{cells('th', header)}</tr></thead>\n<tbody>{body}</tbody></table></div>")
-            below = [f"<li><code>{html.escape(line)}</code></li>" for line in s["changed"]]
-            below += [f"<li>{html.escape(line)}</li>" for line in s["notes"]]
-            out += [f'<ul class="notes">{"".join(below)}</ul>'] * bool(k == 0 and below)
-        for file, caption in s["figures"]:
-            image, text = base64.b64encode((folder / file).read_bytes()).decode(), html.escape(caption)
-            with Image.open(folder / file) as opened:
-                width = round(opened.width / 1.3)  # 130 pixels an inch are shown as 100
-            out.append(f'<figure><img alt="{text}" width="{width}" src="data:image/png;base64,{image}">'
-                       f"<figcaption>{text}</figcaption></figure>")
-    return "\n".join([*out, "</body></html>\n"])
-
-
-def print_tables(rows, what=""):
-    for data in dict.fromkeys(r["data"] for r in rows):
-        here = [r for r in rows if r["data"] == data]
-        header, lines = table(here)
-        widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-        print(f"\n{data}{what}")
-        for first, *others in [header, *lines]:
-            cells = [f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True)]
-            print("  ".join([f"  {first:<{widths[0]}}", *cells]))
-        changed, checks, _ = notes_of(here)
-        print("".join(f"    {line}\n" for line in changed + checks), end="")
-
-
-def section_of(data, rows, matrix, left_out, figures):
-    """A benchmark's part of the report: title, tables (caption, header, lines), what stands below, figures."""
-    changed, checks, suspect = notes_of(rows)
-    tables = [("Percent, mean ± standard deviation over seeds; bold: the best.", *table(rows, full=True))]
-    if matrix:
-        tables.append(("p-values of equal image AUROC on the same test images (DeLong, two-sided, seeds averaged); "
-                       "bold: the two differ at 5%, after Holm's correction for all pairs.", *matrix))
-        checks += [f"Not compared, for want of scores on the same images: {', '.join(left_out)}."] * bool(left_out)
-    return dict(title=data, tables=tables, changed=changed, notes=checks + suspect, figures=figures)
+def write_figure(figure, file):
+    """All panels in one SVG that other programs can read: a light page's colours in place of the variables."""
+    text = ENV.get_template("figure.svg").render(f=figure, across=min(len(figure.panels), 1000 // figure.frame.width))
+    colours = dict(reversed(re.findall(r"(--[\w-]+): ([^;]+);", text)))  # of equal names the first is kept
+    file.write_text(re.sub(r"var\((--[\w-]+)\)", lambda found: colours.get(found[1], found[0]), text), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -702,66 +795,42 @@ if __name__ == "__main__":
     target = Path(args.runs) / "report"
     if target.exists() and not (target / "index.html").exists():
         raise common.Error(f"{target} is no report of before, and would be replaced; move it away")
-    runs, ablation, known = read_runs(args.runs), read_ablation(args.runs), {}
-    if not runs and not ablation:
+    (runs, others), variants = read_runs(args.runs, args.runs), read_ablation(args.runs)
+    if not runs and not variants:
         raise common.Error(f"no finished runs in {args.runs}: expected "
                            f"{args.runs}/<data>/<method>/seed<k>/results.json")
-    scores = {key: read_scores(results, known) for key, results in runs.items()}
-    rows = rows_of(runs, scores, read_published())
-    methods = sorted({r["method"] for r in rows})
-    variants = {(data, variant): results for data, found in ablation.items() for variant, results in found.items()}
-    variant_rows = rows_of(variants, {k: read_scores(results, known) for k, results in variants.items()},
-                           read_published())
-    print_tables(rows)
-    print_tables(variant_rows, ": variants of clip_recon")
-    used = [k for k in MARKS if any(f"({k})" in r["marks"] for r in rows + variant_rows)]
-    notes = ["Percent, mean ± standard deviation over seeds."] + [f"({k}) {MARKS[k]}." for k in used]
-    if any(r["data"] == "phantom" for r in rows):
-        notes.append("phantom is one brain, deformed, with painted lesions: a demonstration, no benchmark.")
-    print("\n" + "\n".join(notes))
-    notes.append(f"Intervals (bootstrap, {DRAWS:,} draws of the test images) and p-values (DeLong) tell what other "
-                 "test images would change, given these networks; they take images as independent, and with several "
-                 "slices of a patient promise too much.")
-    if any(r[f"{m}_thesis_mean"] is not None for r in rows + variant_rows for m in METRICS):
-        notes.append("Thesis: the printed figure (methods/published.csv) and ours less it, where all runs of the row "
-                     "have the published settings and number of images; ? marks printed figures that are suspect.")
-    names = list(dict.fromkeys(r["data"] for r in rows))
-    sections, p_rows = [], []
+    rows, sections, known, published = [], [], {}, read_published()
+    for these, states, what in ((runs, others, ""), (variants, {}, ": variants of clip_recon")):
+        scores = {key: read_scores(results, known) for key, results in these.items()}
+        rows += (here := rows_of(these, scores, published))
+        if not args.table:
+            sections += [section_of(data + what, data, here, these, scores, states) for data in dict.fromkeys(data for data, _ in these)]
+    if args.table:
+        readme_table(rows, published)
+        raise SystemExit
+    notes = WORDS.reading(rows, METRICS, MARKS).strip().splitlines()
+    for section in sections:
+        print_section(section)
+    print("\n".join(["\nPercent, mean ± standard deviation over seeds.", *notes]))
+    here = [r for r in rows if (r["data"], r["method"]) in runs]
+    context = dict(sections=sections, notes=notes, marks=MARKS, draws=DRAWS, colours=common.COLOURS.tolist(),
+                   overviews=[overview(here, others, m) for m in OVERVIEW if any(r[m] is not None for r in here)],
+                   versions=sorted({name for results in runs.values() for r in results for name in r["versions"]}))
+    p_rows = [dict(data=s["title"], method=a, other=b, difference=s["compared"].auroc[a] - s["compared"].auroc[b], p=p,
+                   holm_5_percent=(a, b) in s["compared"].held)
+              for s in sections for (a, b), p in s["compared"].p_values.items()]
     with common.atomic(target) as tmp:
         tmp.mkdir()
-        for data in names:
-            here = [r for r in rows if r["data"] == data]
-            matrix, found, left_out = compare(data, scores)
-            p_rows += found
-            devices = ", ".join(sorted({r["device"] for m in methods for r in runs.get((data, m), [])}))
-            figures = []
-            for kind, figure, caption in (
-                ("curves", curves_figure(data, methods, runs, scores), "Curves on the test set, means over seeds"),
-                ("maps", maps_figure(data, methods, runs, scores),
-                 "Test images and heat maps, each method's scaled by its range over the test set; red is anomalous"),
-                ("training", training_figure(data, methods, runs), "Training of the first seed; dots: the epoch kept"),
-                ("cost", cost_figure(here, methods), f"Time, image AUROC and memory on {devices}"),
-            ):
-                if figure:
-                    figures.append((f"{data}_{kind}.png", f"{data}: {caption}"))
-                    (figure.savefig if isinstance(figure, Figure) else figure.save)(tmp / figures[-1][0])
-            sections.append(section_of(data, here, matrix, left_out, figures))
-        if len(names) > 1:
-            tables = [(METRICS[m], *overview(rows, m)) for m in ("image_auroc", "dice") if any(r[m] for r in rows)]
-            sections.insert(0, dict(title="All benchmarks", tables=tables, changed=[], notes=[], figures=[]))
-        for data, variants in ablation.items():
-            figures, name = [], f"{data}_ablation.png"
-            if set(variants) != {"base"}:
-                figures = [(name, f"{data}: clip_recon's variants, mean and deviation; hollow: the base")]
-                ablation_figure(variants).savefig(tmp / name)
-            here = [r for r in variant_rows if r["data"] == data]
-            base = [f"base: {r['changed'] or 'the published settings'}" for r in here if r["method"] == "base"]
-            part = section_of(f"{data}: variants of clip_recon", here, None, [], figures)
-            sections.append(part | dict(changed=base))
-        (tmp / "report.md").write_text(as_markdown(sections, notes), encoding="utf-8")
-        (tmp / "report.tex").write_text(as_latex(sections, notes), encoding="utf-8")
-        (tmp / "index.html").write_text(as_html(sections, notes, tmp), encoding="utf-8")
-        common.write_csv(tmp / "report.csv", rows + variant_rows)
+        ENV.filters |= dict(tex=tex, quote=quote, counts=lambda c: " + ".join(f"{n:,}" for n in c.values() if n))
+        for name in ("index.html", "report.md", "report.tex"):
+            (tmp / name).write_text(ENV.get_template(name).render(context), encoding="utf-8")
+        for i, section in enumerate(sections):
+            for kind, figure in section["figures"].items():
+                write_figure(figure, tmp / f"{section['file']}_{kind}.svg")
+            if section["browser"]:
+                text = json.dumps(section["browser"], separators=(",", ":"))
+                (tmp / f"images-{i}.js").write_text(f"IMAGES[{i}] = {text};\n", encoding="utf-8")
+        common.write_csv(tmp / "report.csv", rows)
         if p_rows:
             common.write_csv(tmp / "pvalues.csv", p_rows)
     print(f"report: {target / 'index.html'}")
