@@ -1,10 +1,10 @@
 """The report over runs: `python report.py runs` prints a table for each benchmark and writes <runs>/report/.
 
 Reads every finished <runs>/<data>/<method>/seed<k>/ (results.json, scores.csv, curves.csv, log.csv, lesions.csv,
-browser/). Writes index.html (with the test images that runs left, which it reads from the run folders as they come into
-view), report.md, report.tex, report.csv (one row a method and benchmark, raw means and deviations), pvalues.csv and the
-figures as SVG. What the thesis prints (methods/published.csv) is next to a figure only where all runs of the row have
-the published settings, trained weights and the published number of images.
+browser/). Writes index.html (which reads the test images from the run folders as they come into view), report.md,
+report.tex, report.csv (raw means and deviations), pvalues.csv and the figures as SVG. What the thesis prints
+(methods/published.csv) is next to a figure only where all runs of the row have the published settings, trained weights
+and the published number of images.
 
 Intervals and tests of image AUROC tell what other test images would change, given these trained networks; what other
 seeds would change is the standard deviation. An AUROC is the mean over images of their placement, the share of the
@@ -22,7 +22,7 @@ import math
 import os
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -40,13 +40,8 @@ sys.path.insert(1, str(Path(__file__).with_name("datasets")))
 from check import PATIENT, PUBLISHED
 
 METRICS = {  # results.json's names and the tables' headings
-    "image_auroc": "Image AUROC",
-    "image_ap": "Image AP",
-    "pixel_auroc": "Pixel AUROC",
-    "pixel_ap": "Pixel AP",
-    "aupro": "PRO",
-    "dice": "Dice",
-    "dice_valid": "Dice (valid)",
+    "image_auroc": "Image AUROC", "image_ap": "Image AP", "pixel_auroc": "Pixel AUROC", "pixel_ap": "Pixel AP",
+    "aupro": "PRO", "dice": "Dice", "dice_valid": "Dice (valid)",
 }
 DECISIONS = {
     "sensitivity_at_90": "Sens. at 90% spec.", "sensitivity_at_95": "Sens. at 95% spec.",
@@ -57,7 +52,6 @@ DECISIONS = {
 SIZES = {"pro_small": "Small", "pro_medium": "Medium", "pro_large": "Large"}  # from lesions.csv
 COSTS = {"train_seconds": "Training, s", "ms": "Test, ms/image", "ram_gib": "Peak RAM, GiB",
          "gpu_gib": "Peak GPU memory, GiB"}
-OVERVIEW = ("image_auroc", "pixel_auroc", "aupro", "dice")  # the metrics of the overview
 MARKS = {
     "u": "untrained weights: shows that the code runs, no more",
     "l": "a limit on the images of each split and class",
@@ -124,9 +118,8 @@ def read_run(file, root):
         results = common.read_results(file)
         if wrong := [k for k, kind in NEEDED.items() if not isinstance(results[k], kind)]:
             raise TypeError(f"{wrong[0]} is {results[wrong[0]]!r}")
-        for name, value in results["metrics"].items():
-            if not (value is None or 0 <= value <= 1):
-                raise ValueError(f"{name} is {value}")
+        if wrong := [k for k, v in results["metrics"].items() if not (v is None or 0 <= v <= 1)]:
+            raise ValueError(f"{wrong[0]} is {results['metrics'][wrong[0]]}")
         costs = dict(train_seconds=results["train_seconds"], ms=results["test_ms_per_image"])
         results["costs"] = costs | {f"{k}_gib": float(v) for k, v in results["peak_memory_gib"].items()}
         if wrong := [k for k, v in results["costs"].items() if not math.isfinite(v)]:
@@ -159,8 +152,7 @@ def state_of(folder):
 def read_ablation(folder):
     """{(data, variant): [results, ...]} of `bash run_all.sh ablation`; a variant is named by its flag and value."""
     found = {}
-    for variant in sorted({file.parents[3] for file in Path(folder).glob("ablation/*/*/*/seed*/results.json")},
-                          key=lambda folder: (folder.name != "base", folder.name)):
+    for variant in sorted(Path(folder).glob("ablation/*"), key=lambda variant: (variant.name != "base", variant.name)):
         for (data, _), results in read_runs(variant, folder)[0].items():
             found[data, variant.name.replace("_", " ")] = results
     return dict(sorted(found.items(), key=lambda kv: kv[0][0]))
@@ -353,13 +345,9 @@ def compare(data, scores):
 
 # ---------------------------------------------------------------------------------------------------------------- rows
 def marks(results, changed):
-    found = dict(
-        u=any(not w["trained"] for r in results for w in r["weights"]),
-        l=any(r["args"]["limit"] for r in results),
-        c=any(changed),
-        d=len(changed) > 1,
-    )
-    return "".join(k for k, is_so in found.items() if is_so)
+    untrained = any(not w["trained"] for r in results for w in r["weights"])
+    limited = any(r["args"]["limit"] for r in results)
+    return "u" * untrained + "l" * limited + "c" * any(changed) + "d" * (len(changed) > 1)
 
 
 def check_line(results):
@@ -446,18 +434,13 @@ class Cell:
     link: str = ""
     title: str = ""
     shade: float | None = None  # in [0, 1]
-    span: tuple = ()  # (low, point, high), each in [0, 1]: an interval that is drawn
+    span: list | None = None  # low, point and high, each in [0, 1]: an interval that is drawn
 
     def __str__(self):
         return self.text + "".join(f" ({k})" for k in self.signs)
 
 
-@dataclass
-class Table:
-    name: str
-    caption: str
-    header: list
-    lines: list  # of lists of Cells
+Table = namedtuple("Table", "name caption header lines")  # lines of Cells
 
 
 def text_of(row, name, scale=100, digits=2):
@@ -478,13 +461,12 @@ def thesis_cell(row, metric):
 
 
 def interval_cell(row, rows):
-    if row["image_auroc_low"] is None:
+    low, point, high = (row[f"image_auroc{end}"] for end in ("_low", "", "_high"))
+    if low is None:
         return Cell("-")
     lowest = min(r["image_auroc_low"] or 1 for r in rows)
-    highest = max(r["image_auroc_high"] or 0 for r in rows)
-    low, point, high = (row[name] for name in ("image_auroc_low", "image_auroc", "image_auroc_high"))
-    return Cell(f"{100 * low:.2f} to {100 * high:.2f}", low,
-                span=tuple((v - lowest) / (highest - lowest) for v in (low, point, high)))
+    span = [(v - lowest) / (1 - lowest) for v in (low, point, high)]
+    return Cell(f"{100 * low:.2f} to {100 * high:.2f}", low, span=span)
 
 
 def marks_of_all(rows):
@@ -506,9 +488,6 @@ def table(name, rows, metrics, caption, alike=()):
                 cell.bold = row["method"] in alike
             elif metric in METRICS | DECISIONS | SIZES and best and len(rows) > 1:
                 cell.bold = fair(row) == fair(best) and cell.text.split()[0] == f"{100 * best[metric]:.2f}"
-            elif metric in COSTS and row[metric] is not None:
-                most = max(r[metric] or 0 for r in rows) or 1
-                cell.span = 0, row[metric] / most, row[metric] / most
             elif metric.startswith("seed") and row[metric] is not None:
                 cell.link = f"{row['folder']}/{metric}/"
         if metric in METRICS:
@@ -522,13 +501,14 @@ def table(name, rows, metrics, caption, alike=()):
 def tables_of(rows, alike):
     text = "Percent, mean ± standard deviation over seeds. Bold: the highest"
     text += ", in image AUROC also what the test does not distinguish from it." if alike else "."
-    tables = [table("results", rows, METRICS, text, alike),
-              table("decisions", rows, DECISIONS, "Percent: sensitivity where the test's own specificity is 90 and 95%; "
-                    "then at the threshold from normal validation scores, (F1) at that of the best F1 on valid.")]
+    decided = ("Percent: sensitivity where the test's own specificity is 90 and 95%; then at the threshold from normal "
+               "validation scores, (F1) at that of the best F1 on valid.")
+    tables = [table("results", rows, METRICS, text, alike), table("decisions", rows, DECISIONS, decided)]
     if known := [r for r in rows if r["lesions"]]:
         first = known[0]
-        tables.append(table("sizes", known, SIZES, f"PRO to 30%, percent, of the {first['lesions']} lesions in three equal "
-                            f"parts: small to {first['small_to']:.0f}, medium to {first['medium_to']:.0f} pixels."))
+        text = (f"PRO to 30%, percent, of the {first['lesions']} lesions in three equal parts: small to "
+                f"{first['small_to']:.0f}, medium to {first['medium_to']:.0f} pixels.")
+        tables.append(table("sizes", known, SIZES, text))
     seeds = sorted({k for r in rows for k in r if re.fullmatch(r"seed\d+", k)}, key=lambda k: int(k[4:]))
     devices = "; ".join(sorted({r["device"] for r in rows}))
     tables += [table("seeds", [dict.fromkeys(seeds) | r for r in rows],
@@ -559,18 +539,12 @@ def overview(rows, others, metric):
         mean, part = np.mean(ranks or [999]), len(ranks) < len(names)
         text = f"{mean:.1f}" + f" (of {len(ranks)})" * part if ranks else "-"
         lines.append([*line, Cell(text, mean + 100 * part)])
-    return Table(metric, f"{METRICS[metric]}, percent, mean ± standard deviation over seeds. Darker: higher in its column.",
-                 ["Method", *names, "Mean rank"], sorted(lines, key=lambda line: line[-1].value))
+    text = f"{METRICS[metric]}, percent, mean ± standard deviation over seeds. Darker: higher in its column."
+    return Table(metric, text, ["Method", *names, "Mean rank"], sorted(lines, key=lambda line: line[-1].value))
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
-@dataclass
-class Figure:
-    caption: str
-    frame: object  # the `Frame` of each panel
-    panels: list  # of SVG texts
-
-
+# Each function returns the `Frame` of a figure's panels and their SVG texts, which .report/figures.svg draws.
 @dataclass
 class Frame:
     """Where a panel draws: the ranges of its data, its size and margins in pixels."""
@@ -609,16 +583,9 @@ def summary_figure(rows, alike):
     seeds = {r["method"]: [v for k, v in r.items() if re.fullmatch(r"seed\d+", k)] for r in rows}
     names = ("image_auroc", "image_auroc_low", "image_auroc_high", "image_auroc_thesis_mean")
     values = [100 * v for r in rows for v in (*seeds[r["method"]], *(r[n] for n in names)) if v is not None] or [0]
-    frame = Frame((min(values) - 1, min(max(values) + 1, 100)), (len(rows) - 0.4, -0.6), 400, 46 + 15 * len(rows), 94, 6)
-    return Figure("Image AUROC on the test images, %.", frame,
-                  [DRAW.summary(frame, rows, seeds, alike)] if rows else [])
-
-
-def differences_figure(compared):
-    side = 19 * len(compared.auroc)
-    frame = Frame((0, 1), (0, 1), side + 110, side + 10)
-    return Figure("Differences of image AUROC, percentage points; a dot: not distinguished (Holm, 5%).", frame,
-                  [DRAW.differences(frame, compared)] if compared.p_values else [])
+    shown = min(values) - 1, min(max(values) + 1, 100)
+    frame = Frame(shown, (len(rows) - 0.4, -0.6), width=400, height=46 + 15 * len(rows), left=94, top=6)
+    return frame, [DRAW.summary(frame, rows, seeds, alike)] if rows else []
 
 
 def roc(anomalous, placements):
@@ -662,7 +629,7 @@ def curves_figure(data, rows, runs, scores):
         if lines:
             places = name_lines(frame, lines, [r["method"] for r in best])
             panels.append(DRAW.curves(frame, title, lines, places, hues))
-    return Figure(f"Curves on the test set, means over seeds; the {LABELLED} best are named.", Frame, panels)
+    return Frame, panels
 
 
 def name_lines(frame, lines, named):
@@ -691,8 +658,7 @@ def training_figure(data, rows, runs):
             lines = {k: list(zip(*((row["epoch"], row[k]) for row in log if k in row), strict=True))
                      for k in (loss, "valid_image_auroc") if k in log[0]}
             panels.append(DRAW.training(replace(frame, x=(0, log[-1]["epoch"])), method, lines, chosen))
-    return Figure("Training of the first seed. Line: image AUROC on valid, %; grey: the first loss, from its minimum to its "
-                  "maximum; dot: the epoch kept.", frame, panels)
+    return frame, panels
 
 
 # ------------------------------------------------------------------------------------------------------- image browser
@@ -700,31 +666,26 @@ def browser(data, runs, scores):
     """What the page needs to show the test images of a benchmark; None where no run left any.
 
     Of each method the first seed that has maps, or the first one; methods with other images are left out."""
-    chosen, methods = {}, {}
-    for method, results in ((method, results) for (d, method), results in runs.items() if d == data):
+    shared, methods = None, {}
+    for method, results in [(method, results) for (d, method), results in runs.items() if d == data]:
         r = next((r for r in results if (r["folder"] / "browser").is_dir()), results[0])
-        place = f"images-{r['images']}" + f"-{r['args']['limit']}" * bool(r["args"]["limit"])
-        if scores[data, method] and (r["folder"].parents[1] / place).is_dir():
-            chosen[method] = r, place
-    if not chosen:
-        return None
-    for method, (r, place) in chosen.items():
-        s, decision = scores[data, method], r["decision"]
-        values, normal = s.scores[runs[data, method].index(r)], np.sort(decision["normal_scores"])
+        s, decision, limit = scores[data, method], r["decision"], r["args"]["limit"]
+        place = r["folder"].parents[1] / (f"images-{r['images']}" + f"-{limit}" * bool(limit))
+        if not s or not place.is_dir() or shared and shared["place"].name != place.name:
+            continue
+        images = f"{r['link']}../../{place.name}/"
+        shared = shared or dict(place=place, images=images, paths=s.paths, labels=s.anomalous.astype(int).tolist())
+        values, normal = s.scores[results.index(r)], np.sort(decision["normal_scores"])
         percentiles = 100 * np.searchsorted(normal, values, side="right") / max(len(normal), 1)
-        if place == (first := next(iter(chosen.values())))[1]:
-            methods[method] = dict(
-                seed=r["seed"], maps=r["link"] + "browser/" if (r["folder"] / "browser").is_dir() else None,
-                range=decision["map_range"], pixel=decision["pixel"], threshold=decision["image"],
-                scores=[float(f"{v:.5g}") for v in values], percentiles=percentiles.round(1).tolist(),
-                anomalous=None if decision["image"] is None else bits(values > decision["image"]))
-    s, names = scores[data, next(iter(methods))], {f.name for f in (first[0]["folder"].parents[1] / first[1]).iterdir()}
-    return dict(images=f"{first[0]['link']}../../{first[1]}/", paths=s.paths, labels=bits(s.anomalous), methods=methods,
-                masks=[i for i in range(len(s.paths)) if f"{i:05}-mask.png" in names])
-
-
-def bits(truths):
-    return "".join(map(str, truths.astype(int)))
+        methods[method] = dict(
+            seed=r["seed"], maps=r["link"] + "browser/" if (r["folder"] / "browser").is_dir() else None,
+            range=decision["map_range"], pixel=decision["pixel"], threshold=decision["image"],
+            scores=[float(f"{v:.5g}") for v in values], percentiles=percentiles.round(1).tolist(),
+            anomalous=None if decision["image"] is None else (values > decision["image"]).astype(int).tolist())
+    if not shared:
+        return None
+    masks = sorted(int(file.name[:5]) for file in shared.pop("place").glob("*-mask.png"))
+    return shared | dict(masks=masks, methods=methods)
 
 
 # --------------------------------------------------------------------------------------------------------- the report
@@ -733,8 +694,7 @@ def settings_of(rows, results):
     having, shared = defaultdict(dict), defaultdict(list)  # {flag: {method: None}}, {methods: [flag, ...]}
     for r in results:
         for flag in flags(r["changed"]):
-            name, _, value = flag.partition(" ")
-            having[f"{name} {value.rsplit('/', 1)[-1]}"][r["method"]] = None
+            having[re.sub(r"\S*/", "", flag)][r["method"]] = None
     for flag, methods in having.items():
         shared["all methods" if len(methods) == len(rows) > 1 else ", ".join(methods)].append(flag)
     return [f"{methods}: {' '.join(these)}" for methods, these in sorted(shared.items(), key=lambda kv: -len(kv[0]))]
@@ -748,13 +708,16 @@ def section_of(title, data, rows, runs, scores, others):
     alike = compared.alike(best["method"]) if best and best["method"] in compared.auroc else set()
     printed = {key for r in rows for m in METRICS if r[f"{m}_thesis_mean"] is not None for key in (r["method"], m)}
     figures = dict(summary=summary_figure(rows, alike), curves=curves_figure(data, rows, runs, scores),
-                   training=training_figure(data, rows, runs), differences=differences_figure(compared))
+                   training=training_figure(data, rows, runs))
+    if compared.p_values:
+        frame = Frame((0, 1), (0, 1), 110 + 19 * len(compared.auroc), 10 + 19 * len(compared.auroc))
+        figures["differences"] = frame, [DRAW.differences(frame, compared)]
     return dict(
-        title=title, file=common.plain(title), sentence=WORDS.finding(best, compared, alike).strip(), compared=compared, results=results,
-        settings=settings_of(rows, results),
+        title=title, file=common.plain(title), results=results, compared=compared,
+        sentence=WORDS.finding(best, compared, alike).strip(), settings=settings_of(rows, results),
         notes=WORDS.notes(data, rows, compared, others, marks_of_all(rows), MARKS).strip().splitlines(),
         suspect=WORDS.suspect(rows, METRICS, NOT_COMPARED, printed).strip().splitlines(),
-        tables=tables_of(rows, alike), figures={kind: f for kind, f in figures.items() if f.panels},
+        tables=tables_of(rows, alike), figures={kind: found for kind, found in figures.items() if found[1]},
         browser=browser(data, runs, scores))
 
 
@@ -772,7 +735,8 @@ def print_section(section):
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(f"\n{section['title']}: {section['sentence']}")
     for first, *others in lines:
-        print("  ".join([f"  {first:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True))]))
+        cells = [f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True)]
+        print("  ".join([f"  {first:<{widths[0]}}", *cells]))
     print("".join(f"    {line}\n" for line in section["settings"] + section["notes"]), end="")
 
 
@@ -783,11 +747,12 @@ def tex(text):
     return "".join(special.get(c, c) for c in str(text)).replace("--", "-{}-")  # no en dash
 
 
-def write_figure(figure, file):
+def write_figure(frame, panels, file):
     """All panels in one SVG that other programs can read: a light page's colours in place of the variables."""
-    text = ENV.get_template("figure.svg").render(f=figure, across=min(len(figure.panels), 1000 // figure.frame.width))
+    across = min(len(panels), 1000 // frame.width)
+    text = ENV.get_template("figure.svg").render(frame=frame, panels=panels, across=across)
     colours = dict(reversed(re.findall(r"(--[\w-]+): ([^;]+);", text)))  # of equal names the first is kept
-    file.write_text(re.sub(r"var\((--[\w-]+)\)", lambda found: colours.get(found[1], found[0]), text), encoding="utf-8")
+    file.write_text(re.sub(r"var\((--[\w-]+)\)", lambda found: colours[found[1]], text), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -803,18 +768,19 @@ if __name__ == "__main__":
     for these, states, what in ((runs, others, ""), (variants, {}, ": variants of clip_recon")):
         scores = {key: read_scores(results, known) for key, results in these.items()}
         rows += (here := rows_of(these, scores, published))
-        if not args.table:
-            sections += [section_of(data + what, data, here, these, scores, states) for data in dict.fromkeys(data for data, _ in these)]
+        names = [] if args.table else dict.fromkeys(data for data, _ in these)
+        sections += [section_of(data + what, data, here, these, scores, states) for data in names]
+    here = [r for r in rows if (r["data"], r["method"]) in runs]
     if args.table:
-        readme_table(rows, published)
+        readme_table(here, published)
         raise SystemExit
     notes = WORDS.reading(rows, METRICS, MARKS).strip().splitlines()
     for section in sections:
         print_section(section)
     print("\n".join(["\nPercent, mean ± standard deviation over seeds.", *notes]))
-    here = [r for r in rows if (r["data"], r["method"]) in runs]
+    shown = [m for m in ("image_auroc", "pixel_auroc", "aupro", "dice") if any(r[m] is not None for r in here)]
     context = dict(sections=sections, notes=notes, marks=MARKS, draws=DRAWS, colours=common.COLOURS.tolist(),
-                   overviews=[overview(here, others, m) for m in OVERVIEW if any(r[m] is not None for r in here)],
+                   overviews=[overview(here, others, m) for m in shown],
                    versions=sorted({name for results in runs.values() for r in results for name in r["versions"]}))
     p_rows = [dict(data=s["title"], method=a, other=b, difference=s["compared"].auroc[a] - s["compared"].auroc[b], p=p,
                    holm_5_percent=(a, b) in s["compared"].held)
@@ -826,7 +792,7 @@ if __name__ == "__main__":
             (tmp / name).write_text(ENV.get_template(name).render(context), encoding="utf-8")
         for i, section in enumerate(sections):
             for kind, figure in section["figures"].items():
-                write_figure(figure, tmp / f"{section['file']}_{kind}.svg")
+                write_figure(*figure, tmp / f"{section['file']}_{kind}.svg")
             if section["browser"]:
                 text = json.dumps(section["browser"], separators=(",", ":"))
                 (tmp / f"images-{i}.js").write_text(f"IMAGES[{i}] = {text};\n", encoding="utf-8")

@@ -32,7 +32,7 @@ function start(section, data) {
 
   function decision(name, i) {
     const flagged = data.methods[name].anomalous?.[i];
-    return flagged && `${flagged === data.labels[i] ? "true" : "false"} ${flagged === "1" ? "positive" : "negative"}`;
+    return flagged === undefined ? "" : `${flagged === data.labels[i] ? "true" : "false"} ${flagged ? "positive" : "negative"}`;
   }
   function facts(name, i) {
     const method = data.methods[name], said = decision(name, i);
@@ -41,7 +41,7 @@ function start(section, data) {
   }
   function view(name, i, contour = true) {
     const file = String(i).padStart(5, "0"), maps = name && data.methods[name].maps;
-    const what = `${data.labels[i] === "1" ? "anomalous" : "normal"} test image ${data.paths[i]}${maps ? `, heat map of ${name}` : ""}`;
+    const what = `${data.labels[i] ? "anomalous" : "normal"} test image ${data.paths[i]}${maps ? `, heat map of ${name}` : ""}`;
     return `<span class="view"><img loading="lazy" src="${data.images}${file}.jpg" alt="${escaped(what)}">`
       + (maps ? `<img loading="lazy" class="heat" src="${maps}${file}.png" alt="">` : "")
       + (contour && masks.has(i) ? `<img loading="lazy" class="mask" src="${data.images}${file}-mask.png" alt="">` : "") + "</span>";
@@ -53,10 +53,10 @@ function start(section, data) {
     const wrong = {}, rank = new Float64Array(count), all = Array.from({length: count}, (_, i) => i);
     all.forEach(i => (wrong[decision(form.a.value, i)] ??= []).push(i));
     [...all].sort((i, j) => method.scores[i] - method.scores[j]).forEach((i, place) => rank[i] = place / count);
-    const error = i => (decision(form.a.value, i)?.startsWith("false") ? 1 : 0) + (data.labels[i] === "1" ? 1 - rank[i] : rank[i]);
+    const error = i => (decision(form.a.value, i).startsWith("false") ? 1 : 0) + (data.labels[i] ? 1 - rank[i] : rank[i]);
     const keys = {worst: i => -error(i), high: i => -method.scores[i], low: i => method.scores[i], name: i => i}[form.order.value];
-    const label = {normal: "0", anomalous: "1"}[form.show.value];
-    order = all.filter(i => (!form.show.value || (label ? data.labels[i] === label : decision(form.a.value, i) === form.show.value))
+    const label = {normal: 0, anomalous: 1}[form.show.value];
+    order = all.filter(i => (!form.show.value || (label !== undefined ? data.labels[i] === label : decision(form.a.value, i) === form.show.value))
       && data.paths[i].toLowerCase().includes(text)).sort((i, j) => keys(i) - keys(j));
     shown = 0;
     cards.innerHTML = "<i></i>";
@@ -92,7 +92,7 @@ function start(section, data) {
   function look(place) {
     const i = order[place], figure = (what, caption) => `<figure>${what}<figcaption>${caption}</figcaption></figure>`;
     dialog.querySelector("h2").textContent = data.paths[i];
-    dialog.querySelector("#look-place").textContent = `${place + 1} of ${order.length}, ${data.labels[i] === "1" ? "anomalous" : "normal"}`;
+    dialog.querySelector("#look-place").textContent = `${place + 1} of ${order.length}, ${data.labels[i] ? "anomalous" : "normal"}`;
     dialog.querySelector(".views").innerHTML = figure(view("", i, false), "image")
       + (masks.has(i) ? figure(view("", i), "ground truth") : "")
       + chosen().map(name => figure(view(name, i), `${facts(name, i)}${scale(name)}`)).join("");

@@ -44,7 +44,8 @@ class Page:
 
     def send(self, method, **params):
         self.count += 1
-        request = dict(id=self.count, method=method, params=params) | ({"sessionId": self.session} if self.session else {})
+        session = dict(sessionId=self.session) if self.session else {}
+        request = dict(id=self.count, method=method, params=params) | session
         os.write(self.out, json.dumps(request).encode() + b"\0")
         while (answer := self.message()).get("id") != self.count:
             pass

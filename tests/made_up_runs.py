@@ -20,8 +20,8 @@ import common
 
 METHODS = sorted(p.stem for p in (ROOT / "methods").glob("*.py"))
 WITHOUT_MAPS = {"anogan", "cutpaste", "deepsvdd", "fanogan", "ganomaly"}
-COUNTS = {"brain": (7500, 640, 3075), "liver": (1542, 833, 660), "resc": (4297, 1041, 764), "oct2017": (26315, 242, 726),
-          "chest": (8000, 781, 16413), "histo": (5088, 1000, 1000)}
+COUNTS = {"brain": (7500, 640, 3075), "liver": (1542, 833, 660), "resc": (4297, 1041, 764),
+          "oct2017": (26315, 242, 726), "chest": (8000, 781, 16413), "histo": (5088, 1000, 1000)}
 MASKED = {"brain", "liver", "resc"}
 LEVELS = [round(0.015 * i, 3) for i in range(1, 21)]  # false positive rates of lesions.csv
 
@@ -34,8 +34,8 @@ def draw(seed, normal, anomalous, shift):
 
 def names_of(data, labels, patients):
     """Paths of the test images; with `patients`, three slices of a patient follow each other."""
-    return [f"test/{'Ungood' if y else 'good'}/" + (f"BraTS2021_{i // 3:05}_{i % 3}.png" if patients else f"{data}{i}.png")
-            for i, y in enumerate(labels)]
+    names = [f"BraTS2021_{i // 3:05}_{i % 3}.png" if patients else f"{data}{i}.png" for i in range(len(labels))]
+    return [f"test/{'Ungood' if label else 'good'}/{name}" for label, name in zip(labels, names, strict=True)]
 
 
 def make_run(root, data, method, seed=0, shift=1.0, counts=(12, 30, 30), curves=False, log=False, lesions=False,
@@ -57,7 +57,7 @@ def make_run(root, data, method, seed=0, shift=1.0, counts=(12, 30, 30), curves=
     if log:
         common.write_csv(folder / "log.csv", [
             dict(epoch=e, seconds=e, loss=float(np.exp(-e / 15) + 0.05 * rng.random()))
-            | ({} if e % 5 else dict(valid_image_auroc=float(min(1, rate - 0.2 * np.exp(-e / 10) + 0.02 * rng.random()))))
+            | ({} if e % 5 else dict(valid_image_auroc=float(rate - 0.2 * np.exp(-e / 10) + 0.01 * rng.random())))
             for e in range(1, 51)])
     if lesions:
         rows = []
@@ -73,8 +73,8 @@ def make_run(root, data, method, seed=0, shift=1.0, counts=(12, 30, 30), curves=
     decided = {}
     for end, at in (("", threshold), ("_f1", best)):
         hits, quiet = float((scores[labels == 1] > at).mean()), float((scores[labels == 0] <= at).mean())
-        decided |= {f"sensitivity{end}": hits, f"specificity{end}": quiet, f"balanced_accuracy{end}": (hits + quiet) / 2,
-                    f"f1{end}": 2 * hits / (1 + hits + 1 - quiet)}
+        decided |= {f"sensitivity{end}": hits, f"specificity{end}": quiet,
+                    f"balanced_accuracy{end}": (hits + quiet) / 2, f"f1{end}": 2 * hits / (1 + hits + 1 - quiet)}
     decided |= {f"sensitivity_at_{s}": float((scores[labels == 1] > np.quantile(scores[labels == 0], s / 100)).mean())
                 for s in (90, 95)}
     pixel = dict(pixel_auroc=rate, pixel_ap=rate / 2, aupro=rate - 0.1, dice=rate / 3, dice_valid=rate / 2)
@@ -118,7 +118,8 @@ def draw_browser(folder, labels, scores, rng, size=96):
             Image.fromarray((255 * image).astype(np.uint8)).save(shared / f"{i:05}.jpg")
             if label:
                 Image.fromarray(blob(size, x, y, 0.06) > 0.4).save(shared / f"{i:05}-mask.png")
-        heat = np.clip((score + 3) / 8, 0.1, 1) * blob(size // 2, x, y, 0.09) + 0.15 * rng.random((size // 2, size // 2))
+        heat = np.clip((score + 3) / 8, 0.1, 1) * blob(size // 2, x, y, 0.09)
+        heat += 0.15 * rng.random(heat.shape)
         tile = Image.fromarray((255 * np.clip(heat, 0, 1)).astype(np.uint8)).convert("P")
         tile.putpalette(common.COLOURS.tobytes())
         tile.save(folder / "browser" / f"{i:05}.png")
@@ -138,7 +139,8 @@ def make_all(root, methods=METHODS, benchmarks=COUNTS, seeds=5, images=60, full=
                 if (data, method) == ("histo", "draem") or (data, method, seed) == ("chest", "ddpm", 4):
                     continue
                 maps = method not in WITHOUT_MAPS
-                make_run(root, data, method, seed, 1.4 * 2**0.5 * NormalDist().inv_cdf(auroc), counts, told=COUNTS[data],
+                shift = 1.4 * 2**0.5 * NormalDist().inv_cdf(auroc)
+                make_run(root, data, method, seed, shift, counts, told=COUNTS[data],
                          curves=maps and data in MASKED, lesions=maps and data in MASKED, log=method != "padim",
                          browser=maps and not full and seed == 0, patients=data == "brain", difficulty=difficulty,
                          changed=dict(backbone="resnet18") if data == "histo" else

@@ -198,8 +198,8 @@ def test_the_test_by_patient_with_one_image_each_is_delongs():
 
 
 def test_patients_are_told_only_where_all_names_do():
-    assert report.patients_of(["test/BraTS2021_00003_60.png", "a/BraTS2021_00003_7.png", "BraTS2021_1_1.png"]).tolist() \
-        == [0, 0, 1]
+    names = ["test/BraTS2021_00003_60.png", "a/BraTS2021_00003_7.png", "BraTS2021_1_1.png"]
+    assert report.patients_of(names).tolist() == [0, 0, 1]
     assert report.patients_of(["BraTS2021_00003_60.png", "scan.png"]) is None
 
 
@@ -313,7 +313,8 @@ def test_variants_of_clip_recon_have_their_own_part_and_the_thesis_rows(tmp_path
             make_run(tmp_path / "ablation" / variant, "brain", "clip_recon", seed, counts=(7500, 640, 3075),
                      args=published | changed, changed=changed)
     printed, folder = run_report(tmp_path)
-    assert re.findall(r"^  (base|backbone resnet18|layers 1 2)", printed, re.M) == [v.replace("_", " ") for v in variants]
+    names = re.findall(r"^  (base|backbone resnet18|layers 1 2)", printed, re.M)
+    assert names == [v.replace("_", " ") for v in variants]
     text = (folder / "report.md").read_text()
     part = text.split("## brain: variants of clip_recon")[1]
     rows = {line.split(" | ")[0]: line for line in reversed(part.splitlines())}
@@ -330,8 +331,8 @@ def test_a_suspect_thesis_figure_carries_a_question_mark_and_its_note(tmp_path):
 
 def test_pro_by_size_is_the_area_under_the_mean_overlap_of_each_third(tmp_path):
     levels = [f"{0.015 * i:.3f}" for i in range(1, 21)]
-    rows = [dict(path=f"{area}.png", lesion=1, area=area, overlap="") | {f"fpr_{x}": min(1, area * float(x)) for x in levels}
-            for area in (1, 2, 1, 2, 3, 4)]
+    rows = [dict(path=f"{area}.png", lesion=1, area=area, overlap="")
+            | {f"fpr_{x}": min(1, area * float(x)) for x in levels} for area in (1, 2, 1, 2, 3, 4)]
     common.write_csv(tmp_path / "lesions.csv", rows)
     found = report.read_lesions(tmp_path / "lesions.csv")
     line = np.linspace(0, 0.3, 21)
@@ -352,7 +353,7 @@ def test_a_run_without_labels_is_reported_without_figures(tmp_path):
 
 @pytest.fixture
 def unequal(tmp_path):
-    """cfa has both seeds on two benchmarks; padim lacks b, stfpm failed there, mkd runs, cflow stopped after epoch 7."""
+    """cfa has both seeds on a and b; padim lacks b, stfpm failed there, mkd runs, cflow stopped after epoch 7."""
     for method, data, seed in itertools.product(("cfa", "padim", "stfpm", "mkd", "cflow"), "ab", (0, 1)):
         if method == "cfa" or data == "a":
             make_run(tmp_path, data, method, seed)
@@ -408,7 +409,7 @@ def test_the_rows_of_the_readmes_table_are_printed(tmp_path):
 
 def test_markdown_and_latex_tables_are_balanced(written):
     blocks = re.findall(r"(?:^\|.*\n)+", (written[1] / "report.md").read_text(), re.M)
-    names = 4 + 2 * 6  # the overview of four metrics; of each benchmark results, decisions, sizes, seeds, costs, p-values
+    names = 4 + 2 * 6  # four overviews; of each benchmark results, decisions, sizes, seeds, costs, p-values
     assert len(blocks) == names
     for block in blocks:
         assert len({line.count("|") for line in block.splitlines()}) == 1
@@ -475,7 +476,8 @@ def test_the_page_has_closed_tags_landmarks_and_links_that_lead_somewhere(writte
 
 def test_every_figure_is_an_svg_of_its_own_without_variables(written):
     names = {p.name for p in written[1].glob("*.svg")}
-    assert names == {f"{d}_{k}.svg" for d in ("brain_mr", "x___y") for k in ("summary", "curves", "training", "differences")}
+    kinds = ("summary", "curves", "training", "differences")
+    assert names == {f"{data}_{kind}.svg" for data, kind in itertools.product(("brain_mr", "x___y"), kinds)}
     for file in written[1].glob("*.svg"):
         text = file.read_text()
         ElementTree.fromstring(text)
@@ -496,8 +498,8 @@ def test_a_second_run_gives_the_same_bytes(written):
 def test_runs_without_maps_and_curves_have_neither_images_nor_pixel_figures(tmp_path):
     make_run(tmp_path, "x", "padim")
     _, folder = run_report(tmp_path)
-    assert {p.name for p in folder.iterdir()} == {"index.html", "report.md", "report.tex", "report.csv", "x_summary.svg",
-                                                  "x_curves.svg"}  # of the curves the image ROC alone
+    names = {"index.html", "report.md", "report.tex", "report.csv", "x_summary.svg", "x_curves.svg"}
+    assert {p.name for p in folder.iterdir()} == names  # of the curves the image ROC alone
     assert (folder / "x_curves.svg").read_text().count('class="title"') == 1
 
 
@@ -526,10 +528,11 @@ def test_the_images_carry_score_percentile_and_decision_as_the_run_stored_them(t
     method = data["methods"]["deepsvdd"]
     for i, row in enumerate(rows):
         score = float(row["score"])
-        assert data["paths"][i] == row["path"] and data["labels"][i] == row["label"]
+        assert data["paths"][i] == row["path"] and data["labels"][i] == int(row["label"])
         assert method["scores"][i] == pytest.approx(score, rel=1e-4)
-        assert method["anomalous"][i] == str(int(score > decision["image"]))
-        assert method["percentiles"][i] == pytest.approx(100 * np.mean(np.array(decision["normal_scores"]) <= score), abs=0.06)
+        assert method["anomalous"][i] == (score > decision["image"])
+        percentile = 100 * np.mean(np.array(decision["normal_scores"]) <= score)
+        assert method["percentiles"][i] == pytest.approx(percentile, abs=0.06)
     assert set(data["methods"]) == {"padim", "deepsvdd"} and method["maps"] is None
     assert (tmp_path / "report" / data["methods"]["padim"]["maps"]).resolve() == tmp_path / "x/padim/seed0/browser"
     assert (tmp_path / "report" / data["images"]).resolve() == tmp_path / "x/images-0123456789abcdef"
@@ -547,11 +550,13 @@ def page(written):
     page.close()
 
 
-WAIT = """const until = async test => { for (let i = 0; i < 200 && !test(); i++) await new Promise(r => setTimeout(r, 25));
-          if (!test()) throw new Error("waited in vain for " + test); };
+WAIT = """const until = async test => {
+            for (let i = 0; i < 200 && !test(); i++) await new Promise(done => setTimeout(done, 25));
+            if (!test()) throw new Error("waited in vain for " + test); };
           const shown = () => [...document.querySelectorAll(".card")];
           const form = document.querySelector(".controls");
-          const set = (name, value) => { form[name].value = value; form[name].dispatchEvent(new Event("input", {bubbles: true})); };
+          const set = (name, value) => { form[name].value = value;
+                                         form[name].dispatchEvent(new Event("input", {bubbles: true})); };
           document.querySelector(".browser").scrollIntoView();
           await until(() => shown().length);
 """
@@ -559,27 +564,33 @@ WAIT = """const until = async test => { for (let i = 0; i < 200 && !test(); i++)
 
 def test_a_click_on_a_columns_head_sorts_the_table_and_says_so(page):
     values = page.run("""
-        const table = document.querySelector("table.results"), button = i => table.tHead.rows[0].cells[i].firstElementChild;
-        const column = i => [...table.tBodies[0].rows].map(row => row.cells[i].dataset.value ?? row.cells[i].innerText.trim());
-        const found = [];
-        for (const i of [2, 2, 0]) { button(i).click(); found.push([column(i), table.tHead.rows[0].cells[i].ariaSort]); }
+        const table = document.querySelector("table.results"), heads = table.tHead.rows[0].cells, found = [];
+        const column = i => [...table.tBodies[0].rows].map(row => row.cells[i])
+          .map(cell => cell.dataset.value ?? cell.innerText.trim());
+        for (const i of [2, 2, 0]) {
+          heads[i].firstElementChild.click();
+          found.push([column(i), heads[i].ariaSort]);
+        }
         return found""")
     (down, said), (up, _), (names, _) = values
-    assert said == "descending" and list(map(float, down)) == sorted(map(float, up), reverse=True) == list(map(float, up))[::-1]
+    down, up = ([float(value) for value in column] for column in (down, up))
+    assert said == "descending" and down == sorted(up, reverse=True) == up[::-1]
     assert names == ["deepsvdd", "padim", "patch_corec"]
     assert page.errors == []
 
 
 def test_the_switch_shows_one_metric(page):
     assert page.run("""const [first, second] = document.querySelectorAll(".switch input"); second.click();
-        const metrics = [...document.querySelectorAll(".metric")].filter(m => m.offsetHeight).map(m => m.dataset.metric);
+        const metrics = [...document.querySelectorAll(".metric")].filter(m => m.offsetHeight)
+          .map(m => m.dataset.metric);
         first.click(); return metrics""") == ["pixel_auroc"]
 
 
 def test_the_images_come_as_they_are_needed_the_worst_errors_first_and_can_be_filtered(page):
     assert page.run("return document.querySelectorAll('script[src]').length") == 0  # not before they are in view
     first, count, more, status = page.run(WAIT + """
-        const first = shown().slice(0, 3).map(c => c.innerText), count = shown().length, cards = document.querySelector(".cards");
+        const first = shown().slice(0, 3).map(c => c.innerText), count = shown().length;
+        const cards = document.querySelector(".cards");
         cards.scrollTop = cards.scrollHeight;
         await until(() => shown().length > count);
         return [first, count, shown().length, document.querySelector(".status").innerText]""")
@@ -600,7 +611,8 @@ def test_two_methods_are_side_by_side_with_contour_and_heat_map(page):
         await until(() => shown().length && shown()[0].querySelectorAll(".view").length === 2);
         const images = [...shown()[0].querySelectorAll("img")];
         await until(() => images.every(image => image.complete));
-        const found = [images.map(i => i.className), Math.min(...images.map(i => i.naturalWidth)), document.querySelectorAll(".scales .bar").length];
+        const found = [images.map(i => i.className), Math.min(...images.map(i => i.naturalWidth)),
+                       document.querySelectorAll(".scales .bar").length];
         set("b", ""); set("show", ""); return found""")
     assert kinds == ["", "heat", "mask"] * 2 and width > 0 and scales == 2
 
@@ -625,10 +637,11 @@ def test_a_methods_name_in_the_table_leads_to_its_images(page):
 def test_nothing_is_wider_than_paper_or_screen(page, width, media):
     page.look(width, 1000, media)
     wide, clipped = page.run("""const edge = document.documentElement.clientWidth + 1;
-        const clipped = [...document.querySelectorAll("caption, figure svg, p, h1, h2")].filter(e => e.getBoundingClientRect().right > edge);
-        const tables = [...document.querySelectorAll("table")].filter(t => t.getBoundingClientRect().right > edge);
-        return [document.documentElement.scrollWidth > edge || matchMedia("print").matches && tables.length > 0,
-                clipped.map(e => e.tagName + e.textContent.slice(0, 40))]""")
+        const beyond = kinds => [...document.querySelectorAll(kinds)]
+          .filter(e => e.getBoundingClientRect().right > edge);
+        const tables = matchMedia("print").matches ? beyond("table").length : 0;
+        return [document.documentElement.scrollWidth > edge || tables > 0,
+                beyond("caption, figure svg, p, h1, h2").map(e => e.tagName + e.textContent.slice(0, 40))]""")
     page.look()
     assert not wide and not clipped
 
@@ -643,14 +656,19 @@ def test_the_printed_page_is_a_pdf_of_a4_pages(page, tmp_path):
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_stands_out_from_the_page_in_light_and_dark(page, dark):
     page.look(dark=dark)
-    ratios = page.run("""const style = getComputedStyle(document.documentElement), canvas = document.createElement("canvas").getContext("2d");
-        const light = name => { canvas.fillStyle = style.getPropertyValue(name); canvas.fillRect(0, 0, 1, 1);
-          const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(v => (v /= 255) < 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-          return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05; };
-        return ["--ink", "--soft", "--best", "--bad", "--good", "--hue0", "--hue1", "--hue2", "--hue3", "--hue4", "--hue5", "--hue6", "--hue7"]
-          .map(name => [name, Math.max(light(name) / light("--page"), light("--page") / light(name))])""")
+    names = ["page", "ink", "soft", "best", "bad", "good", *(f"hue{i}" for i in range(report.HUES))]
+    colours = page.run("const style = getComputedStyle(document.documentElement);"
+                       f"return {names}.map(name => style.getPropertyValue('--' + name))")
     page.look()
-    assert {name: ratio for name, ratio in ratios if ratio < (3.5 if "hue" in name else 4.5)} == {}
+
+    def luminance(colour):  # of #rrggbb (WCAG 2)
+        r, g, b = (v / 12.92 if (v := byte / 255) < 0.04045 else ((v + 0.055) / 1.055) ** 2.4
+                   for byte in bytes.fromhex(colour.strip()[1:]))
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05
+
+    ground, *others = map(luminance, colours)
+    ratios = dict(zip(names[1:], (max(v / ground, ground / v) for v in others), strict=True))
+    assert {name: ratio for name, ratio in ratios.items() if ratio < (3.5 if "hue" in name else 4.5)} == {}
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
