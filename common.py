@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -30,6 +31,7 @@ from typing import get_type_hints
 import numpy as np
 import torch
 import tyro
+from annotated_types import BaseMetadata
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 from tqdm import tqdm
@@ -76,7 +78,7 @@ def check_ranges(args):
     """`Error` for a value that is not in the range of its declaration, such as Annotated[int, Ge(1)]."""
     signs = dict(ge="at least", gt="above", le="at most", lt="below")
     for name, kind in get_type_hints(type(args), include_extras=True).items():
-        rules = [(op, bound) for limits in getattr(kind, "__metadata__", ())
+        rules = [(op, bound) for limits in getattr(kind, "__metadata__", ()) if isinstance(limits, BaseMetadata)
                  for op, bound in dataclasses.asdict(limits).items() if bound is not None]  # [("ge", 1), ...]
         values = getattr(args, name)
         for value in values if isinstance(values, tuple) else (values,):
@@ -680,11 +682,12 @@ class PixelMetrics:
 
 @torch.no_grad()
 def score(model, image):
-    """(anomaly maps (B, H, W) or None, scores (B,)) as float32 arrays, of images (B, 3, H, W) in [0, 1] on the model's
-    device. Error for other images and for a score that is not finite."""
+    """(anomaly maps (B, H, W) or None, scores (B,)), float32 arrays, of images (B, 3, H, W) in [0, 1].
+
+    Error for other images and for a score that is not finite."""
     if image.ndim != 4 or image.shape[1] != 3 or not (image.min() >= 0 and image.max() <= 1):
-        raise Error(f"images {tuple(image.shape)} from {float(image.min())} to {float(image.max())}: expected (B, 3, H, "
-                    "W) in [0, 1]; divide 8 bits by 255")
+        raise Error(f"images {tuple(image.shape)} with values {float(image.min())} to {float(image.max())}: expected "
+                    "(B, 3, H, W) in [0, 1]; divide 8 bits by 255")
     maps, scores = (None if part is None else part.float().cpu().numpy() for part in model.predict(image))
     if not np.isfinite(scores).all():
         raise Error("a score is not finite: training diverged; lower --lr")
@@ -888,7 +891,7 @@ class Run:
             print(f"{folder} is finished already, with these arguments; nothing to do (--overwrite does it again)")
             raise SystemExit(0)
         if not args.checkpoint and not args.overwrite and begun.exists():
-            more = ("images", "threads", "history", "best", "best_epoch", "stateful", "random")
+            more = ("images", "threads", "first_stage", "history", "best", "best_epoch", "stateful", "random")
             kept = read_checkpoint(begun, method, more)
             self._belongs_to(kept, folder)
             if kept["threads"] != torch.get_num_threads():
@@ -906,30 +909,47 @@ class Run:
         asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # no tuples
         for a in (asked, theirs):  # two folders of one name are not one benchmark
             a["data"] = str(Path(a["data"]).resolve()) if Path(a["data"]).is_dir() else a["data"]
-        for k in [k for k in asked if k not in FREE - {"data", "limit", "batch_size"} and asked[k] != theirs.get(k)]:
+        free = FREE - {"data", "limit", "batch_size", "specificity", "scan_score"}
+        for k in [k for k in asked if k not in free and asked[k] != theirs.get(k)]:
             raise Error(f"{folder} holds a run with --{k.replace('_', '-')} {theirs.get(k)}, not {asked[k]}; give "
                         "--overwrite or another --out")
         if kept["images"] != self.images:
             raise Error(f"{folder} holds a run on other images: files of {self.args.data} were added, removed or "
                         "changed; give --overwrite or another --out")
 
+    def first_stage(self, model, epochs, *stateful):
+        """1, 2, ..., epochs of what is trained before `epochs`; saved after every args.eval_every-th, and resumed."""
+        if not self.kept or self.kept["first_stage"]:
+            self.stateful = stateful
+            for epoch in range(self._resume(model) + 1, epochs + 1):
+                yield epoch
+                if epoch % self.args.eval_every == 0 or epoch == epochs:
+                    self._save_all(model, epoch, first_stage=True)
+            self.kept = None
+
     def epochs(self, model, *stateful):
         """1, 2, ..., args.epochs; after an interruption, what follows the last evaluation, with everything as it was.
 
         stateful: what else training changes: optimizers, schedules, networks outside of the model."""
-        self.stateful, done = stateful, 0
-        if kept := self.kept:
-            done, self.history, self.best, self.epoch = (kept[k] for k in ("epoch", "history", "best", "best_epoch"))
-            self.notes |= kept["notes"]
-            self._put(model)
-            for item, state in zip(stateful, kept["stateful"], strict=True):
-                item.load_state_dict(state)
-            torch.set_rng_state(kept["random"][0])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(kept["random"][1])
-            self.started = time.perf_counter() - kept["train_seconds"]
-            print(f"resuming after epoch {done}, the last evaluation of an interrupted run", flush=True)
-        yield from range(done + 1, self.args.epochs + 1)
+        self.stateful = stateful
+        yield from range(self._resume(model) + 1, self.args.epochs + 1)
+
+    def _resume(self, model):
+        """The epoch of an interrupted run's last save, with everything as it was then; 0 if there is none."""
+        if not (kept := self.kept):
+            return 0
+        self.history, self.best, self.epoch = kept["history"], kept["best"], kept["best_epoch"]
+        self.notes |= kept["notes"]
+        self._put(model)
+        for item, state in zip(self.stateful, kept["stateful"], strict=True):
+            item.load_state_dict(state)
+        torch.set_rng_state(kept["random"][0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(kept["random"][1])
+        self.started = time.perf_counter() - kept["train_seconds"]
+        stage = " of the first stage" * kept["first_stage"]
+        print(f"resuming after epoch {kept['epoch']}{stage}, where the interrupted run was saved", flush=True)
+        return kept["epoch"]
 
     def validate(self, model, epoch, valid, **losses):
         """Log the epoch; at every args.eval_every-th and the last one score valid and keep the state that is best yet.
@@ -957,9 +977,13 @@ class Run:
               *["(best)"] * (self.epoch == epoch), sep="  ", flush=True)
         write_csv(self.folder / "log.csv", self.history)
         if looked:
-            on_gpu = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-            self._save("resume.pt", model, epoch, history=self.history, best=float(self.best), best_epoch=self.epoch,
-                       stateful=[item.state_dict() for item in self.stateful], random=(torch.get_rng_state(), on_gpu))
+            self._save_all(model, epoch)
+
+    def _save_all(self, model, epoch, first_stage=False):
+        on_gpu = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        self._save("resume.pt", model, epoch, first_stage=first_stage, history=self.history, best=float(self.best),
+                   best_epoch=self.epoch, stateful=[item.state_dict() for item in self.stateful],
+                   random=(torch.get_rng_state(), on_gpu))
 
     def keep(self, model, epoch=None):
         """Write the model's state, without frozen networks, as checkpoint.pt: the state that `finish` evaluates."""
@@ -1052,8 +1076,8 @@ def finish(run, model, splits):
     for name in ("checkpoint.pt", "resume.pt"):
         remove(folder / name)
     os.close(run.lock)
-    shown = {name: "-" if v is None else f"{v:.4f}" for name, v in metrics.items() if not name.endswith("_f1")}
-    print(*(f"  {name:<17}  {v}" for name, v in shown.items()), sep="\n")
+    shown = "  ".join(f"{k}\xa0{v:.4f}" for k, v in metrics.items() if v is not None and not k.endswith("_f1"))
+    print(textwrap.fill(shown, 98, initial_indent="  ", subsequent_indent="  ").replace("\xa0", " "))
     print(f"  epoch {epoch or '-'}, train {train_seconds:.1f} s, peak {peak:.2f} GiB: {folder}")
 
 

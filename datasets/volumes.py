@@ -1,7 +1,10 @@
 """Scans: NIfTI volumes and DICOM series, read slice by slice, and their anomaly maps in the same form.
 
-`Volume`, `open_dicom` and `stretched` are for the preparation scripts, too; `find_scans` is for common.py, where
---predict is given scans. D slices of a scan, H W slice, S image size of the method."""
+As a script it writes the axial slices of a folder of scans as training images: <to>/scan0001-<name>/0042.png, ...; a
+method that is trained on them with `--data` knows from these names which slices are of one scan.
+
+`Volume`, `open_dicom` and `stretched` are for the preparation scripts, too; `predict` is for common.py, where --predict
+is given scans. D slices of a scan, H W slice, S image size of the method."""
 
 import functools
 import gzip
@@ -13,6 +16,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +30,14 @@ from pydicom.valuerep import format_number_as_ds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
+
+
+@dataclass
+class Args:
+    scans: str
+    """folder of scans: NIfTI volumes or DICOM series"""
+    to: str
+    """folder for the slices, for instance mine/train/good for --data mine"""
 
 
 class Damaged(common.Error):
@@ -128,7 +140,6 @@ def stretched(image):
     low, high = image.min(), image.max()
     return np.rint((image - low) * (255 / ((high - low) or 1))).astype(np.uint8)
 
-
 # -------------------------------------------------------------------------------------------------- scans for --predict
 # What the map of a DICOM slice has from that slice: whose it is, which study, and where it lies.
 SHARED = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID",
@@ -138,7 +149,6 @@ SHARED = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate"
           "ImagerPixelSpacing", "SliceThickness", "SpacingBetweenSlices", "SliceLocation"]
 HEADER = [*SHARED, "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription",
                    "InstanceNumber", "NumberOfFrames", "PhotometricInterpretation", "Rows", "Columns"]
-
 
 def find_scans(path):
     """(scans, damaged): the scans in a file or folder, by place, and one line for each file that cannot be used.
@@ -152,6 +162,9 @@ def find_scans(path):
     path = Path(os.path.abspath(path))
     found, series, damaged, others = [], {}, [], []
     for file in [path] if path.is_file() else files_below(path):
+        if file != path and re.search(r"[-_](seg|labels?|mask|map)\.nii", file.name.lower()):
+            others.append(file)  # segmentations, and what `save_maps` wrote
+            continue
         try:
             if file.name.lower().endswith((".nii", ".nii.gz")):
                 found.append(("", NiftiScan(file)))
@@ -162,8 +175,8 @@ def find_scans(path):
                     others.append(file)
         except Damaged as e:
             damaged.append(str(e))
-    if others:  # reports, plans, segmentations, as archives export them with a series
-        print(f"note: {len(others)} DICOM files that hold no image are passed over, e.g. {others[0]}", file=sys.stderr)
+    if others:  # segmentations; reports and plans, as archives export them with a series
+        print(f"note: {len(others)} files that hold no images are passed over, e.g. {others[0]}", file=sys.stderr)
     shared = Counter(folder for (folder, _), slices in series.items() if len(slices) > 1)
     for (folder, _), slices in series.items():
         header, alone = slices[0].header, len(slices) == 1
@@ -181,7 +194,6 @@ def find_scans(path):
             scan.name = common.plain(f"{name}-{number}")
         taken.add(scan.name.lower())
     return [scan for _, scan in found], damaged
-
 
 class NiftiScan:
     def __init__(self, file):
@@ -206,7 +218,6 @@ class NiftiScan:
         maps[np.isnan(maps)] = low
         self.volume.save(maps, Path(folder, f"{self.name}_map.nii.gz"))
 
-
 @functools.lru_cache(maxsize=1)  # a volume is unpacked once for all of its slices, and makes room for the next one
 def _voxels(scan):
     """The slices (D, H, W) of a NiftiScan; voxels that are not finite are background, the minimum of their slice."""
@@ -217,7 +228,6 @@ def _voxels(scan):
         for image, where in zip(voxels, bad, strict=True):
             image[where] = 0 if where.all() else image[~where].min()
     return voxels
-
 
 class DicomScan:
     def __init__(self, source, slices):
@@ -268,7 +278,6 @@ class DicomScan:
                 except (TypeError, ValueError, AttributeError) as e:
                     raise Damaged(f"{one.file} has a header that cannot be copied to a map ({_reason(e)})") from e
 
-
 def _is_dicom(file):
     if not file.is_file():  # a pipe, a broken link
         return False
@@ -277,7 +286,6 @@ def _is_dicom(file):
             return f.read(132)[128:] == b"DICM" or file.suffix.lower() == ".dcm"
     except OSError as e:
         raise Damaged(f"{file} cannot be read ({e.strerror}); check its permissions") from e
-
 
 def _dicom_slice(file):
     """What a series needs of a DICOM file with one grey image; None where it holds another kind of thing.
@@ -304,7 +312,6 @@ def _dicom_slice(file):
     return SimpleNamespace(file=file, header=header, number=number, series_number=series_number, size=size, turn=turn,
                            place=place)
 
-
 def _upwards(slices):
     """A series from bottom to top along the slices' normal; by number where their headers tell no common one."""
     turn, heights = slices[0].turn, np.zeros(len(slices))
@@ -315,7 +322,6 @@ def _upwards(slices):
         heights = np.round([s.place @ normal for s in slices], 3)  # mm
     order = sorted(range(len(slices)), key=lambda i: (heights[i], slices[i].number, slices[i].file))
     return [slices[i] for i in order]
-
 
 @functools.lru_cache(maxsize=1)  # blank(i) and slice(i) decode once
 def _picture(scan, i):
@@ -329,7 +335,6 @@ def _picture(scan, i):
         except Exception as e:  # as in open_dicom, and of every decoder
             raise Damaged(f"{file} has no readable pixels ({_reason(e)}); download it again") from e
     return 255 - image if dataset.PhotometricInterpretation == "MONOCHROME1" else image
-
 
 def windowed(values, dataset):
     """(H, W) floats of a DICOM image as uint8: the first window of the header, else its table, else minimum to maximum.
@@ -347,30 +352,64 @@ def windowed(values, dataset):
         image = np.clip((values - centre) / width + 0.5, 0, 1)
     return np.rint(255 * image).astype(np.uint8)
 
-
 def _resized(maps, size):
     """(n, S, S) -> (n, H, W) float32."""
     maps = torch.from_numpy(np.array(maps, np.float32))[:, None]  # a copy: the maps may be those of a read-only file
     return torch.nn.functional.interpolate(maps, size, mode="bilinear")[:, 0].numpy()
 
+def predict(run, model, decision):
+    """(rows of scores.csv, one a slice; rows of scans.csv; damaged files) of the scans in run.args.predict.
 
-def slices_as_images(file, cache):
-    """The folder with a volume's axial slices as 8-bit PNG, each scaled by its own range as in `brain`."""
-    try:
-        folder = cache / f"{file.name}-{common.sha256(file)[:12]}"
-    except OSError as e:
-        raise common.Error(f"cannot read {file} ({e.strerror}); give a NIfTI volume") from e
-    if not folder.exists():
-        with common.atomic(folder) as tmp:
-            tmp.mkdir()
-            for z, image in enumerate(Volume(file).axial()):
-                Image.fromarray(stretched(image)).save(tmp / f"{z:04}.png")
-    return folder
+    Writes each scan's maps in its own format and a picture of its highest slice. Blank slices have no score."""
+    args = run.args
+    scans, damaged = find_scans(args.predict)
+    if not scans and not damaged:
+        raise common.Error(f"--predict {args.predict}: no image ({' '.join(sorted(common.SUFFIXES))}), NIfTI volume or "
+                           "DICOM series")
+    rows, scan_rows = [], []
+    normal = decision["normal_scans"] and decision["normal_scans"][args.scan_score]
+    for scan in common.progress(scans, "scans"):
+        try:
+            slices = {z: scan.slice(z) for z in range(len(scan)) if not scan.blank(z)}
+            if not slices:
+                raise Damaged(f"{scan.source}: all of its {len(scan)} slices are blank")
+        except common.Error as e:
+            damaged.append(str(e))
+            continue
+        small = [common.to_array(Image.fromarray(image), args.image_size) for image in slices.values()]
+        maps = np.full((len(scan), args.image_size, args.image_size), np.nan, np.float32)
+        own = {}
+        for z, (anomaly_map, score) in zip(slices, common.scored(model, small, run), strict=True):
+            own[z] = common.answer(f"{scan.name}#{z:04}", score, decision["normal_scores"], decision["image"])
+            maps[z] = np.nan if anomaly_map is None else anomaly_map
+        score = common.scan_score([row["score"] for row in own.values()], args.scan_score)
+        scan_rows.append(common.answer(scan.name, score, normal, decision["scan"])
+                         | dict(slices=len(scan), blank=len(scan) - len(slices)))
+        rows += own.values()
+        if not np.isnan(maps).all():
+            z = max(own, key=lambda z: own[z]["score"])
+            image = common.to_array(Image.fromarray(slices[z]))
+            common.show(run, common.map_name(len(scan_rows) - 1, own[z]["path"]), image, maps[z], decision, own[z])
+            scan.save_maps(run.folder, maps, decision["pixel"], decision["map_range"][0])
+    return rows, scan_rows, damaged
 
 
-def write_maps(file, source, maps):
-    """Anomaly maps (D, S, S) of the axial slices of the volume `source`, resized to its grid, as a NIfTI volume."""
-    volume = Volume(source)
-    size = volume.shape[1::-1]  # (H, W)
-    resized = torch.nn.functional.interpolate(torch.from_numpy(maps.copy())[:, None], size, mode="bilinear")
-    volume.save(resized[:, 0].numpy(), file)
+if __name__ == "__main__":
+    args = common.command_line(Args, __doc__)
+    scans, damaged = find_scans(args.scans)
+    if not scans:
+        raise common.Error(f"--scans {args.scans}: no NIfTI volume or DICOM series that can be read {damaged[:1]}")
+    count = 0
+    for number, scan in enumerate(common.progress(scans, "scans"), 1):
+        try:
+            with common.atomic(Path(args.to, f"scan{number:04}-{scan.name}")) as tmp:
+                tmp.mkdir()
+                for z in [z for z in range(len(scan)) if not scan.blank(z)]:
+                    Image.fromarray(scan.slice(z)).save(tmp / f"{z:04}.png")
+                    count += 1
+        except Damaged as e:
+            damaged.append(str(e))
+    print(f"{count} slices of {len(scans)} scans: {args.to}")
+    if damaged:
+        print(*[f"left out: {message}" for message in damaged], sep="\n", file=sys.stderr)
+        raise SystemExit(1)

@@ -284,9 +284,9 @@ def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom,
     assert upright.shape == (40, 32, 6)
     assert np.argsort(upright.max(axis=(0, 1))).tolist() == np.argsort(scores).tolist()
     picture, = (folder / "maps").iterdir()  # of the highest slice
-    panel = np.asarray(Image.open(picture), float)[36:, :307, 0]  # the image, front on top
+    panel = np.asarray(Image.open(picture), float)[36:, :384, 0]  # the image, front on top
     highest = volume[::-1, ::-1, int(np.argmax(scores))].T
-    highest = np.asarray(Image.fromarray(highest).resize((307, 384), Image.Resampling.BILINEAR))
+    highest = np.asarray(Image.fromarray(highest).resize((384, 307), Image.Resampling.BILINEAR))
     assert np.corrcoef(panel.ravel(), highest.ravel())[0, 1] > 0.99
     scan, = read_csv(folder / "scans.csv")
     assert float(scan["score"]) == max(scores) and scan["decision"] == ""  # the phantom's names tell no scans

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, write_nifti
 
 import common
 
@@ -22,7 +23,8 @@ RULES = {  # what a command needs to be quick; one that no rule matches runs unc
     r"^JOBS=4 bash run_all.sh$": r"DATA=phantom METHODS=padim \g<0>",
     r"^sbatch .*": r'(export DATA=phantom METHODS="padim stfpm"; \g<0>)',
     r"^python datasets/phantom.py$": r"\g<0> --size 64 --train 12 --valid 4 --test 6",  # as the fixture made it
-    r"^python methods/patchcore.py --data .*": rf"\g<0> {NET} {SMALL}",
+    r"^python methods/patchcore.py --data (?!knees).*": rf"\g<0> {NET} {SMALL}",
+    r"^python methods/patchcore.py --data knees .*": rf"\g<0> {NET} --image-size 32",
 }
 ENVIRONMENT = dict(DEMO="1", NET=NET, FLAGS=SMALL, https_proxy="http://localhost:9")  # run_all.sh's; no network
 SBATCH = """#!/usr/bin/env bash
@@ -65,11 +67,18 @@ def copy(phantom, tmp_path):
     """The project of a user with two benchmarks in data/ and images of his own; one quick test stands for all."""
     folder, images = tmp_path / "copy", phantom / "phantom"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
-        ".?*", "data", "runs", "__pycache__", "slurm-*", "test_*"))
+        ".git*", ".venv", ".gpu", ".*cache*", "data", "runs", "__pycache__", "slurm-*", "test_*"))
     (folder / ".venv").symlink_to(sys.prefix)
-    for name in ("data/phantom", "data/brain", "my_scans"):
+    for name in ("data/phantom", "data/brain", "my_images"):
         shutil.copytree(images, folder / name)
-    shutil.copytree(images / "test/Ungood/img", folder / "new_scans")
+    shutil.copytree(images / "test/Ungood/img", folder / "new_images")
+    draw = np.random.default_rng(0)
+    for scan in range(64):  # 20 of the first 60 are held out
+        volume = draw.normal(100, 20, (24, 24, 3)).astype(np.float32)  # right, front, up
+        volume[6:18, 6:18] += 100
+        if scan == 63:
+            volume[8:14, 8:14, 1] = 1000  # a lesion
+        write_nifti(folder / ("healthy" if scan < 60 else "new_scans") / f"case{scan}.nii.gz", volume)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/sbatch").write_text(SBATCH)
     (tmp_path / "bin/sbatch").chmod(0o755)
@@ -97,10 +106,17 @@ def test_every_command_of_the_readme_and_its_python_run(copy):
     runs = {str(f.parent.relative_to(copy / "runs")) for f in copy.glob("runs/*/*/*/scores.csv")}
     runs = {re.sub(r"-\w{8}/", "/", run) for run in runs}  # a prediction's folder ends with a hash
     assert runs == {"phantom/padim/seed0", "phantom/patchcore/seed0", "phantom/stfpm/seed0", "brain/padim/seed0",
-                    "my_scans/patchcore/seed0", "new_scans/patchcore/seed0"}
+                    "my_images/patchcore/seed0", "new_images/patchcore/seed0", "knees/patchcore/seed0",
+                    "new_scans/patchcore/seed0"}
+    answer, = copy.glob("runs/new_scans-*/patchcore/seed0")
+    with open(answer / "scans.csv", newline="") as f:
+        scans = {row["path"]: row for row in csv.DictReader(f)}
+    assert max(scans, key=lambda name: float(scans[name]["score"])) == "case63"
+    assert scans["case63"]["decision"] == "anomalous" and {row["slices"] for row in scans.values()} == {"3"}
+    assert all((answer / f"{name}_{what}.nii.gz").exists() for name in scans for what in ("map", "mask"))
 
     (from_python,) = [block for block in blocks_of(README, "python") if "torch.load" in block]
-    shapes = run(copy, sys.executable, "-c", from_python + "print(*anomaly_map.shape, *score.shape)")
+    shapes = run(copy, sys.executable, "-c", from_python + "print(*maps.shape, *scores.shape)")
     assert shapes.split()[-4:] == ["1", "64", "64", "1"]
 
 
@@ -114,7 +130,7 @@ def test_the_skeleton_of_a_method_is_a_method(copy):
     losses = [float(value) for value in re.findall(r"loss (\S+)", printed)]
     assert len(losses) == 2 and losses[1] < losses[0] and "image_auroc" in printed
     model = copy / "runs/phantom/mine/seed0/model.pt"
-    assert "6 scores, 6 heat maps" in run(copy, *command, "--checkpoint", str(model), "--predict", "new_scans")
+    assert "6 images" in run(copy, *command, "--checkpoint", str(model), "--predict", "new_images")
 
 
 def test_the_readme_is_short_enough_to_be_read():
