@@ -61,6 +61,9 @@ def command_line(Args, description):
         sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = in_one_line
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # file names need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     said = io.StringIO()
     try:
         with redirect_stderr(said):
@@ -114,7 +117,7 @@ def remove(path):
 
 def write_csv(path, rows):
     """Rows are dicts; their keys, in the order of appearance, give the header."""
-    with atomic(path) as tmp, open(tmp, "w", newline="") as f:
+    with atomic(path) as tmp, open(tmp, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -704,8 +707,10 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
     pixel = PixelMetrics(len(split) * split.size**2 * split.has_masks, threshold)
     scores, maxima, low, seconds, done = [], [], math.inf, 0.0, 0
     for image in split.batches(batch_size, device):
-        started = time.perf_counter()
-        maps, new = score(model, image)
+        n, started = len(image), time.perf_counter()
+        if done and n < batch_size:  # filled up: in a batch of another size equal images are rounded differently
+            image = torch.cat([image, image[-1:].expand(batch_size - n, -1, -1, -1)])
+        maps, new = (None if part is None else part[:n] for part in score(model, image))
         seconds += time.perf_counter() - started
         scores.append(new)
         if maps is not None:
@@ -1106,7 +1111,8 @@ def _test(run, model, test, decision):
     write_csv(folder / "scores.csv", [dict(path=p, label=int(y), score=float(s)) for p, y, s in rows])
     if result.pixel.curve:
         write_csv(folder / "curves.csv", result.pixel.curve)
-        write_csv(folder / "lesions.csv", [dict(path=test.paths[row["image"]]) | row for row in result.pixel.lesions()])
+        lesions = result.pixel.lesions()
+        write_csv(folder / "lesions.csv", [dict(path=test.paths[row.pop("image")]) | row for row in lesions])
     images = folder.parents[1] / f"images-{run.images}{f'-{args.limit}' * bool(args.limit)}"
     if browser and not images.exists():  # once for a benchmark
         with atomic(images) as tmp:
