@@ -60,7 +60,7 @@ class Args:
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save heat maps for; 0: none, -1: all"""
+    """number of test images to save pictures of; 0: no pictures, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
@@ -83,7 +83,7 @@ class Args:
     """Adam's L2 penalty (thesis, Table 3.2); official code 0.5e-6"""
     milestone: Annotated[int, Ge(1)] = 50
     """epochs after which the learning rate falls to a tenth (official code)"""
-    ae_epochs: Annotated[int, Ge(1)] = 300
+    ae_epochs: Annotated[int, Ge(0)] = 300
     """epochs of the autoencoder (thesis' code); 0 starts from random weights"""
     ae_lr: Annotated[float, Gt(0)] = 1e-5
     """its learning rate (thesis' code); official code 1e-4"""
@@ -230,20 +230,19 @@ if __name__ == "__main__":
         if len(train) < 2 or min(args.batch_size, args.ae_batch_size) < 2:
             raise common.Error("batch norm needs two images a batch: give more training images, or greater batch sizes")
         images = model.load(train.batches(256, run.device))
-        if args.ae_epochs and not run.kept:
-            autoencoder = Autoencoder(model.encoder).to(run.device)
-            optimizer, schedule = adam(autoencoder, args.ae_lr, args.ae_weight_decay, args.ae_milestone)
-            for _ in common.progress(range(args.ae_epochs), "pre-training"):
-                losses = []
-                for image in batches(images, args.ae_batch_size):
-                    loss = autoencoder.loss(image)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    losses.append(loss.detach())
-                schedule.step()
-            run.notes["ae_loss"] = float(torch.stack(losses).mean())  # of the last epoch
-            print(f"autoencoder: loss {run.notes['ae_loss']:.4f} after {args.ae_epochs} epochs", flush=True)
+        autoencoder = Autoencoder(model.encoder).to(run.device)
+        optimizer, schedule = adam(autoencoder, args.ae_lr, args.ae_weight_decay, args.ae_milestone)
+        for epoch in run.first_stage(model, args.ae_epochs, autoencoder, optimizer, schedule):
+            losses = []
+            for image in batches(images, args.ae_batch_size):
+                loss = autoencoder.loss(image)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+            schedule.step()
+            run.notes["ae_loss"] = float(torch.stack(losses).mean())
+            print(f"autoencoder, epoch {epoch}/{args.ae_epochs}  loss {run.notes['ae_loss']:.4f}", flush=True)
         run.notes["center_raised"] = model.init_center(images)
         optimizer, schedule = adam(model.encoder, args.lr, args.weight_decay, args.milestone)
         for epoch in run.epochs(model, optimizer, schedule):

@@ -61,7 +61,7 @@ class Args:
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save heat maps for; 0: none, -1: all"""
+    """number of test images to save pictures of; 0: no pictures, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
@@ -188,7 +188,7 @@ if __name__ == "__main__":
     if not args.checkpoint:
         optimizer_g, optimizer_d, optimizer_e = (torch.optim.Adam(m.parameters(), args.lr, BETAS)
                                                  for m in (generator, critic, encoder))
-        for epoch in range(1, 0 if run.kept else args.gan_epochs + 1):
+        for epoch in run.first_stage(model, args.gan_epochs, optimizer_g, optimizer_d):
             losses_d, losses_g = [], []
             for step, image in enumerate(train.batches(args.batch_size, run.device, shuffle=(args.seed, 1, epoch))):
                 real = 2 * augment(image) - 1
@@ -205,9 +205,8 @@ if __name__ == "__main__":
                     optimizer_g.step()
                     losses_g.append(loss_g.detach())
             run.notes |= dict(critic=float(torch.stack(losses_d).mean()), generator=float(torch.stack(losses_g).mean()))
-            if epoch % args.eval_every == 0 or epoch == args.gan_epochs:
-                print(f"GAN, epoch {epoch}/{args.gan_epochs}  critic {run.notes['critic']:.4f}  "
-                      f"generator {run.notes['generator']:.4f}", flush=True)
+            print(f"GAN, epoch {epoch}/{args.gan_epochs}  critic {run.notes['critic']:.4f}  "
+                  f"generator {run.notes['generator']:.4f}", flush=True)
         generator.requires_grad_(False)  # the GAN is frozen from here on
         critic.requires_grad_(False)
         for epoch in run.epochs(model, optimizer_e):

@@ -53,7 +53,7 @@ def run_here(script, *arguments):
 def assert_one_line(status, error, said):
     assert "Traceback" not in error, error
     assert status == 2, (status, error)
-    assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 600, error
+    assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 800, error
     for word in said.split(" & "):
         assert word in error, error
 
@@ -263,24 +263,14 @@ def palette(at):
     image.save(at.mask)
 
 
-def volume(at, array=None, damage=None):
-    nibabel.save(nibabel.Nifti1Image(np.ones((8, 8, 4), np.float32) if array is None else array, np.eye(4)),
-                 at.folder / "case.nii.gz")
-    if damage:
-        damage(at.folder / "case.nii.gz")
-
-
-def checked(at):
-    """What datasets/check.py wrote is no JSON any more."""
-    run_here("datasets/check.py", "--root", at.data.parent)
-    for record in at.data.parent.glob(".cache/*.check.json"):
-        record.write_text("text")
+def volume(file, array=None):
+    array = np.random.default_rng(0).random((8, 8, 4), np.float32) if array is None else array
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), file)
 
 
 RUN = ""  # PaDiM is trained on the benchmark
 MODEL = "--checkpoint {at.model}"
 PREDICT = "--checkpoint {at.model} --predict"
-VOLUME = PREDICT + " {at.folder}/case.nii.gz"
 WEIGHTS = "--weights {at.folder}/weights.pth"
 # (name, what is done to the files at a `Place`, PaDiM's further arguments, what must be said: words & words)
 FILES = [
@@ -301,7 +291,7 @@ FILES = [
     *((f"checkpoint: {key} of another type", lambda at, key=key: at.checkpoint(**{key: 7}), MODEL, "{at.model}")
       for key in ("args", "state", "weights")),
     ("checkpoint: arguments of another type", lambda at: at.checkpoint(args=dict(image_size="64")), MODEL,
-     "{at.model}"),
+     "--image-size"),
     ("checkpoint: arguments out of range", lambda at: at.checkpoint(args=dict(image_size=-1)), MODEL, "image"),
     ("checkpoint: another shape", lambda at: at.checkpoint(state=dict(mean=torch.zeros(3, 3))), MODEL, "{at.model}"),
     ("checkpoint: state of numbers", lambda at: at.checkpoint(state=dict(mean=3)), MODEL, "{at.model}"),
@@ -394,31 +384,43 @@ FILES = [
     ("predict: an empty folder", lambda at: (at.folder / "new").mkdir(), PREDICT + " {at.folder}/new",
      "{at.folder}/new"),
     ("predict: text", lambda at: (at.folder / "a.txt").write_text(""), PREDICT + " {at.folder}/a.txt", "a.txt"),
-    ("predict: an image that is none", lambda at: at.normal.write_text("text"), PREDICT + " {at.normal}",
-     "{at.normal}"),
-    ("predict: an image that is not there", lambda at: None, PREDICT + " {at.folder}/x.png", "x.png"),
     ("predict: without checkpoint", lambda at: None, "--predict {at.normal}", "--checkpoint"),
-    ("predict: no such volume", lambda at: None, PREDICT + " {at.folder}/x.nii.gz", "x.nii.gz"),
-    ("predict: text named as a volume", lambda at: (at.folder / "case.nii.gz").write_text("text"), VOLUME,
-     "case.nii.gz"),
-    ("predict: truncated volume", lambda at: volume(at, damage=truncate), VOLUME, "case.nii.gz"),
-    ("predict: empty volume", lambda at: volume(at, damage=lambda f: f.write_bytes(b"")),
-     VOLUME, "case.nii.gz"),
-    ("predict: one slice", lambda at: volume(at, np.ones((8, 8), np.float32)), VOLUME,
-     "case.nii.gz"),
-    ("predict: several volumes", lambda at: volume(at, np.ones((8, 8, 4, 2), np.float32)),
-     VOLUME, "case.nii.gz"),
-    ("predict: colours", lambda at: volume(at, np.zeros((8, 8, 4), [(c, "u1") for c in "RGB"])),
-     VOLUME, "case.nii.gz"),
-    ("predict: a volume of NaN", lambda at: volume(at, np.full((8, 8, 4), np.nan, np.float32)),
-     VOLUME, "case.nii.gz"),
-    ("predict: a folder named as a volume", lambda at: (at.folder / "case.nii.gz").mkdir(), VOLUME, "case.nii.gz"),
-
     *((f"device: {name}", lambda at: None, f"--device {name}", f"--device {name}")
       for name in ("nonsense", "cuda:99", "meta", "cpu:x", "xla", "cuda:-1")),
     ("backbone: unknown", lambda at: None, "--backbone nothing", "--backbone nothing"),
-    ("check.json: damaged", checked, RUN, "check.json"),
 ]
+
+
+# (name, what is done to the input, its name): without it the others of the same folder are scored.
+PREDICTED = [
+    ("an image that is none", lambda file: file.write_text("text"), "x.png"),
+    ("an empty image", lambda file: file.touch(), "x.png"),
+    ("a link to nowhere", lambda file: file.symlink_to("nowhere"), "x.png"),
+    ("text named as a volume", lambda file: file.write_text("text"), "x.nii.gz"),
+    ("an empty volume", lambda file: file.touch(), "x.nii"),
+    ("a truncated volume", lambda file: (volume(file), truncate(file)), "x.nii.gz"),
+    ("one slice", lambda file: volume(file, np.ones((8, 8), np.float32)), "x.nii.gz"),
+    ("several volumes", lambda file: volume(file, np.ones((8, 8, 4, 2), np.float32)), "x.nii.gz"),
+    ("colours", lambda file: volume(file, np.zeros((8, 8, 4), [(c, "u1") for c in "RGB"])), "x.nii.gz"),
+    ("a volume of NaN", lambda file: volume(file, np.full((8, 8, 4), np.nan, np.float32)), "x.nii.gz"),
+]
+
+
+@pytest.mark.parametrize("act, name", [case[1:] for case in PREDICTED], ids=[case[0] for case in PREDICTED])
+def test_what_predict_cannot_read_is_named_and_the_rest_is_scored(act, name, place):
+    (place.folder / "new").mkdir()
+    for k in range(2):
+        good = place.folder / f"new/good{k}{Path(name).suffix}"
+        grey(good) if name.endswith("png") else volume(good.with_suffix(".nii.gz"))
+    act(place.folder / "new" / name)
+    arguments = ["--root", place.folder, "--device", "cpu", "--maps", 0, "--checkpoint", place.model, "--predict"]
+    for given, scored in (("new", 2 if name.endswith("png") else 8), (f"new/{name}", 0)):
+        status, error = run_here("methods/padim.py", *arguments, place.folder / given, "--out", place.out / given)
+        error = "".join(line for line in error.splitlines(True) if not line.startswith("note: "))
+        assert status == 1 + (scored == 0 and "error: " in error) and "Traceback" not in error, error
+        assert error.count("\n") == 1 and f"new/{name}" in error, error
+        scores = list((place.out / given).glob("*/padim/seed0/scores.csv"))
+        assert sum(len(file.read_text().splitlines()) - 1 for file in scores) == scored
 
 
 def lock(folder):

@@ -7,8 +7,6 @@ import json
 import os
 import runpy
 import shutil
-import signal
-import subprocess
 import sys
 
 import nibabel
@@ -347,19 +345,6 @@ def test_a_checkpoint_does_not_replace_the_scores_of_a_finished_run(phantom, tmp
     assert (folder / "scores.csv").read_bytes() == before
     run_here("padim", *arguments, "--checkpoint", folder / "model.pt", "--overwrite")
     assert (folder / "scores.csv").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_a_run_with_one_line(phantom, tmp_path):
-    arguments = ["--root", phantom, "--out", tmp_path, "--device", "cpu", *SHORT["padim"]]
-    run = subprocess.Popen([sys.executable, ROOT / "methods/padim.py", *map(str, arguments)], text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # jobs of a shell ignore it
-    assert run.stdout.readline().startswith("padim on phantom")
-    run.send_signal(signal.SIGINT)
-    error = run.communicate(timeout=60)[1]
-    assert run.returncode == 130
-    assert error == "interrupted; the same command resumes after the last evaluation, if there was one\n"
 
 
 @pytest.mark.slow
