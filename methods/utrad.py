@@ -79,7 +79,7 @@ class Args:
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save heat maps for; 0: none, -1: all"""
+    """number of test images to save pictures of; 0: no pictures, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None

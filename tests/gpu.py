@@ -343,13 +343,13 @@ def fast(method, args, root):
             calls.calls.clear()
         validate(run, model, epoch, *rest, **losses)
 
-    def timed_evaluate(predict, split, *rest):
+    def timed_evaluate(model, split, *rest):
         started = now(args.device)
-        result = evaluate(predict, split, *rest)
+        result = evaluate(model, split, *rest)
         scored.append((len(split) / (now(args.device) - started), split.name))
         if split.name == "test":
             with Calls() as calls:
-                predict(split.batch(np.arange(min(rest[0], len(split))), args.device))
+                model.predict(split.batch(np.arange(min(rest[0], len(split))), args.device))
             row["bare_score"] = min(rest[0], len(split)) / max(calls.seconds(args.device), 1e-9)
         return result
 
