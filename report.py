@@ -118,16 +118,16 @@ def read_run(file, root):
         results = common.read_results(file)
         if wrong := [k for k, kind in NEEDED.items() if not isinstance(results[k], kind)]:
             raise TypeError(f"{wrong[0]} is {results[wrong[0]]!r}")
-        if wrong := [k for k, v in results["metrics"].items() if not (v is None or 0 <= v <= 1)]:
-            raise ValueError(f"{wrong[0]} is {results['metrics'][wrong[0]]}")
         costs = dict(train_seconds=results["train_seconds"], ms=results["test_ms_per_image"])
         results["costs"] = costs | {f"{k}_gib": float(v) for k, v in results["peak_memory_gib"].items()}
-        if wrong := [k for k, v in results["costs"].items() if not math.isfinite(v)]:
-            raise ValueError(f"{wrong[0]} is {results['costs'][wrong[0]]}")
+        wrong = {k: v for k, v in results["metrics"].items() if not (v is None or 0 <= v <= 1)}
+        wrong |= {k: v for k, v in results["costs"].items() if not math.isfinite(v)}
+        for name, value in wrong.items():
+            raise ValueError(f"{name} is {value}")
+        if missing := {"from", "image", "map_range", "normal_scores", "pixel"} - results["decision"].keys():
+            raise KeyError(missing.pop())
         results["metrics"] = {m: results["metrics"].get(m) for m in METRICS | DECISIONS}
         check_line(results), as_published(None, results["method"], [results], {}), marks([results], {""})
-        _ = {results["decision"][k] for k in ("image", "from")}, results["args"]["image_size"] ** 2
-        np.array(results["decision"]["normal_scores"], float), results["decision"]["map_range"]
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
         what = f"no {e}" if isinstance(e, KeyError) else e
         raise common.Error(f"{file} is not a run's results ({what}); remove it, or run that method again") from e
@@ -292,11 +292,9 @@ def interval(anomalous, share, patients=None):
 
 def p_value(anomalous, first, second, patients=None):
     """Two-sided, that two methods' placements (N,) on the same images have the same AUROC."""
-    if min(anomalous.sum(), (~anomalous).sum()) < 2:
-        return 1.0  # one image of a class tells nothing
     difference = first - second
     delta = difference[anomalous].mean()
-    if abs(delta) < 1e-12:
+    if min(anomalous.sum(), (~anomalous).sum()) < 2 or abs(delta) < 1e-12:  # one image of a class tells nothing
         return 1.0
     if patients is None:
         var = sum(difference[c].var(ddof=1) / c.sum() for c in (anomalous, ~anomalous))
@@ -430,7 +428,7 @@ class Cell:
     text: str
     value: float | None = None  # what sorts the column
     bold: bool = False
-    signs: str = ""  # keys of MARKS
+    signs: str | list = ""  # keys of MARKS
     link: str = ""
     title: str = ""
     shade: float | None = None  # in [0, 1]
@@ -505,10 +503,9 @@ def tables_of(rows, alike):
                "validation scores, (F1) at that of the best F1 on valid.")
     tables = [table("results", rows, METRICS, text, alike), table("decisions", rows, DECISIONS, decided)]
     if known := [r for r in rows if r["lesions"]]:
-        first = known[0]
-        text = (f"PRO to 30%, percent, of the {first['lesions']} lesions in three equal parts: small to "
-                f"{first['small_to']:.0f}, medium to {first['medium_to']:.0f} pixels.")
-        tables.append(table("sizes", known, SIZES, text))
+        text = ("PRO to 30%, percent, of the {lesions} lesions in three equal parts: small to {small_to:.0f}, medium to "
+                "{medium_to:.0f} pixels, at the size that the methods ran at.")
+        tables.append(table("sizes", known, SIZES, text.format(**known[0])))
     seeds = sorted({k for r in rows for k in r if re.fullmatch(r"seed\d+", k)}, key=lambda k: int(k[4:]))
     devices = "; ".join(sorted({r["device"] for r in rows}))
     tables += [table("seeds", [dict.fromkeys(seeds) | r for r in rows],
@@ -529,9 +526,10 @@ def overview(rows, others, metric):
             if row := known.get((data, method)):
                 column = np.array([r[metric] for (d, _), r in known.items() if d == data])
                 ranks.append((column > row[metric]).sum() + ((column == row[metric]).sum() + 1) / 2)
-                cell = Cell(text_of(row, metric), row[metric], signs=row["marks"], link=row["folder"] + "/",
+                signs = set(row["marks"]) - set(marks_of_all([r for r in rows if r["data"] == data]))
+                cell = Cell(text_of(row, metric), row[metric], signs=sorted(signs), link=row["folder"] + "/",
                             shade=(row[metric] - column.min()) / (np.ptp(column) or 1))
-                cell.text += f" [{row['seeds']} of {seeds} seeds]" * (row["seeds"] < seeds)
+                cell.text += f" ({row['seeds']} of {seeds})" * (row["seeds"] < seeds)
             elif states:
                 cell = Cell(next(iter(states.values())), link=quote(f"../{data}/{method}/"))
             cell.title = ", ".join(f"{seed} {state}" for seed, state in states.items())
@@ -539,7 +537,7 @@ def overview(rows, others, metric):
         mean, part = np.mean(ranks or [999]), len(ranks) < len(names)
         text = f"{mean:.1f}" + f" (of {len(ranks)})" * part if ranks else "-"
         lines.append([*line, Cell(text, mean + 100 * part)])
-    text = f"{METRICS[metric]}, percent, mean ± standard deviation over seeds. Darker: higher in its column."
+    text = f"{METRICS[metric]}, percent, mean ± standard deviation over {seeds} seeds, or as many as stated."
     return Table(metric, text, ["Method", *names, "Mean rank"], sorted(lines, key=lambda line: line[-1].value))
 
 
@@ -762,8 +760,7 @@ if __name__ == "__main__":
         raise common.Error(f"{target} is no report of before, and would be replaced; move it away")
     (runs, others), variants = read_runs(args.runs, args.runs), read_ablation(args.runs)
     if not runs and not variants:
-        raise common.Error(f"no finished runs in {args.runs}: expected "
-                           f"{args.runs}/<data>/<method>/seed<k>/results.json")
+        raise common.Error(f"no finished runs in {args.runs}: expected <data>/<method>/seed<k>/results.json there")
     rows, sections, known, published = [], [], {}, read_published()
     for these, states, what in ((runs, others, ""), (variants, {}, ": variants of clip_recon")):
         scores = {key: read_scores(results, known) for key, results in these.items()}

@@ -74,7 +74,7 @@ function start(section, data) {
     const {range, pixel, maps} = data.methods[name];
     if (!maps || !range) return `<span>${escaped(name)}: no heat maps</span>`;
     const place = pixel == null ? -1 : 100 * (pixel - range[0]) / (range[1] - range[0]);
-    return `<span class="scale">${escaped(name)} ${digits(range[0])} <span class="bar" role="img" aria-label="colour bar">`
+    return `<span class="scale"><b>${escaped(name)}</b> ${digits(range[0])} <span class="bar" role="img" aria-label="colour bar">`
       + (place >= 0 && place <= 100 ? `<i style="left: ${place}%" title="pixel threshold ${digits(pixel)}"></i>` : "")
       + `</span> ${digits(range[1])}${place >= 0 && place <= 100 ? ` (line: pixel threshold ${digits(pixel)})` : ""}</span>`;
   }
@@ -95,7 +95,7 @@ function start(section, data) {
     dialog.querySelector("#look-place").textContent = `${place + 1} of ${order.length}, ${data.labels[i] ? "anomalous" : "normal"}`;
     dialog.querySelector(".views").innerHTML = figure(view("", i, false), "image")
       + (masks.has(i) ? figure(view("", i), "ground truth") : "")
-      + chosen().map(name => figure(view(name, i), `${facts(name, i)}${scale(name)}`)).join("");
+      + chosen().map(name => figure(view(name, i), scale(name) + facts(name, i))).join("");
     const step = by => look(Math.min(Math.max(place + by, 0), order.length - 1));
     dialog.querySelector("[name=previous]").onclick = () => step(-1);
     dialog.querySelector("[name=next]").onclick = () => step(1);
