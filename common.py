@@ -1082,7 +1082,8 @@ def finish(run, model, splits):
         remove(folder / name)
     os.close(run.lock)
     shown = "  ".join(f"{k}\xa0{v:.4f}" for k, v in metrics.items() if v is not None and not k.endswith("_f1"))
-    print(textwrap.fill(shown, 98, initial_indent="  ", subsequent_indent="  ").replace("\xa0", " "))
+    if metrics:
+        print(textwrap.fill(shown, 98, initial_indent="  ", subsequent_indent="  ").replace("\xa0", " "))
     print(f"  epoch {epoch or '-'}, train {train_seconds:.1f} s, peak {peak:.2f} GiB: {folder}")
 
 
@@ -1165,7 +1166,9 @@ def predict(run, model):
         print("", *(f"{k} {row[k]}" for k in ("score", "percentile", "decision", "path") if row[k] is not None))
     above = f"{sum(row['decision'] == 'anomalous' for row in ranked)} above the threshold {threshold}"
     if threshold is None:
-        above = "ranked, not decided: no normal images, or fewer than 20 normal scans, were in valid"
+        few = f"a threshold needs 20 normal validation scans, there were {len(decision['normal_scans']['max'])}" \
+            if scans and decision["normal_scans"] else f"no normal validation {what} are known"
+        above = f"ranked, not decided: {few}"
     print(f"{len(ranked)} {what}, {above}: {folder}")
     if damaged:
         print(*[f"not scored: {message}" for message in damaged], sep="\n", file=sys.stderr)
