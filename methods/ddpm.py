@@ -53,7 +53,6 @@ import common
 
 STEPS, BETAS = 1000, (1e-4, 0.02)  # T, and the linear schedule's ends (DDPM, Sec. 4)
 TRAINED_STEPS = 800  # t is drawn below this (official code: sample_distance)
-TRAINED_IMAGES = 300_000  # the length of the training (official code: EPOCHS, of one image each)
 BLOCKS, HEADS = 2, 2  # residual blocks a level, attention heads (official code)
 OCTAVES, PERIOD, PERSISTENCE = 6, 64, 0.8  # periods of 64, 32, ... 2 pixels, each 0.8 as strong as the one before
 AVERAGE = 0.9999  # of the averaged weights (official code)
@@ -82,7 +81,7 @@ class Args:
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save heat maps for; 0: none, -1: all"""
+    """number of test images to save pictures of; 0: no pictures, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
@@ -340,7 +339,8 @@ class AnoDDPM(nn.Module):
         """Anomaly map (B, H, W): the squared error, summed over channels; anomaly score (B,): its maximum (--score)."""
         self.eval()
         x_0 = self.scaled(image)
-        recon = sum(self.reconstruct(x_0, fields) for fields in self.fields) / len(self.fields)
+        recon = torch.cat([sum(self.reconstruct(x, fields) for fields in self.fields) / len(self.fields)
+                           for x in x_0.split(1)])  # alone: rounding depends on the batch
         anomaly_map = (recon - x_0).square().sum(dim=1)
         if self.args.sigma:
             anomaly_map = gaussian_blur(anomaly_map, 8 * self.args.sigma + 1, self.args.sigma)
@@ -372,9 +372,8 @@ def check(args):  # for values that cannot go together
 
 
 def whole_training(args):
-    """Epochs that show TRAINED_IMAGES."""
-    count = len(common.listed(args)[1]["train"])
-    return math.ceil(TRAINED_IMAGES / min(count, args.limit or count))
+    """Epochs that show 300,000 images (official code: EPOCHS, of one image each)."""
+    return math.ceil(300_000 / len(common.listed(args)[1]["train"][: args.limit]))
 
 
 if __name__ == "__main__":
