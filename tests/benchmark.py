@@ -1,17 +1,19 @@
-"""Speed, beside the peers where there are: `python tests/benchmark.py metrics|padim|patchcore|cache|clip|score|cost`.
+"""Speed, next to the peers where there are:
+`python tests/benchmark.py metrics|padim|patchcore|cfa|clip|memory|cache|score|cost`.
 
-CPU seconds. The first three need the peers in the same environment (no dependency of ours):
-`pip install anomalib adeval`.
+CPU seconds. The first four need the peers in the same environment (no dependency of ours):
+`pip install anomalib adeval`. Next to a peer, both sides run in turn, --repeats times; medians, and the ratio's range.
 
 metrics: pixel AUROC and AUPRO of 800 maps of 256x256 with blobs, one thread: ours (which gives pixel AP and Dice too)
     against anomalib's AUPRO and AUROC, and ADEval's streaming accumulator.
-padim: fitting and scoring on the same made-up features of mobilenet_v2's shapes at 256 pixels (features excluded);
-    peak memory of ours for two numbers of images.
+padim: fitting and scoring on the same made-up features of mobilenet_v2's shapes at 256 pixels (features excluded).
 patchcore: the coreset of 1,024 made-up patches an image; anomalib's is measured for a few steps, which all cost the
     same, and scaled. The search for 8 phantom images among 128 and among 768 channels of mobilenet_v2 (--weights).
+cfa: a training step of 4 images of 256 pixels, the same mobilenet_v2 and descriptor on both sides.
+memory: peak memory of PaDiM for two and of PatchCore for three numbers of images, extrapolated.
 cache: seconds of an epoch with and without --cache-features, default settings but 16 images and untrained backbones.
-clip: a training step of clip_recon's default model, untrained, at 64 locations of one image, against the text encoder's
-    bare forward and backward pass on as many words, and against the step with every text padded to 77 words.
+clip: a training step of clip_recon's default model, untrained, at --images (64) locations of one image, against the
+    text encoder's bare forward and backward pass on as many words, and the step with every text padded to 77 words.
 score: from decoded images to metrics, against the backbone's forward pass alone; published settings, untrained.
 cost: every script as published, untrained, one pass over a few phantom images of its size in batches of 1 and of 32:
     what its results.json says."""
@@ -42,10 +44,10 @@ import common
 
 @dataclass
 class Args:
-    what: Annotated[Literal["metrics", "padim", "patchcore", "cache", "clip", "score", "cost", "padim-memory",
-                            "patchcore-memory"],
+    what: Annotated[Literal["metrics", "padim", "patchcore", "cfa", "clip", "memory", "cache", "score", "cost",
+                            "padim-memory", "patchcore-memory"],
                     tyro.conf.Positional]
-    """the comparison to run (the last two: what padim and patchcore call for each number of images)"""
+    """the comparison to run (the last two: what memory calls for each number of images)"""
     images: int | None = None
     """anomaly maps (800), training images (200), images to score (16)"""
     repeats: int = 3
@@ -114,8 +116,17 @@ def cpu_seconds(work, repeats):
     return statistics.median(taken), result
 
 
-def beside(what, ours, peer, note=""):
-    print(f"{what:<45} ours {ours:9.3f} s   anomalib {peer:9.3f} s   {peer / ours:7.1f} times ours{note}", flush=True)
+def in_turn(what, ours, peer, repeats, peer_name="anomalib", scale=1, note=""):
+    """Run both sides in turn; print medians and the ratios' range; their last results. scale: of the peer's seconds."""
+    pairs = []
+    for _ in range(repeats):
+        (mine, our_result), (theirs, their_result) = cpu_seconds(ours, 1), cpu_seconds(peer, 1)
+        pairs.append((mine, scale * theirs))
+    mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratios = sorted(b / a for a, b in pairs)
+    print(f"{what:<45} ours {mine:8.3f} s   {peer_name} {theirs:9.3f} s   {statistics.median(ratios):6.2f} times ours "
+          f"({ratios[0]:.2f} to {ratios[-1]:.2f}){note}", flush=True)
+    return our_result, their_result
 
 
 def compare_metrics(args):
@@ -182,21 +193,8 @@ def compare_padim(args):
 
     model.features = lambda image: stored[int(image.flatten(1)[0, 0])]
     with torch.no_grad():
-        beside(f"fit, {n} images", cpu_seconds(lambda: model.fit(numbers(n)), args.repeats)[0],
-               cpu_seconds(their_fit, 1)[0])
-        beside("score, 64 images", cpu_seconds(our_score, args.repeats)[0], cpu_seconds(their_score, args.repeats)[0])
-    peak_memory("padim", 2 * n, 20 * n)
-
-
-def peak_memory(method, *counts):
-    """GiB for each number of images, each in a process of its own (where Linux counts this one's peak, too)."""
-    peaks = []
-    for count in counts:
-        command = [sys.executable, __file__, f"{method}-memory", "--images", str(count)]
-        peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    shown = ", ".join(f"{p:.3f} GiB for {c} images" for p, c in zip(peaks, counts, strict=True))
-    print(f"peak memory of ours: {shown}", flush=True)
-    return peaks
+        in_turn(f"PaDiM, fit, {n} images", lambda: model.fit(numbers(n)), their_fit, args.repeats)
+        in_turn("PaDiM, scores of 64 images", our_score, their_score, args.repeats)
 
 
 # ------------------------------------------------------------------------------------------------------------ PatchCore
@@ -206,12 +204,6 @@ def compare_patchcore(args):
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
     from torchvision.models import mobilenet_v2
 
-    largest = 26315  # training images of oct2017
-    counts = (200, 400, 800)
-    slope, base = np.polyfit(counts, peak_memory("patchcore", *counts), 1)
-    work = 2 * 128 * 0.1 * (1024 * largest) ** 2
-    print(f"for {largest} images: {base + slope * largest:.1f} GiB extrapolated; coreset {work:.1e} FLOP, "
-          f"{work / 25e12:.0f} s at 25 TFLOP/s (not measured)")
     n, steps = 1024 * (args.images or 200), 40
     draw = torch.Generator().manual_seed(0)
     patches = torch.randn(n, 8, generator=draw) @ torch.randn(8, 128, generator=draw)  # of low dimension, as features
@@ -219,12 +211,19 @@ def compare_patchcore(args):
     count = n // 10
     torch.manual_seed(0)
     with torch.no_grad():
-        mine, chosen = cpu_seconds(lambda: patchcore.greedy_coreset(patches.half(), count), 1)
         few = KCenterGreedy(embedding=patches, sampling_ratio=steps / n)
-        theirs = cpu_seconds(few.select_coreset_idxs, 1)[0]
-        least = cpu_seconds(KCenterGreedy(embedding=patches, sampling_ratio=2 / n).select_coreset_idxs, 1)[0]
-        beside(f"coreset, {count} of {n} patches", mine, (theirs - least) / (steps - 2) * count,
-               f" (anomalib: {steps} steps, scaled)")
+        few.model.fit(patches)
+        few.features = few.model.transform(patches)
+
+        def their_steps():
+            few.reset_distances()
+            center = 0
+            for _ in range(steps):
+                few.update_distances(center)
+                center = few.get_new_idx()
+
+        in_turn(f"PatchCore, coreset, {count} of {n} patches", lambda: patchcore.greedy_coreset(patches.half(), count),
+                their_steps, args.repeats, scale=count / steps, note=f", anomalib: {steps} steps, scaled")
         peer = PatchcoreModel(backbone=mobilenet_v2(weights=None), layers=["features.6"], pre_trained=False)
         with tempfile.TemporaryDirectory() as folder:
             phantom(folder)
@@ -236,10 +235,66 @@ def compare_patchcore(args):
                 model.fit(train, 8, torch.device("cpu"))
                 peer.memory_bank = bank = model.memory_bank
                 query = model.embed(test.batch(range(len(test))[:: len(test) // 8][:8])).flatten(0, 2)
-                mine, distance = cpu_seconds(lambda b=bank, q=query: patchcore.nearest(q, b), args.repeats)
-                theirs, (found, _) = cpu_seconds(lambda q=query: peer.nearest_neighbors(q, 1), args.repeats)
-                beside(f"search, {len(query)} patches, bank {len(bank)} x {bank.shape[1]}", mine, theirs,
-                       f", distances differ by {float((found.flatten() - distance).abs().max()):.1e}")
+                distance, (nearest, _) = in_turn(
+                    f"PatchCore, {len(query)} patches, bank {len(bank)} x {bank.shape[1]}",
+                    lambda b=bank, q=query: patchcore.nearest(q, b), lambda q=query: peer.nearest_neighbors(q, 1),
+                    args.repeats)
+                print(f"distances differ by {float((nearest.flatten() - distance).abs().max()):.1e}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ CFA
+def compare_cfa(args):
+    from unittest import mock
+
+    import anomalib.models.image.cfa.torch_model as peer_script
+    import cfa
+    from anomalib.models.image.cfa.loss import CfaLoss
+
+    model, layers = cfa.CFA("mobilenet_v2", args.weights, 256, 3, 3, 1e-5, False), cfa.LAYERS["mobilenet_v2"]
+    with mock.patch.multiple(peer_script, get_return_nodes=lambda name: layers,
+                             get_feature_extractor=lambda name, nodes: model.backbone):
+        peer = peer_script.CfaModel("resnet18", 1, 1, 3, 3, 1e-5)
+    width = model.descriptor.conv.out_channels
+    peer.descriptor.layer = peer_script.CoordConv2d(width, width, 1)
+    model.descriptor.conv.load_state_dict(peer.descriptor.layer.conv2d.state_dict())
+    image, peer_loss = torch.rand(4, 3, 256, 256), CfaLoss(3, 3, 1e-5)
+    model.fill_memory_bank([model.features(image)])
+    peer.memory_bank = model.memory_bank.T.contiguous()
+    peer_loss.radius = torch.tensor([1e-5])  # its own is the result of a product, whose graph only one step can use
+    peer.train()
+    optimizers = [torch.optim.AdamW(m.descriptor.parameters(), 1e-6, weight_decay=5e-4, amsgrad=True)
+                  for m in (model, peer)]
+
+    def step(optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    ours, theirs = in_turn("CFA, a step of 4 images", lambda: step(optimizers[0], model.loss(model.features(image))),
+                           lambda: step(optimizers[1], peer_loss(peer(common.normalize(image)))), args.repeats)
+    print(f"losses {ours:.6g} and {theirs:.6g}")
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+def peak_memory(method, *counts):
+    """GiB for each number of images, each in a process of its own (where Linux counts this one's peak, too)."""
+    peaks = []
+    for count in counts:
+        command = [sys.executable, __file__, f"{method}-memory", "--images", str(count)]
+        peaks.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    shown = ", ".join(f"{p:.3f} GiB for {c} images" for p, c in zip(peaks, counts, strict=True))
+    print(f"peak memory of {method}: {shown}", flush=True)
+    return peaks
+
+
+def compare_memory(args):
+    peak_memory("padim", 400, 4000)
+    largest, counts = 26315, (200, 400, 800)  # the largest training set is oct2017's
+    slope, base = np.polyfit(counts, peak_memory("patchcore", *counts), 1)
+    work = 2 * 128 * 0.1 * (1024 * largest) ** 2
+    print(f"patchcore for {largest} images: {base + slope * largest:.1f} GiB extrapolated; coreset {work:.1e} FLOP, "
+          f"{work / 25e12:.0f} s at 25 TFLOP/s (not measured)")
 
 
 def patchcore_memory(args):
@@ -305,9 +360,9 @@ def compare_clip(args):
     import clip_recon
 
     model = clip_recon.ClipRecon(clip_recon.Args(clip_weights="none"))
-    features, where = model.image_features(torch.rand(1, 3, 256, 256)), torch.arange(64)
+    features, where = model.image_features(torch.rand(1, 3, 256, 256)), torch.arange(args.images or 64)
     short, blocks = clip_recon.text_features, model.clip.transformer.resblocks
-    words = torch.randn(64, 18, model.clip.transformer.width, requires_grad=True)
+    words = torch.randn(len(where), 18, model.clip.transformer.width, requires_grad=True)
 
     def step():
         sum(d.mean() for d in model.distances(features, where)).backward()
@@ -326,18 +381,21 @@ def compare_clip(args):
                 found.append(clip.ln_final(x[:, tokens.shape[1] - 1]) @ clip.text_projection)
         return found
 
-    seconds = {work.__name__: cpu_seconds(work, args.repeats)[0] for work in (step, bare)}
+    def padded_step():
+        clip_recon.text_features = padded
+        try:
+            step()
+        finally:
+            clip_recon.text_features = short
+
+    in_turn(f"clip_recon, a step at {len(where)} locations", step, padded_step, args.repeats, "padded to 77")
+    in_turn("the same", step, bare, args.repeats, "bare text encoder")
     with torch.no_grad():
         distances = model.distances(features, where)
-    clip_recon.text_features = padded
-    with torch.no_grad():
+        clip_recon.text_features = padded
         error = max(float((a - b).abs().max())
                     for a, b in zip(distances, model.distances(features, where), strict=True))
-    seconds["padded"] = cpu_seconds(step, args.repeats)[0]
-    clip_recon.text_features = short
-    print(f"clip_recon, step at 64 locations: {seconds['step']:.2f} s; bare text encoder {seconds['bare']:.2f} s, "
-          f"{seconds['step'] / seconds['bare']:.2f} times that; padded to 77 {seconds['padded']:.2f} s, "
-          f"{seconds['padded'] / seconds['step']:.2f} times ours, distances differ by {error:.1e}", flush=True)
+    print(f"distances, padded or not, differ by {error:.1e}")
 
 
 # --------------------------------------------------------------------------------------------------- scoring, all costs
@@ -410,8 +468,8 @@ def compare_cost(args):
                            "--limit", count, "--batch-size", size, *ONE_PASS.get(script.stem, [])]
                 for flag in ("weights", "clip_weights"):
                     command += [f"--{flag.replace('_', '-')}", "none"] if f"\n    {flag}: str" in taken else []
-                command += ["--epochs", 1] if "\n    epochs: int" in taken else []
-                command += ["--steps-per-epoch", count // size] if "\n    steps_per_epoch: int" in taken else []
+                command += ["--epochs", 1] if "\n    epochs: " in taken else []
+                command += ["--steps-per-epoch", count // size] if "\n    steps_per_epoch: " in taken else []
                 done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
                 if done.returncode:
                     print(f"{script.stem}, batch {size}: status {done.returncode} {done.stderr[-200:]}", flush=True)
@@ -425,6 +483,6 @@ def compare_cost(args):
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     torch.set_num_threads(args.threads)
-    {"metrics": compare_metrics, "padim": compare_padim, "padim-memory": padim_memory, "patchcore": compare_patchcore,
-     "patchcore-memory": patchcore_memory,
-     "cache": compare_cache, "clip": compare_clip, "score": compare_score, "cost": compare_cost}[args.what](args)
+    {"metrics": compare_metrics, "padim": compare_padim, "patchcore": compare_patchcore, "cfa": compare_cfa,
+     "clip": compare_clip, "memory": compare_memory, "cache": compare_cache, "score": compare_score,
+     "cost": compare_cost, "padim-memory": padim_memory, "patchcore-memory": patchcore_memory}[args.what](args)
