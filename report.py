@@ -537,7 +537,7 @@ def overview(rows, others, metric):
         mean, part = np.mean(ranks or [999]), len(ranks) < len(names)
         text = f"{mean:.1f}" + f" (of {len(ranks)})" * part if ranks else "-"
         lines.append([*line, Cell(text, mean + 100 * part)])
-    text = f"{METRICS[metric]}, percent, mean ± standard deviation over {seeds} seeds, or as many as stated."
+    text = f"{METRICS[metric]}, percent, mean ± standard deviation over seeds; (1 of {seeds}): of so many seeds."
     return Table(metric, text, ["Method", *names, "Mean rank"], sorted(lines, key=lambda line: line[-1].value))
 
 
