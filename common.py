@@ -45,7 +45,7 @@ except ImportError:
 
 # ----------------------------------------------------------------------------------------------------- errors and files
 class Error(Exception):
-    """What a user can mend. The message is one line: what is wrong, with which file or flag, and what to do."""
+    """An error that the user can fix. The message is one line: what is wrong, with which file or flag, what to do."""
 
 
 def command_line(Args, description):
@@ -103,7 +103,9 @@ def atomic(path):
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # a full disk, which torch.save reports as a RuntimeError
+    except (OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):  # torch.save's, of a full disk
+            raise
         raise Error(f"cannot write {path}: {e}; free some space or choose another folder") from e
     finally:
         remove(temporary)
@@ -156,9 +158,9 @@ PATIENT = r"(brats.*_\d+)_\d+|(?:normal|cnv|dme|drusen)-(\d+)-\d+|((?:normal|tum
 
 
 def patient(path):
-    """The patient (or scan, or slide) that an image's name tells, else None: BraTS2021_00003_60.png, scan012/0001.png.
+    """The patient (or scan, or slide) in an image's file name, else None: BraTS2021_00003_60.png, scan012/0001.png.
 
-    The names of BraTS, OCT2017, Camelyon16 and RESC are known, and those that begin with such a word and a number."""
+    Known are the names of BraTS, OCT2017, Camelyon16 and RESC, and those that begin with such a word and a number."""
     path = Path(path)
     match = re.fullmatch(PATIENT + SCAN, path.stem, re.I) or re.fullmatch(SCAN, f"{path.parent.name}_{path.stem}", re.I)
     return match and next(group for group in match.groups() if group).lower()
@@ -199,7 +201,8 @@ def find_benchmark(data, root):
         roles = [ROLES.get(name.lower(), (None, None)) for name in folders]
         if last := max((i for i, (split, _) in enumerate(roles, 1) if split), default=None):  # the last that names one
             split, mask = roles[last - 1]
-            first = next(i for i in range(last) if all(role[0] == split for role in roles[i:last]))  # Val/val
+            # Val/val/img/Ungood/x.png: base "", split valid, key ("ungood", "x"); its mask: Val/val_label/Ungood/x.png
+            first = next(i for i in range(last) if all(role[0] == split for role in roles[i:last]))
             inner = [name.lower() for name in folders[last:]]
             key = *(name for name in inner if name not in ("img", *MASKS)), file.stem.removesuffix("_mask")
             parts = bases.setdefault(asked.joinpath(*folders[:first]), {})
@@ -260,7 +263,7 @@ def to_array(image, size=None, white=65535):
 
 
 def decode(path, size=None, mask=False, white=65535):
-    """(`to_array` of an image file, its own (width, height)). mask: transparent pixels are black, else not regarded."""
+    """(`to_array` of a file, its own (width, height)). mask: transparent pixels are black; else they are opaque."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
@@ -293,7 +296,7 @@ class Split:
     written to scores.csv."""
 
     def __init__(self, name, entries, size, base, cache, white=65535):
-        """entries: [(image, label, mask or None)], see `find_benchmark`; white: see `to_array`."""
+        """entries: [(image, label, mask or None)], see `list_split`; white: see `to_array`."""
         self.entries = entries
         self.name, self.size, self.white, self.source = name, size, white, name
         self.paths = [image.relative_to(base).as_posix() for image, _, _ in entries]
@@ -322,7 +325,7 @@ class Split:
             print(f"NOTE: {self.name} is almost black, no value is above {maximum} of 255; for 12 bits in files of 16 "
                   "give --white 4095")
 
-    # The file is mapped again at each use, so that pages once read don't count as this process' memory for ever.
+    # The file is mapped again at each use, so that pages once read don't count as memory of this process.
     @property
     def images(self):
         return np.memmap(self.file, np.uint8, "r", shape=self.shape)[:, :3]
@@ -437,12 +440,12 @@ def load_benchmark(args):
     train, valid, test = splits
     masks = "masks" if test and test.has_masks else "no masks"
     print(f"{base}: {', '.join(counts)}; {args.image_size}x{args.image_size}, {masks}"
-          + f"; LIMITED to {args.limit} a class" * bool(args.limit), flush=True)
+          + f"; LIMITED to {args.limit} per class" * bool(args.limit), flush=True)
     if held:
         valid.source = f"{held} training images held out"
         print(f"{valid.source} for the thresholds (--holdout {args.holdout})")
     if not valid or not valid.labels.any():
-        print("NOTE: valid has no anomalous images to choose a checkpoint with: the last epoch is taken")
+        print("NOTE: valid needs normal and anomalous images to choose a checkpoint: the last epoch is taken")
     if not test:
         print("NOTE: no test images: scores have no metrics; --predict uses the trained model")
     return splits
@@ -456,7 +459,7 @@ TINY_CLIP = dict(embed_dim=128, vision_cfg=dict(layers=4, width=128, patch_size=
 
 
 def normalize(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """(B, 3, H, W) in [0, 1] -> zero mean and unit deviation a channel, as the network saw its training images."""
+    """(B, 3, H, W) in [0, 1] -> zero mean and unit deviation per channel, as the network saw its training images."""
     mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (mean, std))
     return (image - mean) / std
 
@@ -556,9 +559,9 @@ def load_clip(name, weights, image_size):
     config = TINY_CLIP if name == "tiny" else open_clip.get_model_config(name) or {}
     vision = config.get("vision_cfg", {})
     if not isinstance(vision.get("layers"), int) or config.get("custom_text") or "hf_model_name" in config["text_cfg"]:
-        raise Error(f"--model {name} is no CLIP with a ViT; take ViT-B-16-plus-240, ViT-B-16 or tiny")
+        raise Error(f"--model {name} is not a CLIP model with a ViT; take ViT-B-16-plus-240, ViT-B-16 or tiny")
     if image_size % vision["patch_size"]:
-        raise Error(f"{name}: {image_size} pixels are no multiple of its patches' {vision['patch_size']}")
+        raise Error(f"{name}: {image_size} pixels are not a multiple of its patch size {vision['patch_size']}")
     file = weights if Path(weights).is_file() else None
     published = {} if file else open_clip.get_pretrained_cfg(name, CLIP_TAG if weights == "auto" else weights)
     quick_gelu = config.get("quick_gelu", False) or published.get("quick_gelu", False)
@@ -598,7 +601,7 @@ def image_metrics(labels, scores):
 class PixelMetrics:
     """Pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps, exact: all scores are sorted, once.
 
-    Holds 4 bytes a normal pixel and 8 an anomalous one: 1 GB for the largest benchmark with masks (brain).
+    Holds 4 bytes per normal pixel and 8 per anomalous one: 1 GB for the largest benchmark with masks (brain).
     `best`: after `compute`, the threshold of the highest Dice; scores at or above it are anomalous."""
 
     def __init__(self, pixels, threshold=None):
@@ -743,7 +746,8 @@ def scan_score(scores, rule):
 
 
 def calibrate(model, valid, batch_size, device):
-    """What thresholds need of the valid split's scores and maps, as JSON can hold it; see `decide`."""
+    """What `decide` needs of the valid split's scores and maps, as JSON can hold it. A model whose `scaled_by_image` is
+    true has no pixel threshold: its maps cannot be compared between images."""
     from sklearn.metrics import precision_recall_curve
 
     result, normal, best, scans = evaluate(model, valid, batch_size, device), valid.labels == 0, None, {}
@@ -751,8 +755,10 @@ def calibrate(model, valid, batch_size, device):
         precision, recall, at = precision_recall_curve(valid.labels, result.scores)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         best = float(np.nextafter(at[np.argmax(f1[:-1])], -np.inf, dtype=np.float32))  # that score itself is above
-    for path, score in zip(np.array(valid.paths)[normal], result.scores[normal], strict=True):
-        scans.setdefault(patient(path), []).append(score)
+    sick = {patient(path) for path, label in zip(valid.paths, valid.labels, strict=True) if label}
+    for path, value in zip(valid.paths, result.scores, strict=True):
+        if patient(path) not in sick - {None}:
+            scans.setdefault(patient(path), []).append(value)
     scans = None if None in scans else {rule: sorted(scan_score(s, rule) for s in scans.values())
                                         for rule in ("max", "top5")}
     maps = result.maxima is not None and not getattr(model, "scaled_by_image", False)
@@ -766,18 +772,18 @@ UNDECIDED = dict(normal_scores=[], normal_scans=None, map_range=(0, 1)) | dict.f
     ("image", "image_f1", "pixel", "scan"))
 
 
-def decide(kept, args):
+def decide(calibration, args):
     """`calibrate`'s values and the thresholds at args.specificity: image, pixel, scan. An image or scan is anomalous if
     its score is above its threshold, a pixel if it is at or above. None: that cannot be decided."""
-    image, reached = at_specificity(kept["normal_scores"], args.specificity)
-    pixel, rule = kept["dice"], "best Dice on valid"
-    if pixel is None and kept["normal_maxima"]:
-        highest, _ = at_specificity(kept["normal_maxima"], args.specificity)
+    image, reached = at_specificity(calibration["normal_scores"], args.specificity)
+    pixel, rule = calibration["dice"], "best Dice on valid"
+    if pixel is None and calibration["normal_maxima"]:
+        highest, _ = at_specificity(calibration["normal_maxima"], args.specificity)
         pixel = float(np.nextafter(highest, np.inf, dtype=np.float32))
         rule = f"no pixel of a normal map, at specificity {args.specificity}"
-    scans = kept["normal_scans"] and kept["normal_scans"][args.scan_score]
+    scans = calibration["normal_scans"] and calibration["normal_scans"][args.scan_score]
     enough = scans and len(scans) >= 20
-    return kept | dict(specificity=args.specificity, reached=reached, image=image, pixel=pixel,
+    return calibration | dict(specificity=args.specificity, reached=reached, image=image, pixel=pixel,
                        pixel_rule=rule if pixel is not None else "none: no maps, or each is scaled by itself",
                        scan=at_specificity(scans, args.specificity)[0] if enough else None, scan_score=args.scan_score)
 
@@ -1040,7 +1046,7 @@ def finish(run, model, splits):
     epoch, train_seconds = run.load(model)
     model.to(run.device)
     for name in [w["name"] for w in _weights(model) if not w["trained"]]:
-        print(f"NOTE: {name} has UNTRAINED weights; the figures show that the code runs, no more")
+        print(f"NOTE: {name} has UNTRAINED weights; the results are meaningless")
     if args.predict:
         return predict(run, model)
     for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
@@ -1048,7 +1054,9 @@ def finish(run, model, splits):
     decision = decide(calibrate(model, valid, args.batch_size, run.device), args) if valid else None
     run.kept["decision"], metrics = decision, {}
     if test:
-        metrics, test_ms = _test(run, model, test, decision or UNDECIDED)
+        seen = decision or UNDECIDED | dict(
+            map_range=calibrate(model, splits[0], args.batch_size, run.device)["map_range"])  # without valid
+        metrics, test_ms = _test(run, model, test, seen)
     published = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
     if "epochs" in published:  # where nothing is trained, the batch size changes nothing but speed and memory
         published["batch_size"] = type(args).batch_size

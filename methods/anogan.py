@@ -21,7 +21,7 @@ Differences from LeeDoYup/AnoGAN-tf:
   images come in random order; the epoch is chosen on valid.
 Parameters at 64 pixels: generator 5,135,363, discriminator 4,316,545.
 Cost, measured: 200 images at 32 pixels, width 16, 10 epochs: 14 s on one busy CPU thread, 0.8 GiB; 50 steps of the
-search in batches of 16: 58 ms an image. The default was not timed; its 500 steps are about 0.4 TFLOP.
+search in batches of 16: 58 ms per image. The default was not timed; its 500 steps are about 0.4 TFLOP.
 """
 
 import sys
@@ -56,7 +56,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 64
     """images are resized to this many pixels squared (paper): a power of two, at least 16"""
     batch_size: Annotated[int, Ge(1)] = 64
-    """images a batch, in training and in the search (LeeDoYup)"""
+    """images per batch, in training and in the search (LeeDoYup)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

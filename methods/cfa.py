@@ -3,21 +3,23 @@
 A learned 1x1 descriptor adapts the features of a pretrained CNN to the normal images: it pulls each patch into small
 hyperspheres around its nearest centres in a memory bank and pushes it away from the next ones. The bank holds the
 untrained descriptor's mean at each position and stays fixed. A patch is as anomalous as its distance to the nearest
-centre, more so where one centre is clearly the nearest.
+centre, more so where one centre is clearly the nearest. The push begins late: only where the learned radius r exceeds
+a centre's distance by a margin; r grows because that lowers the pull.
 
-Settings: thesis, Table 3.4: wide_resnet50_2, 3 nearest neighbours, 3 hard negatives, radius 1e-5, learning rate 1e-3,
-weight decay 5e-4. Where it is silent, the official code (sungwool/CFA_for_anomaly_localization): layers 1 to 3, AdamW
-with AMSGrad (the thesis says Adam), batches of 4, 30 epochs, nu 1e-3, alpha 0.1, neither k-means on the memory bank
-nor a narrower descriptor (gamma_c = gamma_d = 1).
+Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: wide_resnet50_2, 3 nearest neighbours, 3 hard
+negatives, radius 1e-5, learning rate 1e-3, weight decay 5e-4. The rest: official code
+(sungwool/CFA_for_anomaly_localization): layers 1 to 3, AdamW with AMSGrad (the thesis says Adam), batches of 4, 30
+epochs, nu 1e-3, alpha 0.1, neither k-means on the memory bank nor a narrower descriptor (the paper's compression ratios
+gamma_c = gamma_d = 1).
 Trained with wide_resnet50_2: 3,216,640 weights of the descriptor and the radius.
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (256
 is our choice for all methods; the paper crops 256 to 224, the benchmark resized to 224).
-Differences from the official code: all training images weigh the same in the memory bank (there: all batches); the
-epoch is chosen on valid, not on test; border pixels are repeated before smoothing as SciPy does it. None in the loss
-or the score.
-Differences from anomalib's and BMAD's, which made the thesis' row: there the radius is never trained, so that the
-repulsion is always zero (--no-learn-radius does the same); anomalib fills the memory bank with the CNN's batch norm in
-training mode.
+Differences from the official code: all training images weigh the same in the memory bank (there, all batches); the
+epoch is chosen on valid, not on test; the border is mirrored before smoothing as SciPy does it. None in the loss or
+the score.
+Differences from anomalib and from BMAD's code, which gave the thesis its row for CFA: there the radius is never
+trained, so that the repulsion is always zero (--no-learn-radius does the same); anomalib fills the memory bank with the
+CNN's batch norm in training mode.
 """
 
 import sys
@@ -40,7 +42,7 @@ LAYERS = {
     "wide_resnet50_2": ["layer1", "layer2", "layer3"],
     "mobilenet_v2": ["features.3", "features.6", "features.13"],  # our choice: no published setting
 }
-NU, ALPHA = 1e-3, 0.1  # the loss is divided by nu; alpha is the margin of the repulsion (official code, cfa.py)
+NU, ALPHA = 1e-3, 0.1  # the loss is divided by nu; repulsion where r^2 > |phi - c|^2 + alpha (official code, cfa.py)
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
     batch_size: Annotated[int, Ge(1)] = 4
-    """images a batch (official code); an incomplete last one is left out in training"""
+    """images per batch (official code); an incomplete last one is left out in training"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
@@ -176,7 +178,7 @@ class CFA(nn.Module):
         """Anomaly map (B, H, W): smoothed distances to the nearest centre; anomaly score (B,): its maximum."""
         self.eval()
         distance = self.distances(self.features(image), self.neighbors).sqrt()  # (B, P, K); not squared as in the loss
-        patch_score = distance[..., 0] * F.softmin(distance, dim=2)[..., 0]  # lower where several centres are as near
+        patch_score = distance[..., 0] * F.softmin(distance, dim=2)[..., 0]  # lower where several are equally near
         patch_score = patch_score.unflatten(1, self.descriptor.grid)  # (B, P) -> (B, h, w)
         anomaly_map = F.interpolate(patch_score[:, None], image.shape[-2:], mode="bilinear")[:, 0]
         anomaly_map = common.smooth(anomaly_map)

@@ -20,8 +20,8 @@ Differences from anomalib and BMAD, which made the thesis' row: they compare to 
 that scores of different batches are not comparable; permute channels instead of rotating them; take 64 vectors a step
 (--fiber-batch 64), a constant learning rate (--schedule constant) and images as they are (--augment-degrees 0).
 
-Cost, measured on one CPU thread: mobilenet_v2 at 128 pixels 50 ms an image in training and 18 ms in testing, 0.9 GiB;
-wide_resnet50_2 at 256 pixels 1.3 s an image in testing. Its rotations take 9 s to draw and 176 MB of the checkpoint.
+Cost, measured on one CPU thread: mobilenet_v2 at 128 pixels 50 ms per image in training and 18 ms in testing, 0.9 GiB;
+wide_resnet50_2 at 256 pixels 1.3 s per image in testing. Its rotations take 9 s to draw and 176 MB of the checkpoint.
 """
 
 import math
@@ -64,7 +64,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images a batch (official code); an incomplete last one is left out in training"""
+    """images per batch (official code); an incomplete last one is left out in training"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

@@ -1,14 +1,18 @@
 """clip_recon (Bao, MSc thesis, University of Alberta 2024, chapter 4: language-enhanced reconstruction with CLIP).
 
 CLIP's image encoder describes each patch of an image at four depths. Learned "blank" words, a set for each patch
-location, plus what an adapter reads from the image there, must reproduce that description through CLIP's text encoder.
-Both encoders stay frozen; words and adapter are trained on normal images. Where the two disagree, a patch is anomalous.
+location, plus what an adapter extracts from the image there, must reproduce it through CLIP's text encoder. Both
+encoders stay frozen; words and adapter are trained on normal images. Where the two disagree, a patch is anomalous.
 
     image -> augmentation -> image encoder -> features f^1 ... f^4 -------------> M^k = 1 - cos(f^k, p^k)
                                                              | adapter: pi_i         ^
              words T_i + pi_i of each patch location i ------+---> text encoder -> p^1 ... p^4
 
-Settings: thesis, 4.3.3; there is no public code. Where it is silent: the text side follows CoCoOp (Zhou et al., CVPR
+Eq. 4.1, 4.2: text_i = [SOS, T_i + pi_i, EOT] with pi_i = h(f_i^last), f^last of the last block (f^4 by default)
+Eq. 4.3:      M_i^k = 1 - cos(f_i^k, p_i^k)     Eq. 4.5: loss = sum over k of the mean of M_i^k over i
+The map is S = sum over k of Psi(M^k); Psi enlarges bilinearly. Eq. 4.7 to 4.9 are the augmentation.
+
+Settings: thesis, 4.3.3; there is no public code. Where it says nothing, the text side follows CoCoOp (Zhou et al., CVPR
 2022, arXiv:2203.05557), whose conditional prompt this is, for a patch instead of an image; map and loss follow RD4AD
 (arXiv:2201.10703). Two things are AnoVL's (Deng et al., 2023, arXiv:2308.15939): blocks 3, 6, 9, 12, and CLIP's own
 last norm and projection on each. (AnoVL also changes the attention, smooths, and reads block 12 only for its map.)
@@ -23,20 +27,22 @@ Decisions where the thesis leaves room, with a flag where another reading is as 
 - The map is not smoothed (`--smooth-sigma 4`: as RD4AD's).
 - The "augmentation" (4.2.3) is part of the method: not random, in training and in testing. Its sum of two images is
   halved, to stay in [0, 1] (`--da-sum saturate`: cut off at 1).
-- Figure 4.7 is a picture; we read its combinations so: `--modules prompts` has no adapter, pi = 0. `--modules adapter`
-  keeps the words as they are drawn: Eq. 4.2 always has a T_i, and 4.2.1 calls the prompt blank, not absent.
-- ResNet rows are ours where the thesis is silent: stages are pooled to the ViT's grid, normalised over channels and
-  brought to the text's width by a frozen orthonormal map. A learned map against frozen targets is as likely.
+- Figure 4.7 is a picture; we read its combinations as follows: `--modules prompts` has no adapter, pi = 0. `--modules
+  adapter` keeps the words as they are drawn: Eq. 4.2 always has a T_i, and 4.2.1 calls the prompt blank, not absent.
+- The thesis does not say how a ResNet replaces CLIP's image encoder (its Figure 4.8). Ours: stages are pooled to the
+  ViT's grid, normalised over channels and brought to the text's width by a frozen orthonormal map. A learned map
+  against frozen targets is as likely.
 - Batches of 8, AdamW's defaults, no schedule; the epoch is chosen on valid, as in chapter 3.
 - CLIP was trained at 240 pixels: its positions are interpolated to 256 as open_clip does it.
 On a GPU both encoders and the adapter run in bfloat16; cosines, loss and updates stay in float32.
 
-The published adapter is narrow: with 16 times fewer hidden units than inputs the model may know little more than the
-mean of each location. `--adapter-reduction 0.25` gives it four times more units than inputs (figures: tests/README.md).
+The published adapter is narrow, with 16 times fewer hidden units than inputs: pi_i may vary too little between images,
+and p^k is then the same for all of them. `--adapter-reduction 0.25` gives it four times more units than inputs
+(figures: tests/README.md).
 
 Trained parameters: words 2,621,440, adapter 51,880.
 Cost, measured, of the default on one CPU thread: 17 s to train on an image (image encoder 0.9 s, text encoder 8.0 s,
-its backward pass 7.9 s) and 8 s to score one; 1.8 GiB, and another 1.6 for each image of a training batch.
+its backward pass 7.9 s) and 8 s to score one; 1.8 GiB, and more for each image of a training batch.
 """
 
 import sys
@@ -76,7 +82,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (thesis, 4.3.3)"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images a batch (the thesis is silent); each takes 1.3 GiB of a CPU's memory in training"""
+    """images per batch (the thesis is silent); each takes 1.3 GiB of a CPU's memory in training"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
@@ -177,7 +183,7 @@ class ClipRecon(nn.Module):
             return self.cnn_encoder(image) if self.cnn_encoder else image_features(self.clip, image, self.image_blocks)
 
     def words(self, last, prompts):
-        """The text encoder's input for each image and location (Eq. 4.2): (B, P, T, W); B is 1 without an adapter."""
+        """The text encoder's input for each image and location (Eq. 4.2), (B, P, tokens, W); B is 1 if no adapter."""
         words = prompts[None]  # (1, P, M, W)
         if self.adapter:
             pi = self.adapter(F.normalize(last.float(), dim=-1))[:, :, None]  # h(f^last): (B, P, D) -> (B, P, 1, W)
@@ -217,7 +223,7 @@ class ClipRecon(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ frozen encoders
 def text_features(clip, tokens, blocks):
-    """Run embedded texts (n, T, W) through the text encoder; their last token after each of `blocks` (numbers from 1),
+    """Run embedded texts (n, tokens, W) through the text encoder; the last token after each of `blocks` (from 1 on),
     in CLIP's joint space: [(n, D)]."""
     x = tokens + clip.positional_embedding[: tokens.shape[1]]
     mask = clip.attn_mask[: tokens.shape[1], : tokens.shape[1]]  # causal
@@ -286,7 +292,7 @@ def up(image, size):
 
 
 def enhance(image, levels, how="half"):
-    """The image plus its low-frequency residual S_K (Eq. 4.9), in [0, 1] as the image is: (B, 3, H, W)."""
+    """The image plus its blurred copy (Eq. 4.9: "residual" S_K), in [0, 1] as the image is: (B, 3, H, W)."""
     low, sizes = image, []
     for _ in range(levels):
         sizes.append(low.shape[-2:])

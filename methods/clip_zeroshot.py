@@ -1,6 +1,6 @@
 """CLIP, zero-shot (Radford et al., ICML 2021, arXiv:2103.00020), a row of the thesis' Tables 4.1 to 4.4.
 
-One sentence a class: an image is anomalous if its feature is nearer to that of "{m} of an abnormal {o}" than to that of
+A sentence per class: an image is anomalous if its feature is nearer to that of "{m} of an abnormal {o}" than to that of
 "{m} of a normal {o}". The map asks the same of each patch. Nothing is trained, nothing is random.
 
 Settings: the thesis gives no sentences, sizes or model for its row, and does not say where its deviations come from.
@@ -14,7 +14,7 @@ AnoVL) corrects it, and is another method. Scores are never inverted here.
 abnormal only; `--findings named` adds what may be found (tumor, drusen), which is knowledge of the test classes.
 results.json says under `notes` what was used.
 
-Cost, measured, of the default on one CPU thread: 3 s to begin with, 0.7 s an image; 1.8 GiB with eight images a batch.
+Cost, measured, of the default on one CPU thread: 3 s to begin with, 0.7 s per image; 1.8 GiB for batches of eight.
 """
 
 import re
@@ -50,7 +50,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images a batch; changes nothing but speed and memory"""
+    """images per batch; changes nothing but speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
@@ -80,7 +80,7 @@ class Args:
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
     """what the sentences speak of (WORDS); auto: the benchmark of --data, generic for other folders"""
     prompts: Literal["plain", "ensemble"] = "plain"
-    """one sentence a class, or the mean of many"""
+    """one sentence per class, or the mean of many"""
     organ: str | None = None
     """what the images show, in your own words, such as "knee": in place of the organ of WORDS"""
     findings: str = "none"

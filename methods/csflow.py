@@ -18,7 +18,7 @@ permutation serves all scales, the map is the product of three scales.
 Parameters: 275,227,288 in the flow (mobilenet_v2: 289,711,640). Cached features: 0.1 MB an image of 256 pixels.
 It starts slowly (gamma is 0, Adam's eps large): the first 100 steps at 2e-4 hardly change a score.
 Cost, measured on one busy CPU thread: 200 images of 128 pixels, mobilenet_v2, --hidden 256, batches of 8: 27 s an
-epoch, 49 ms an image to score, 2.2 GiB. With 1,024, a step of 8 images of 256 pixels: 8 s; flow and Adam: 4.4 GB.
+epoch, 49 ms per image to score, 2.2 GiB. With 1,024, a step of 8 images of 256 pixels: 8 s; flow and Adam: 4.4 GB.
 """
 
 import sys
@@ -59,7 +59,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared, a multiple of 128 (BMAD's code)"""
     batch_size: Annotated[int, Ge(1)] = 64
-    """images a batch (BMAD's code)"""
+    """images per batch (BMAD's code)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

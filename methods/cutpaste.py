@@ -62,7 +62,7 @@ class Args:
     image_size: Annotated[int, Ge(32)] = 256
     """images are resized to this many pixels squared (thesis' code); scars keep theirs, up to 31 pixels"""
     batch_size: Annotated[int, Ge(1)] = 64
-    """images a batch (thesis, Table 3.5); in training each comes three times: normal, CutPaste, scar"""
+    """images per batch (thesis, Table 3.5); in training each comes three times: normal, CutPaste, scar"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
@@ -86,7 +86,7 @@ class Args:
     epochs: Annotated[int, Ge(1)] = 256
     """epochs of `steps_per_epoch` updates (thesis' code, paper)"""
     steps_per_epoch: Annotated[int, Ge(1)] = 1
-    """updates an epoch (thesis' code); paper: 256"""
+    """updates per epoch (thesis' code); paper: 256"""
     lr: Annotated[float, Gt(0)] = 0.03
     """SGD's learning rate at the start of its cosine schedule (thesis, Table 3.5)"""
     eval_every: Annotated[int, Ge(1)] = 10

@@ -31,7 +31,7 @@ Differences from the official code:
 Parameters: 131,649,793 with one channel, as in the official code; 32,950,401 with --base-channels 64. A forward pass
 at 256 pixels: 563 and 142 GFLOP; to score an image, 50 of them.
 Cost, measured on one busy CPU thread: 200 images of 64 pixels with --base-channels 16 --multipliers 1 1 2 2
---attention 8, batches of 2: 34 s an epoch, 0.3 s to score an image in 5 steps, 0.9 GiB. The default was not timed.
+--attention 8, batches of 2: 34 s per epoch, 0.3 s to score an image in 5 steps, 0.9 GiB. The default was not timed.
 """
 
 import copy
@@ -73,7 +73,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (official code)"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images a batch; each takes about 2.7 GiB in training in float32, half of it in bfloat16"""
+    """images per batch; each takes about 2.7 GiB in training in float32, half of it in bfloat16"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

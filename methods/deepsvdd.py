@@ -15,7 +15,7 @@ Differences from the official code:
 - A coordinate of c that is exactly zero becomes 0.1 too; there it stays zero.
 - The epoch is chosen on valid (thesis, 3.4.1); there the last one is taken.
 - A last batch of one image, which has no batch statistics, is left out; the official code stops there.
-Parameters: 0.521 M, 0.805 M with the decoder of the first stage. Cost, measured on one CPU thread: 5 ms an image and
+Parameters: 0.521 M, 0.805 M with the decoder of the first stage. Cost, measured on one CPU thread: 5 ms per image and
 epoch in either stage, 1 to 3 ms to score an image, 0.9 GiB.
 """
 
@@ -52,7 +52,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (thesis, 4.3.3), and these to the network's 32"""
     batch_size: Annotated[int, Ge(1)] = 200
-    """images a batch (thesis, Table 3.2)"""
+    """images per batch (thesis, Table 3.2)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
@@ -88,7 +88,7 @@ class Args:
     ae_lr: Annotated[float, Gt(0)] = 1e-5
     """its learning rate (thesis' code); official code 1e-4"""
     ae_batch_size: Annotated[int, Ge(1)] = 64
-    """its images a batch (thesis' code); official code 200"""
+    """its images per batch (thesis' code); official code 200"""
     ae_weight_decay: Annotated[float, Ge(0)] = 0.5e-6
     """its L2 penalty (thesis' code, official code)"""
     ae_milestone: Annotated[int, Ge(1)] = 250
@@ -228,7 +228,7 @@ if __name__ == "__main__":
     model = build_model(args).to(run.device)
     if not args.checkpoint:
         if len(train) < 2 or min(args.batch_size, args.ae_batch_size) < 2:
-            raise common.Error("batch norm needs two images a batch: give more training images, or greater batch sizes")
+            raise common.Error("batch norm needs two images per batch: give more training images or larger batches")
         images = model.load(train.batches(256, run.device))
         autoencoder = Autoencoder(model.encoder).to(run.device)
         optimizer, schedule = adam(autoencoder, args.ae_lr, args.ae_weight_decay, args.ae_milestone)

@@ -21,7 +21,7 @@ Differences from BMAD's: images in [0, 1] as in the original (there textures in 
 with ImageNet's statistics); initial weights (there PyTorch's defaults, as in anomalib).
 
 Parameters: 69,048,579 (restoration) + 28,374,146 (segmentation), as in the official code.
-Cost, measured on one CPU thread: 200 images of 64 pixels with --width 16, batches of 8: 10 s an epoch, 13 ms an image
+Cost, measured on one CPU thread: 200 images of 64 pixels with --width 16, batches of 8: 10 s per epoch, 13 ms per image
 to score, 1.0 GiB. As published, on an H100: a step of 8 images 0.24 s, their simulated anomalies 0.01 s.
 """
 
@@ -59,7 +59,7 @@ class Args:
     image_size: Annotated[int, Ge(64)] = 256
     """images are resized to this many pixels squared (official code), a multiple of 32"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images a batch (official code); each takes 1.1 GB in training"""
+    """images per batch (official code); each takes 1.1 GB in training"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

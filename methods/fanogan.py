@@ -17,7 +17,7 @@ Differences from A03ki/f-AnoGAN and BMAD:
   running statistics see them twice.
 
 Parameters at 256 pixels: generator 53.2 M (53.0 M in its linear layer), critic 0.13 M, encoder 3.4 M.
-Cost, measured: 200 images at 32 pixels, 15 + 15 epochs: 43 s on one busy CPU thread, 0.89 GiB; 4 ms an image.
+Cost, measured: 200 images at 32 pixels, 15 + 15 epochs: 43 s on one busy CPU thread, 0.89 GiB; 4 ms per image.
 """
 
 import sys
@@ -53,7 +53,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (thesis, 4.3.3): a multiple of 16, at least 32"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images a batch (thesis, Table 3.5)"""
+    """images per batch (thesis, Table 3.5)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

@@ -20,7 +20,7 @@ lie in [-1, 1], which the decoder's tanh can reach, not normalised as ImageNet's
 N(0, 0.02), which that code asks for but does not get.
 
 Parameters at 256 pixels: generator 144.0 M, discriminator 44.7 M (in training only); at 64: 10.7 M and 2.8 M.
-Cost, measured: 200 images at 32 pixels, 30 epochs: 58 s on one busy CPU thread, 0.87 GiB; 3 ms an image.
+Cost, measured: 200 images at 32 pixels, 30 epochs: 58 s on one busy CPU thread, 0.87 GiB; 3 ms per image.
 """
 
 import sys
@@ -56,7 +56,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (thesis, 4.3.3): a power of two, at least 16"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images a batch (BMAD; the thesis is silent)"""
+    """images per batch (BMAD; the thesis is silent)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

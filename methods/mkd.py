@@ -55,7 +55,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
     batch_size: Annotated[int, Ge(1)] = 64
-    """images a batch (thesis, Table 3.6)"""
+    """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
@@ -140,6 +140,7 @@ class MKD(nn.Module):
         self.source = common.feature_extractor(backbone, layers, weights)
         self.cloner = Cloner(widths, positive)
         self.value_weight, self.map_norm = value_weight, map_norm
+        self.scaled_by_image = map_norm == "image"  # then no threshold fits the pixels of all images
 
     def loss(self, image):
         image = common.normalize(image)

@@ -4,11 +4,12 @@ A pretrained CNN describes each position of an image by features of three layers
 fitted to these features over the normal images, in a single pass without training. A position is as anomalous as its
 Mahalanobis distance from its Gaussian.
 
-Settings: thesis, Table 3.4: 100 features with resnet18, 550 with wide_resnet50_2 (the default here; the thesis has one
-row of results and does not say for which of the two). Other backbones have no published number.
+Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: 100 features with resnet18, 550 with wide_resnet50_2
+(the default here; the thesis has one row of results and does not say for which of the two). Other backbones have no
+published number.
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (256
-is our choice for all methods; the paper crops 256 to 224, the benchmark resized to 224).
-Differences from xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master, the port that everybody uses: none in the
+is our choice for all methods; the paper crops 256 to 224, the thesis' benchmark, BMAD, resized to 224).
+Differences from xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master, the usual reimplementation: none in the
 Gaussians and distances. It holds the features of all images; here mean and covariance are updated batch by batch, so
 that memory does not grow with the number of images.
 """
@@ -52,7 +53,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
     batch_size: Annotated[int, Ge(1)] = 16
-    """images a batch; changes nothing but speed and memory"""
+    """images per batch; changes nothing but speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

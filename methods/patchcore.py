@@ -58,7 +58,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images a batch; changes nothing but speed and memory"""
+    """images per batch; changes nothing but speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

@@ -59,7 +59,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (official code): a multiple of 16, above 64"""
     batch_size: Annotated[int, Ge(1)] = 64
-    """pairs of each loss a batch (official code), and images a batch when scoring"""
+    """pairs of each loss per batch (official code), and images per batch when scoring"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

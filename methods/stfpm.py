@@ -60,7 +60,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (official code)"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images a batch (official code)"""
+    """images per batch (official code)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

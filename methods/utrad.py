@@ -27,7 +27,7 @@ Parameters: 91.719 M as published, of which 2.122 M are the fixed position codes
 Short runs: dividing by the expected error does harm until it is learned (loss_std): phantom, 64 pixels, 800 steps of
 `--width 64 --layers 1 --batch-size 2 --lr 3e-3`: pixel AUROC 0.74, of the error alone 0.87.
 Cost: 275 GFLOP an image at 256 pixels (counted), three times that in training. Measured, one thread of a busy machine:
-200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`, 4 epochs: 176 s, 1.5 GiB; 81 ms an image.
+200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`, 4 epochs: 176 s, 1.5 GiB; 81 ms per image.
 """
 
 import sys
@@ -71,7 +71,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (thesis, 4.3.3); a multiple of 16"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images a batch (thesis, Table 3.6)"""
+    """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

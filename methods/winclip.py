@@ -17,7 +17,7 @@ many sentences they have. Its windows are right only with an open_clip from befo
 token attend to other windows instead of its own, and all windows get the same feature.
 
 Cost, measured, of the default on one CPU thread of a busy machine: 20 s for the sentences, 8 s for each reference and
-each image to score; 2.0 GiB with four images a batch.
+each image to score; 2.0 GiB with four images per batch.
 """
 
 import re
@@ -56,7 +56,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images a batch; changes nothing but speed and memory"""
+    """images per batch; changes nothing but speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of 16-bit images that is white, 4095 for 12 bits"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
