@@ -503,8 +503,8 @@ def tables_of(rows, alike):
                "validation scores, (F1) at that of the best F1 on valid.")
     tables = [table("results", rows, METRICS, text, alike), table("decisions", rows, DECISIONS, decided)]
     if known := [r for r in rows if r["lesions"]]:
-        text = ("PRO to 30%, percent, of the {lesions} lesions in three equal parts: small to {small_to:.0f}, medium to "
-                "{medium_to:.0f} pixels, at the size that the methods ran at.")
+        text = ("PRO to 30%, percent, of the {lesions} lesions in three equal parts: small to {small_to:.0f}, medium "
+                "to {medium_to:.0f} pixels, at the size that the methods ran at.")
         tables.append(table("sizes", known, SIZES, text.format(**known[0])))
     seeds = sorted({k for r in rows for k in r if re.fullmatch(r"seed\d+", k)}, key=lambda k: int(k[4:]))
     devices = "; ".join(sorted({r["device"] for r in rows}))

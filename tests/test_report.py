@@ -588,7 +588,7 @@ def test_the_switch_shows_one_metric(page):
 def test_the_images_come_as_they_are_needed_the_worst_errors_first_and_can_be_filtered(page):
     assert page.run("return document.querySelectorAll('script[src]').length") == 0  # not before they are in view
     first, count, more, status = page.run(WAIT + """
-        const first = shown().slice(0, 3).map(c => c.innerText), count = shown().length;
+        const first = shown().slice(0, 3).map(c => c.textContent), count = shown().length;
         const cards = document.querySelector(".cards");
         cards.scrollTop = cards.scrollHeight;
         await until(() => shown().length > count);
@@ -596,9 +596,9 @@ def test_the_images_come_as_they_are_needed_the_worst_errors_first_and_can_be_fi
     assert all("false" in text for text in first) and count < more <= 130 and status.startswith("130 of 130 images")
     wrong, named = page.run(WAIT + """
         set("show", "false negative");
-        await until(() => shown().length); const wrong = shown().map(c => c.innerText);
+        await until(() => shown().length); const wrong = shown().map(c => c.textContent);
         set("show", ""); set("name", "y12");
-        await until(() => shown().length); const named = shown().map(c => c.innerText); set("name", "");
+        await until(() => shown().length); const named = shown().map(c => c.textContent); set("name", "");
         return [wrong, named]""")
     assert wrong and all("false negative" in text for text in wrong)
     assert named and all("y12" in text for text in named)
