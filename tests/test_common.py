@@ -2,13 +2,15 @@
 
 import copy
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_script, same_state
+from conftest import ROOT, load_script, same_state
 from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -588,3 +590,28 @@ def test_every_file_of_the_repository_is_within_the_layout_of_the_design():
                "LICENSE", "data", "runs"}
     root = Path(__file__).resolve().parents[1]
     assert {p.name for p in root.iterdir() if p.name[0] != "." and p.name != "__pycache__"} <= allowed
+
+
+def test_twelve_bits_in_sixteen_are_noticed_and_the_flag_uses_their_whole_range(tmp_path, capsys):
+    values = np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    entries = [(tmp_path / "a.png", 0, None)]
+    dark = common.Split("train", entries, 32, tmp_path, tmp_path / ".cache")
+    assert dark.images.max() == 16 and "--white 4095" in capsys.readouterr().out
+    full = common.Split("train", entries, 32, tmp_path, tmp_path / ".cache", white=4095)  # not the cache of the other
+    assert full.images.max() == 255 and len(np.unique(full.images)) == 256 and not capsys.readouterr().out
+
+
+def test_without_fcntl_one_line_names_the_systems_that_work(tmp_path):
+    (tmp_path / "fcntl.py").write_text("raise ImportError")
+    code = (f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; sys.modules.pop('fcntl', None); "
+            "import common")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "WSL" in done.stderr
+
+
+def test_a_full_gpu_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"), common.atomic(tmp_path / "features"):
+        raise RuntimeError("CUDA out of memory")
+    with pytest.raises(common.Error, match="free some space"), common.atomic(tmp_path / "model.pt"):
+        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed")
