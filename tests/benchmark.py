@@ -227,8 +227,7 @@ def compare_patchcore(args):
         peer = PatchcoreModel(backbone=mobilenet_v2(weights=None), layers=["features.6"], pre_trained=False)
         with tempfile.TemporaryDirectory() as folder:
             phantom(folder)
-            few = SimpleNamespace(data="phantom", root=folder, image_size=256, limit=args.images, predict=None)
-            train, _, test = common.load_benchmark(few)
+            train, _, test = load(folder, args.images)
             for layers in (["features.6", "features.13"], ["features.6.conv.1", "features.13.conv.1"]):
                 patchcore.LAYERS["mobilenet_v2"] = layers
                 model = patchcore.PatchCore("mobilenet_v2", args.weights, 0.1, 9)
@@ -337,6 +336,11 @@ def phantom(folder):
     subprocess.run([sys.executable, ROOT / "datasets/phantom.py", "--root", folder], check=True, capture_output=True)
 
 
+def load(folder, limit):
+    return common.load_benchmark(SimpleNamespace(data="phantom", root=folder, image_size=256, limit=limit, predict=None,
+                                                 white=65535, holdout=0))
+
+
 def compare_cache(args):
     with tempfile.TemporaryDirectory() as folder:
         phantom(folder)
@@ -433,8 +437,7 @@ def scored_models(train):
 def compare_score(args):
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         phantom(folder)
-        few = SimpleNamespace(data="phantom", root=folder, image_size=256, limit=(args.images or 16) // 2, predict=None)
-        train, _, test = common.load_benchmark(few)
+        train, _, test = load(folder, (args.images or 16) // 2)
         for name, model, network in scored_models(train):
             model.eval()
 

@@ -1,4 +1,4 @@
-"""Ours beside a peer's code, on the same weights and images:
+"""Ours next to a peer's code, on the same weights and images:
 
     python tests/parity.py METHOD --data FOLDER [--weights FILE] [--peer FOLDER]
 
@@ -44,7 +44,7 @@ if __name__ == "__main__":
     known = sorted(p.stem for p in (Path(__file__).parent / "peers").glob("*.py"))
     if args.method not in known:
         raise common.Error(f"no comparison for {args.method}; there are {', '.join(known)}")
-    args.root, args.predict = "data", None
+    args.root, args.predict, args.white, args.holdout = "data", None, 65535, 0
     train, _, test = common.load_benchmark(args)
     torch.manual_seed(0)
     worst = 0.0
