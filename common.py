@@ -163,7 +163,7 @@ def patient(path):
     Known are the names of BraTS, OCT2017, Camelyon16 and RESC, and those that begin with such a word and a number."""
     path = Path(path)
     match = re.fullmatch(PATIENT + SCAN, path.stem, re.I) or re.fullmatch(SCAN, f"{path.parent.name}_{path.stem}", re.I)
-    return match and next(group for group in match.groups() if group).lower()
+    return match and next(group for group in match.groups() if group)
 
 
 def images_in(folder):
@@ -768,8 +768,8 @@ def calibrate(model, valid, batch_size, device):
 
 
 # Of a model that saw no normal images (zero-shot): nothing is decided, maps are between 0 and 1.
-UNDECIDED = dict(normal_scores=[], normal_scans=None, map_range=(0, 1)) | dict.fromkeys(
-    ("image", "image_f1", "pixel", "scan"))
+UNDECIDED = dict(normal_scores=[], map_range=(0, 1)) | dict.fromkeys(
+    ("from", "normal_scans", "image", "image_f1", "pixel", "scan"))
 
 
 def decide(calibration, args):
@@ -1051,12 +1051,12 @@ def finish(run, model, splits):
         return predict(run, model)
     for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
         remove(folder / old)  # a folder without results.json is not a finished run
-    decision = decide(calibrate(model, valid, args.batch_size, run.device), args) if valid else None
-    run.kept["decision"], metrics = decision, {}
+    calibration, metrics = calibrate(model, valid or splits[0], args.batch_size, run.device), {}
+    # what a model has seen in training gives a colour scale, but no threshold
+    decision = decide(calibration, args) if valid else UNDECIDED | dict(map_range=calibration["map_range"])
+    run.kept["decision"] = decision
     if test:
-        seen = decision or UNDECIDED | dict(
-            map_range=calibrate(model, splits[0], args.batch_size, run.device)["map_range"])  # without valid
-        metrics, test_ms = _test(run, model, test, seen)
+        metrics, test_ms = _test(run, model, test, decision)
     published = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
     if "epochs" in published:  # where nothing is trained, the batch size changes nothing but speed and memory
         published["batch_size"] = type(args).batch_size
@@ -1141,7 +1141,7 @@ def predict(run, model):
     scores.csv: for each image its score, percentile among the normal validation images, and decision. maps/ has its
     picture, masks/ the decided pixels and raw/ (args.save_maps) the map, these two at the image's own size."""
     args, folder, asked, decision = run.args, run.folder, Path(run.args.predict), run.kept.get("decision")
-    decision = decide(decision, args) if decision else UNDECIDED
+    decision = decide(decision, args) if decision and decision["normal_scores"] else decision or UNDECIDED
     for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
         remove(folder / old)
     files = images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in SUFFIXES)

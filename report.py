@@ -37,7 +37,7 @@ from scipy.stats import rankdata
 import common
 
 sys.path.insert(1, str(Path(__file__).with_name("datasets")))
-from check import PATIENT, PUBLISHED
+from check import PUBLISHED
 
 METRICS = {  # results.json's names and the tables' headings
     "image_auroc": "Image AUROC", "image_ap": "Image AP", "pixel_auroc": "Pixel AUROC", "pixel_ap": "Pixel AP",
@@ -74,9 +74,9 @@ OURS = {  # variants of clip_recon that the thesis' Tables 4.1 to 4.4 have: its 
     "backbone resnet50": ("clip_recon (ResNet-50, DA)", "clip_recon", dict(backbone="resnet50")),
 }
 NUMBER = (int, float)
-NEEDED = dict(method=str, metrics=dict, counts=dict, train_seconds=NUMBER, test_ms_per_image=NUMBER, notes=dict,
-              peak_memory_gib=dict, weights=list, args=dict, changed=dict, device=str, decision=dict, versions=dict,
-              threads=int, commit=str, finished=str, images=str)  # of results.json
+NEEDED = dict(method=str, metrics=dict, counts=dict, train_seconds=NUMBER, test_ms_per_image=(*NUMBER, type(None)),
+              notes=dict, peak_memory_gib=dict, weights=list, args=dict, changed=dict, device=str, decision=dict,
+              versions=dict, threads=int, commit=str, finished=str, images=str)  # of results.json
 DRAWS = 2000  # of the test images, for the intervals
 RATES = np.concatenate([np.linspace(0, 0.1, 61), np.linspace(0.1, 1, 91)[1:]])  # false positive rates of the curves
 LEVELS = [f"fpr_{0.015 * i:.3f}" for i in range(1, 21)]  # columns of lesions.csv
@@ -118,10 +118,10 @@ def read_run(file, root):
         results = common.read_results(file)
         if wrong := [k for k, kind in NEEDED.items() if not isinstance(results[k], kind)]:
             raise TypeError(f"{wrong[0]} is {results[wrong[0]]!r}")
-        costs = dict(train_seconds=results["train_seconds"], ms=results["test_ms_per_image"])
+        costs = dict(train_seconds=results["train_seconds"], ms=results["test_ms_per_image"] or math.nan)  # no test
         results["costs"] = costs | {f"{k}_gib": float(v) for k, v in results["peak_memory_gib"].items()}
         wrong = {k: v for k, v in results["metrics"].items() if not (v is None or 0 <= v <= 1)}
-        wrong |= {k: v for k, v in results["costs"].items() if not math.isfinite(v)}
+        wrong |= {k: v for k, v in results["costs"].items() if math.isinf(v)}
         for name, value in wrong.items():
             raise ValueError(f"{name} is {value}")
         if missing := {"from", "image", "map_range", "normal_scores", "pixel"} - results["decision"].keys():
@@ -249,8 +249,8 @@ def read_scores(results, known):
 
 def patients_of(paths):
     """(N,): which patient each image is of, as far as names tell that of all images; else None."""
-    found = [PATIENT.fullmatch(Path(path).stem) for path in paths]
-    return np.unique([m[m.lastindex] for m in found], return_inverse=True)[1] if all(found) else None
+    patients = [common.patient(path) for path in paths]
+    return np.unique(patients, return_inverse=True)[1] if all(patients) else None
 
 
 # --------------------------------------------------------------------------------------------- intervals and tests

@@ -52,12 +52,6 @@ PUBLISHED = {  # numbers of images (README, Benchmarks)
     "brain": (7500, 39, 44, 640, 3075), "liver": (1542, 93, 73, 833, 660), "resc": (4297, 45, 70, 1041, 764),
     "oct2017": (26315, 8, 24, 242, 726), "chest": (8000, 70, 1420, 781, 16413), "histo": (5088, 100, 100, 1000, 1000)}
 SCRIPTS = dict(brain="brats2021", liver="lits", resc="resc", oct2017="oct2017", chest="rsna", histo="camelyon16")
-PATIENT = re.compile(  # file names without suffix that tell the patient (or scan, or slide)
-    r"(brats.*_\d+)_\d+"  # BraTS2021_00003_60
-    r"|(?:normal|cnv|dme|drusen)-(\d+)-\d+"  # OCT2017
-    r"|((?:normal|tumor|test)_\d+)_\d+_\d+"  # Camelyon16
-    r"|(.+?)_macular.*"  # RESC
-    r"|((?:patient|pat|subject|subj|sub|case|scan|volume|vol|p)[-_]?\d+)[-_].+", re.IGNORECASE)
 MAYBE_PATIENT = re.compile(r"(.*\d.*)[-_]\D*\d+")
 FORMATS = {"1": "1-bit", "L": "8-bit grey", "RGB": "8-bit colour", "I;16": "16-bit grey"}  # others: Pillow's mode
 TILE, COLUMNS = 120, 8  # of the picture
@@ -120,9 +114,9 @@ def patients(files, base):
             cases |= {base / row["image"]: row["case"] for row in csv.DictReader(f) if {"image", "case"} <= set(row)}
     for split, images in files.items():
         for image in images:
-            match, maybe = PATIENT.fullmatch(image.stem), MAYBE_PATIENT.fullmatch(image.stem)
-            if image in cases or match:
-                found["error", cases.get(image) or match[match.lastindex]][split] = image
+            told, maybe = cases.get(image) or common.patient(image), MAYBE_PATIENT.fullmatch(image.stem)
+            if told:
+                found["error", told][split] = image
             elif maybe:
                 found["notice", maybe[1]][split] = image
     return found

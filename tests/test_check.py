@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from types import SimpleNamespace
+import os
 
 import numpy as np
 import pytest
@@ -200,10 +200,12 @@ def test_the_manifest_tells_patients_whatever_the_names(tmp_path):
 
 def test_a_run_finds_the_record_of_exactly_these_files(tmp_path, capsys):
     base = benchmark(tmp_path / "b", masks=True)
-    ask = SimpleNamespace(data=str(base), root=str(tmp_path), image_size=32, limit=None, predict=None)
+    args = load_script("methods/padim.py").Args(data=str(base), root=str(tmp_path), out=str(tmp_path / "out"))
 
     def checked():
-        return common.load_benchmark(ask)[2].check
+        started = common.Run("padim.py", args)
+        os.close(started.lock)
+        return started.check
 
     assert checked() is None
     run(base, "--limit", 1)

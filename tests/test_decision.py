@@ -95,7 +95,7 @@ def test_of_twenty_healthy_scans_that_the_threshold_has_not_seen_at_most_three_a
 
 
 @pytest.mark.parametrize("name, patient", [
-    ("BraTS2021_00003_60.png", "brats2021_00003"), ("NORMAL-12345-3.jpeg", "12345"), ("tumor_012_3_4.png", "tumor_012"),
+    ("BraTS2021_00003_60.png", "BraTS2021_00003"), ("NORMAL-12345-3.jpeg", "12345"), ("tumor_012_3_4.png", "tumor_012"),
     ("scan012_0001.png", "scan012"), ("train/good/scan012/0001.png", "scan012"), ("patient-7/a.png", "patient-7"),
     ("train/good/0001.png", None), ("normal/12_3_4.png", None), ("IMG_0001.png", None)])
 def test_names_tell_patients_where_they_do(name, patient):
