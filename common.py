@@ -64,14 +64,14 @@ def command_line(Args, description):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(printed):
             args = tyro.cli(Args, description=description)
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        box = said.getvalue().split("├")[0].splitlines()[1:]  # its frame, and what follows the first rule, left out
+        box = printed.getvalue().split("├")[0].splitlines()[1:]  # its frame, and what follows the first rule, left out
         raise Error(" ".join(" ".join(line.strip("│╰╯─ ") for line in box).split())) from None
     check_ranges(args)
     return args
@@ -390,7 +390,7 @@ class Features:
         return self.split.batches(batch_size, self.device, shuffle, drop_last, fetch)
 
 
-def listed(args):
+def list_benchmark(args):
     """(folder, {split: entries}, fingerprint of all entries, how many images are held out) of args.data.
 
     Where valid has no normal images, args.holdout of the training images take their place, by patient where names tell:
@@ -422,11 +422,11 @@ def volumes():
 def load_benchmark(args):
     """(train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit; prints their counts.
 
-    A part that the benchmark lacks is None; with args.predict all are. See `listed` for a valid split without normal
-    images."""
+    A part that the benchmark lacks is None; with args.predict all are. A valid split without normal images: see
+    `list_benchmark`."""
     if args.predict:
         return None, None, None
-    (base, entries, _, held), splits, counts = listed(args), [], []
+    (base, entries, _, held), splits, counts = list_benchmark(args), [], []
     for name in SPLITS:
         normal, anomalous = ([e for e in entries[name] if e[1] == label] for label in (0, 1))
         if args.limit:  # evenly spread over the files
@@ -873,7 +873,7 @@ class Run:
         torch.manual_seed(args.seed)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for on a GPU
         torch.use_deterministic_algorithms(True, warn_only=True)
-        self.images = None if args.predict else listed(args)[2]  # resuming needs the very same ones
+        self.images = None if args.predict else list_benchmark(args)[2]  # resuming needs the very same ones
         checked = Path(args.root) / ".cache" / f"{self.images}.check.json"  # by datasets/check.py
         try:
             self.check = json.loads(checked.read_text())
@@ -973,13 +973,13 @@ class Run:
         seconds = time.perf_counter() - self.started
         row = dict(epoch=epoch, seconds=round(seconds, 1), **losses)
         self.history.append(row)
-        looked, value = epoch % self.args.eval_every == 0 or epoch == self.args.epochs, math.inf
-        chooses = valid and valid.labels.any()
-        if looked and chooses:
+        evaluates, value = epoch % self.args.eval_every == 0 or epoch == self.args.epochs, math.inf
+        can_choose = valid and valid.labels.any()
+        if evaluates and can_choose:
             metrics = evaluate(model, valid, self.args.batch_size, self.device).metrics
             value = np.mean([v for v in (metrics["image_auroc"], metrics["pixel_auroc"]) if v is not None])
             row |= {f"valid_{k}": v for k, v in metrics.items() if v is not None}
-        if looked and (value > self.best or not chooses):
+        if evaluates and (value > self.best or not can_choose):
             self.best = value
             self.keep(model, epoch)
         shown = {k: row[k] for k in (*losses, "valid_image_auroc", "valid_pixel_auroc") if k in row}
@@ -987,7 +987,7 @@ class Run:
               f"{seconds:.0f} s, {seconds / epoch * (self.args.epochs - epoch):.0f} s left",
               *["(best)"] * (self.epoch == epoch), sep="  ", flush=True)
         write_csv(self.folder / "log.csv", self.history)
-        if looked:
+        if evaluates:
             self._save_all(model, epoch)
 
     def _save_all(self, model, epoch, first_stage=False):
@@ -1057,9 +1057,9 @@ def finish(run, model, splits):
     run.kept["decision"] = decision
     if test:
         metrics, test_ms = _test(run, model, test, decision)
-    published = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
-    if "epochs" in published:  # where nothing is trained, the batch size changes nothing but speed and memory
-        published["batch_size"] = type(args).batch_size
+    defaults = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
+    if "epochs" in defaults:  # where nothing is trained, the batch size changes nothing but speed and memory
+        defaults["batch_size"] = type(args).batch_size
     packages = ("torch", "torchvision", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # GiB
     on_gpu = run.device.type == "cuda"
@@ -1075,7 +1075,7 @@ def finish(run, model, splits):
         parameters=dict(total=sum(p.numel() for p in model.parameters()),
                         trained=sum(p.numel() for p in model.parameters() if p.requires_grad)),
         weights=_weights(model), notes=run.notes, args=dataclasses.asdict(args), command=" ".join(sys.argv[1:]),
-        changed={name: getattr(args, name) for name, value in published.items() if getattr(args, name) != value},
+        changed={name: getattr(args, name) for name, value in defaults.items() if getattr(args, name) != value},
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         device=torch.cuda.get_device_name() if on_gpu else str(run.device), threads=torch.get_num_threads(),
         commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -373,7 +373,7 @@ def check(args):  # for values that cannot go together
 
 def whole_training(args):
     """Epochs that show 300,000 images (official code: EPOCHS, of one image each)."""
-    return math.ceil(300_000 / len(common.listed(args)[1]["train"][: args.limit]))
+    return math.ceil(300_000 / len(common.list_benchmark(args)[1]["train"][: args.limit]))
 
 
 if __name__ == "__main__":

@@ -346,7 +346,7 @@ def test_a_run_is_told_what_check_py_said_of_exactly_these_files(tmp_path, capsy
 
     check, out = said()
     assert check is None and "check.py: not run on these files" in out
-    images = common.listed(arguments(tmp_path, given["data"]))[2]
+    images = common.list_benchmark(arguments(tmp_path, given["data"]))[2]
     record = tmp_path / f".cache/{images}.check.json"
     record.parent.mkdir(exist_ok=True)
     record.write_text('{"summary": "1 error"}')
