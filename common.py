@@ -31,7 +31,6 @@ from typing import get_type_hints
 import numpy as np
 import torch
 import tyro
-from annotated_types import BaseMetadata
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 from tqdm import tqdm
@@ -81,7 +80,7 @@ def check_ranges(args):
     """`Error` for a value that is not in the range of its declaration, such as Annotated[int, Ge(1)]."""
     signs = dict(ge="at least", gt="above", le="at most", lt="below")
     for name, kind in get_type_hints(type(args), include_extras=True).items():
-        rules = [(op, bound) for limits in getattr(kind, "__metadata__", ()) if isinstance(limits, BaseMetadata)
+        rules = [(op, bound) for limits in getattr(kind, "__metadata__", ()) if dataclasses.is_dataclass(limits)
                  for op, bound in dataclasses.asdict(limits).items() if bound is not None]  # [("ge", 1), ...]
         values = getattr(args, name)
         for value in values if isinstance(values, tuple) else (values,):
