@@ -1,0 +1,269 @@
+"""Ours next to a peer's own training: the same images, weights, size and budget, the last epoch of both.
+
+    python tests/levels.py [METHOD ...] --data elpv_poly --weights mobilenet_v2.pth --peers FOLDER
+    python tests/levels.py --report                                 the table of tests/README.md
+
+By hand, as parity.py: peers are no dependency. anomalib 2.7 is in the same environment; --peers holds checkouts of
+pytorch-cutpaste (Runinho) and SimpleNet (DonaldRR), under these names. FLAGS has ours; `..._as_peer` undoes what we
+chose to do differently. A method is level if its mean over seeds is at least the peer's less 0.02, in each score; the
+exit status is 1 if one is not. A peer's training step is its own; batches and metrics are common.py's.
+
+Each training adds a line to levels.jsonl; a finished line is skipped."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
+from unittest import mock
+
+import torch
+import tyro
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
+from conftest import ROOT, load_script
+
+import common
+
+NET = "--backbone mobilenet_v2 --weights WEIGHTS --image-size 128 --batch-size 8"
+FLAGS = {  # of a method's script, and what the peer takes from them; after a _: another run of ours, the same peer
+    "cflow": f"{NET} --fiber-batch 128 --epochs 4",
+    "cflow_as_peer": f"{NET} --fiber-batch 128 --epochs 4 --schedule constant --augment-degrees 0",
+    "cutpaste": f"{NET} --epochs 60 --freeze-epochs 3",
+    "draem": "--textures images --image-size 64 --width 16 --epochs 8 --lr 1e-3",
+    "simplenet": f"{NET} --epochs 8 --noise 0.16",
+}
+SCORES, MARGIN = ["image_auroc", "pixel_auroc", "aupro"], 0.02
+
+
+@dataclass
+class Args:
+    names: Annotated[list[str], tyro.conf.Positional] = field(default_factory=lambda: list(FLAGS))
+    """of FLAGS; all by default"""
+    data: Path = Path("elpv_poly")
+    """benchmark folder"""
+    weights: Path = Path("mobilenet_v2.pth")
+    """ImageNet weights of torchvision's mobilenet_v2"""
+    peers: Path = Path("peers")
+    """folder of the official repositories"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """seeds to train with"""
+    jobs: int = 1
+    """trainings at a time, one thread each"""
+    report: bool = False
+    """only print the table"""
+    out: Path = ROOT / "runs/levels"
+    """run folders"""
+    jsonl: Path = Path(__file__).with_suffix(".jsonl")
+    """a line is added for each training"""
+
+
+# ----------------------------------------------------------------------------------------------------------- the peers
+# Each takes (settings, train, args), trains, and gives `predict` as our models have it. settings: those of our script.
+def batches(train, settings, drop_last=False):
+    for epoch in range(1, settings.epochs + 1):
+        yield from train.batches(settings.batch_size, "cpu", (settings.seed, epoch), drop_last)
+
+
+def anomalib_training(module, images, scale=common.normalize):
+    """The Lightning module's own training step and optimiser, in a plain loop; scores are the model's, an image each.
+
+    One by one, because CFLOW compares to the likeliest vector of a batch."""
+    from anomalib.data import ImageBatch
+
+    optimizer = module.configure_optimizers()
+    module.log, module.optimizers, module.manual_backward = mock.Mock(), lambda: optimizer, torch.Tensor.backward
+    module.train()
+    for image in images:
+        loss = module.training_step(ImageBatch(image=scale(image)), 0)["loss"]
+        if module.automatic_optimization:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    module.eval()
+
+    def predict(image):
+        answers = [module.model(scale(x)) for x in image.split(1)]
+        return (torch.cat([a.anomaly_map.view(1, *image.shape[2:]) for a in answers]),
+                torch.cat([a.pred_score.view(1) for a in answers]))
+
+    return predict
+
+
+OFF = dict(post_processor=False, evaluator=False, visualizer=False)
+
+
+def cflow(settings, train, args):
+    from anomalib.models.image import Cflow
+
+    network = common.pretrained_network(settings.backbone, args.weights).eval()
+    layers = load_script("methods/cflow.py").LAYERS[settings.backbone]
+    module = Cflow(network, layers, False, settings.fiber_batch, settings.blocks, lr=settings.lr, **OFF)
+    return anomalib_training(module, batches(train, settings, drop_last=True))
+
+
+def draem(settings, train, args):
+    """Repaired: its focal loss, which gives normal pixels no weight with today's kornia."""
+    from anomalib.models.image import Draem
+    from anomalib.models.image.draem.torch_model import DiscriminativeSubNetwork, ReconstructiveSubNetwork
+    from kornia.losses import FocalLoss
+
+    module = Draem(args.data / "train/good", **OFF)
+    module.model.reconstructive_subnetwork = ReconstructiveSubNetwork(base_width=settings.width)
+    module.model.discriminative_subnetwork = DiscriminativeSubNetwork(6, 2, settings.width // 2)
+    module.loss.focal_loss = FocalLoss(alpha=None, reduction="mean")
+    module.configure_optimizers = lambda: torch.optim.Adam(module.model.parameters(), settings.lr)
+    return anomalib_training(module, batches(train, settings), scale=lambda image: image)
+
+
+def cutpaste(settings, train, args):
+    """Its network is a ResNet-18; the backbone is put in its place."""
+    from torchvision import transforms as T
+
+    load = load_script("tests/peers/cutpaste.py").load
+    augmentation, density, network = (load(args.peers / "pytorch-cutpaste", name) for name in
+                                      ("cutpaste", "density", "model"))
+    random.seed(settings.seed)
+    model = network.ProjectionNet(False, [512, 128], 3)
+    model.resnet18 = common.pretrained_network(settings.backbone, args.weights)
+    model.resnet18.classifier, model.resnet18.fc = torch.nn.Identity(), torch.nn.Identity()
+    model.head[0] = torch.nn.Linear(1280, 512)
+    model.freeze_resnet()
+    normalize = T.Compose([T.ToTensor(), lambda image: common.normalize(image[None])[0]])
+    three_way = augmentation.CutPaste3Way(transform=normalize)
+    augment = T.Compose([T.ToPILImage(), T.ColorJitter(0.1, 0.1, 0.1, 0.1), three_way])
+    optimizer = torch.optim.SGD(model.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, settings.epochs)
+    endless = (image for epoch in range(10**6)
+               for image in train.batches(settings.batch_size, "cpu", (settings.seed, epoch), True))
+    for step, image in zip(range(settings.epochs), endless, strict=False):
+        if step == settings.freeze_epochs:
+            model.unfreeze()
+        kinds = augmentation.cut_paste_collate_fn([augment(x) for x in image])
+        _, logits = model(torch.cat(kinds))
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(3).repeat_interleave(len(image)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step(step)
+    model.eval()
+
+    def embed(image):
+        with torch.no_grad():
+            return torch.nn.functional.normalize(model(common.normalize(image))[0], p=2, dim=1)
+
+    gaussian = density.GaussianDensityTorch()
+    gaussian.fit(torch.cat([embed(image) for image in train.batches(64, "cpu")]))
+    return lambda image: (None, gaussian.predict(embed(image)))
+
+
+def simplenet(settings, train, args):
+    theirs = load_script("tests/peers/simplenet.py")
+    ours = load_script("methods/simplenet.py").build_model(settings)
+    settings.peer = str(args.peers / "SimpleNet")
+    peer = theirs.peer_of(settings, ours, settings.backbone)
+    peer.noise_std, peer.logger = settings.noise, mock.MagicMock()
+    with contextlib.redirect_stderr(None):
+        peer._train_discriminator([dict(image=common.normalize(image)) for image in batches(train, settings)])
+
+    def predict(image):
+        scores, maps, _ = peer._predict(common.normalize(image))
+        return torch.stack([torch.as_tensor(m) for m in maps]), torch.as_tensor(scores).flatten()
+
+    return predict
+
+
+# ------------------------------------------------------------------------------------------------------- the trainings
+def scores_of(metrics):
+    return {name: round(metrics[name], 4) for name in SCORES if metrics.get(name) is not None}
+
+
+def train_one(args, name, seed, who):
+    """A training of ours or of the peer's, as a line of levels.jsonl."""
+    method, started = name.split("_")[0], time.perf_counter()
+    flags = [str(args.weights) if flag == "WEIGHTS" else flag for flag in FLAGS[name].split()]
+    out = args.out / f"{who}-{name}-{seed}"
+    flags = ["--data", str(args.data), "--root", str(args.out), "--out", str(out), "--seed", str(seed), "--device",
+             "cpu", "--maps", "0", "--eval-every", str(10**6), "--overwrite", *flags]
+    if who == "ours":
+        command = [sys.executable, ROOT / f"methods/{method}.py", *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise common.Error(done.stderr.strip().splitlines()[-1:])
+        metrics = json.loads((out / args.data.name / method / f"seed{seed}/results.json").read_text())["metrics"]
+        shutil.rmtree(out)
+    else:
+        torch.manual_seed(seed)
+        settings = tyro.cli(load_script(f"methods/{method}.py").Args, args=flags)
+        train, _, test = common.load_benchmark(settings)
+        model = SimpleNamespace(predict=globals()[method](settings, train, args))
+        metrics = common.evaluate(model, test, 8, torch.device("cpu")).metrics
+    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"],
+                            capture_output=True, text=True).stdout.strip()
+    return dict(name=name, data=args.data.name, seed=seed, who=who, flags=FLAGS[name], scores=scores_of(metrics),
+                seconds=round(time.perf_counter() - started, 1), commit=commit)
+
+
+def read_lines(file):
+    """{(name, data, who, seed): line} of the commands in FLAGS."""
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {(l["name"], l["data"], l["who"], l["seed"]): l for l in lines if l["flags"] == FLAGS.get(l["name"])}
+
+
+def compared(lines):
+    """Rows (name, data, score, our values, the peer's, whether level), of the seeds that both have."""
+    for name, data in dict.fromkeys(key[:2] for key in lines):
+        seeds = [seed for n, d, who, seed in lines if (n, d, who) == (name, data, "ours")]
+        method = name.split("_")[0]
+        seeds = [seed for seed in sorted(seeds) if (method, data, "peer", seed) in lines]
+        for score in SCORES:
+            ours, peer = ([lines[key, data, who, seed]["scores"].get(score) for seed in seeds]
+                          for key, who in ((name, "ours"), (method, "peer")))
+            if seeds and None not in ours + peer:
+                yield name, data, score, ours, peer, statistics.mean(ours) >= statistics.mean(peer) - MARGIN
+
+
+def table(lines):
+    print("| training | data | score | ours | peer | seeds | level |\n|" + " --- |" * 7)
+    for name, data, score, *sides, level in compared(lines):
+        means = (f"{statistics.mean(side):.3f} ({', '.join(f'{v:.3f}' for v in side)})" for side in sides)
+        print(f"| {name} | {data} | {score} |", *means, len(sides[0]), "yes |" if level else "**no** |", sep=" | ")
+
+
+if __name__ == "__main__":
+    args = common.command_line(Args, __doc__)
+    if unknown := set(args.names) - set(FLAGS):
+        raise common.Error(f"no training of {', '.join(sorted(unknown))}; there are {', '.join(FLAGS)}")
+    args.data, args.weights, args.peers = args.data.resolve(), args.weights.resolve(), args.peers.resolve()
+    if args.report:
+        table(read_lines(args.jsonl))
+        raise SystemExit
+    os.environ["OMP_NUM_THREADS"] = "1"
+    done, broken = read_lines(args.jsonl), []
+    left = [(name, seed, who) for seed in args.seeds for name in args.names for who in ("ours", "peer")
+            if (name, args.data.name, who, seed) not in done and (who == "ours" or "_" not in name)]
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        jobs = {pool.submit(train_one, args, *job): job for job in left}
+        for job in as_completed(jobs):
+            try:
+                line = job.result()
+            except Exception as e:  # whatever a peer raises; the others go on
+                broken.append(f"{jobs[job]}: {e!r}")
+                continue
+            with open(args.jsonl, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            print(*jobs[job], line["scores"], line["seconds"], flush=True)
+    rows = [row for row in compared(read_lines(args.jsonl)) if row[0] in args.names and row[1] == args.data.name]
+    broken += [f"{name}: {score} is below the peer's" for name, _, score, *_, level in rows if not level]
+    print(*broken, sep="\n", file=sys.stderr)
+    raise SystemExit(bool(broken))
