@@ -9,111 +9,80 @@
 #                                          and other readings of chapter 4): runs/ablation/<variant>/
 #   bash run_all.sh setup                  only makes .venv and installs requirements.txt
 # Each benchmark is checked once, by datasets/check.py; what it says is in the report.
-# Where data/ holds no benchmark it makes the phantom and runs a short demonstration there (flags: `demo` below).
+# Where data/ holds no benchmark it makes the phantom and runs a short demonstration there (flags: methods/demo.txt).
 # DEMO=1 runs the short budgets on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" gives their weights.
 # FLAGS="--device cuda:1" adds flags to every command.
 # A failing run is named at the end, does not stop the rest, and makes the exit status 1. Linux and macOS (bash 3.2).
-set -u
+set -fu
 usage() { echo "error: $1; see the head of run_all.sh" >&2; exit 2; }
+number() {
+    case "$2" in "" | 0?* | *[!0-9]* | ??????????*) false ;; *) [ "$2" -ge "$3" ] ;; esac || usage "$1=$2: $3 or more"
+}
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1 # Slurm runs a copy of this script from elsewhere
-ablation=
+python=.venv/bin/python ablation=
 [ "${1:-}" = ablation ] && ablation=variants METHODS=clip_recon && shift
 case "$#${1:-}" in
     0 | 1--list | 1setup) ;;
-    1--help) sed -n '2,/^set -u/s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
+    1--help) sed -n '2,/^set -/s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
     *) usage "'$*' is unknown" ;;
 esac
-[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || [ "$SLURM_ARRAY_TASK_ID" -gt 0 ] 2> /dev/null || usage "no array task $SLURM_ARRAY_TASK_ID"
-[ "${JOBS:=1}" -gt 0 ] 2> /dev/null || usage "JOBS=$JOBS is no number above 0"
-python=.venv/bin/python
+number SLURM_ARRAY_TASK_ID "${SLURM_ARRAY_TASK_ID:-1}" 1 && number JOBS "${JOBS:=1}" 1
+: "${METHODS:=$(ls methods | sed -n 's/\.py$//p' | xargs)}"
+for method in $METHODS; do [ -f "methods/$method.py" ] || usage "METHODS: there is no methods/$method.py"; done
+for seed in ${SEEDS:=}; do number SEEDS "$seed" 0; done
 
-setup() {
-    cmp -s requirements.txt .venv/installed.txt && return
-    echo "installing requirements.txt into .venv (several GB, a few minutes)" >&2
-    { [ -x $python ] || python3 -m venv .venv; } && $python -m pip install -q --disable-pip-version-check \
-        -r requirements.txt && cp requirements.txt .venv/installed.txt ||
-        { echo "error: .venv could not be made (see above); Python 3.11 or newer with venv is needed" >&2; return 1; }
-}
 # Of several tasks that start at once one makes .venv, and the phantom: a lock, through Python as macOS has no flock.
 if [ -z "${LOCK:-}" ]; then
     lock='import fcntl, os, sys; f = os.open("requirements.txt", os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX)
 os.set_inheritable(f, True); os.environ["LOCK"] = str(f); os.execvp("bash", ["bash", *sys.argv[1:]])'
     exec python3 -c "$lock" "$0" ${ablation:+ablation} "$@"
 fi
-setup || exit 1
+if ! cmp -s requirements.txt .venv/installed.txt; then
+    echo "installing requirements.txt into .venv (several GB, a few minutes)" >&2
+    { [ -x $python ] || python3 -m venv .venv; } && $python -m pip install -q --disable-pip-version-check \
+        -r requirements.txt && cp requirements.txt .venv/installed.txt ||
+        { echo "error: .venv could not be made (see above); Python 3.11 or newer with venv is needed" >&2; exit 1; }
+fi
 [ "${1:-}" = setup ] && exit 0
-
-demo() { # the budgets of the demonstration: untrained or ImageNet weights, whichever can be had, and few epochs
-    local net="${NET:---backbone mobilenet_v2 --weights auto}" small="--image-size 128 --batch-size 8"
-    case $1 in
-        padim | patchcore) echo "$net" ;;
-        cfa) echo "$net --image-size 128 --epochs 2" ;;
-        cflow) echo "$net $small --blocks 4 --epochs 2" ;;
-        csflow) echo "$net $small --hidden 64 --epochs 4" ;;
-        cutpaste) echo "$net $small --epochs 30 --freeze-epochs 3" ;;
-        mkd) echo "$net $small --epochs 3" ;;
-        rd4ad) echo "$net $small --epochs 3" ;;
-        stfpm) echo "$net --image-size 128 --batch-size 4 --lr 0.8 --epochs 2" ;;
-        simplenet) echo "$net --image-size 128 --epochs 5" ;;
-        utrad) echo "$net --image-size 64 --width 64 --layers 1 --batch-size 2 --lr 3e-3 --epochs 3" ;;
-        clip_recon) echo "$net --model tiny --clip-weights none --image-size 128 --da-levels 0 --prompt-tokens 4 --epochs 6 \
-            --lr 1e-2 --patches-per-step 32" ;;
-        clip_zeroshot) echo --model tiny --clip-weights none --image-size 128 --clip-size 128 ;;
-        winclip) echo --model tiny --clip-weights none --image-size 128 --clip-size 128 --shots 4 ;;
-        ddpm) echo --image-size 32 --base-channels 16 --multipliers 1 1 2 --attention 8 --noise-level 100 --sample-steps 4 \
-            --lr 2e-3 --batch-size 4 --epochs 2 ;;
-        anogan) echo --image-size 32 --width 16 --batch-size 16 --epochs 8 --lr 1e-3 --steps 30 --search-lr 0.02 ;;
-        patchsvdd) echo --image-size 96 --batch-size 2 --repeat 1 --epochs 1 --bank 2000 ;;
-        deepsvdd) echo --ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --epochs 10 --batch-size 20 ;;
-        draem) echo --textures images --image-size 64 --width 16 --epochs 3 --lr 1e-3 ;;
-        fanogan) echo --image-size 32 --gan-epochs 8 --epochs 8 ;;
-        ganomaly) echo --image-size 32 --features 32 --epochs 20 ;;
-    esac
-}
-
-benchmarks='import common
-print(*[name for name in common.NAMES if name != "phantom" and common.named_folder(name, "data")])'
-: "${DATA:=$($python -c "$benchmarks")}" "${METHODS:=$(cd methods && ls ./*.py | sed 's/^..//; s/.py$//' | xargs)}"
+known='import common, sys
+data = sys.argv[1:] or [name for name in common.NAMES if name != "phantom" and common.named_folder(name, "data")]
+missing = [name for name in data if not common.named_folder(name, "data")]
+print(*missing or data)
+sys.exit(bool(missing))'
+DATA=$($python -c "$known" ${DATA:-}) || usage "DATA: there is no benchmark $DATA"
 if [ -z "$DATA" ]; then
     echo "no benchmark under data/ (see datasets/): a short demonstration on the phantom, one seed" >&2
     $python datasets/phantom.py >&2 || exit 1
     DATA=phantom
 fi
 eval "exec $LOCK<&-"
-[ "$DATA" = phantom ] && : "${SEEDS:=0}"
-: "${SEEDS:=0 1 2 3 4}"
-for method in $METHODS; do [ -f "methods/$method.py" ] || usage "METHODS: there is no methods/$method.py"; done
-for seed in $SEEDS; do [ "$seed" -ge 0 ] 2> /dev/null || usage "SEEDS: $seed is no seed"; done
-known='import common, sys; sys.exit(" ".join(d for d in sys.argv[1:] if not common.named_folder(d, "data")) or 0)'
-missing=$($python -c "$known" $DATA 2>&1) || usage "DATA: there is no benchmark $missing"
+: "${SEEDS:=$([ "$DATA" = phantom ] && echo 0 || echo 0 1 2 3 4)}" "${NET:=--backbone mobilenet_v2 --weights auto}"
 
 variants() { # of clip_recon, a line each
-    printf -- '%s\n' --base --prompt-tokens\ {8,24,32} --layers\ {1,2,3,4,'1 2','1 2 3','2 3 4','3 4'} --da-levels\ {0,1,2,4} \
-        --modules\ {prompts,adapter} '--frame bare' '--join append' '--loss layer' '--blocks first' '--da-sum saturate' \
-        '--smooth-sigma 4' --adapter-reduction\ {4,1,0.25} --backbone\ resnet{18,50}
+    printf -- '%s\n' --base --prompt-tokens\ {8,24,32} --layers\ {1,2,3,4,'1 2','1 2 3','2 3 4','3 4'} \
+        --da-levels\ {0,1,2,4} --modules\ {prompts,adapter} '--frame bare' '--join append' '--loss layer' \
+        '--blocks first' '--da-sum saturate' '--smooth-sigma 4' --adapter-reduction\ {4,1,0.25} --backbone\ resnet{18,50}
 }
-
 list() {
     local data method seed variant demo out extra
     for data in $DATA; do
         for method in $METHODS; do
             extra= && [ "$method $data" = "ddpm histo" ] && extra="--channels 3" # the only coloured benchmark
-            demo=$([ "$data" = phantom ] || [ -n "${DEMO:-}" ] && demo "$method")
+            demo=$([ "$data" = phantom ] || [ -n "${DEMO:-}" ] && sed -n "s/^$method //p" methods/demo.txt)
             ${ablation:-echo} | while read -r variant; do
                 out=${variant#--} out=${ablation:+--out runs/ablation/${out// /_}}
                 for seed in $SEEDS; do # unquoted: one space between words
-                    echo $python methods/$method.py --data $data --seed $seed $out $extra $demo ${FLAGS:-} ${variant#--base}
+                    echo $python methods/$method.py --data $data --seed $seed $out $extra ${demo/NET/$NET} ${FLAGS:-} \
+                        ${variant#--base}
                 done
             done
         done
     done
 }
-
 one() { # slot, line: runs one line of the list, and notes it in the file $failed if it fails
-    local words=($2) out=runs
-    local script=${words[1]} data=${words[3]} seed=${words[5]} flags=${2#* * }
+    local words=($2) out=runs flags=${2#* * } name
     [ "${words[6]:-}" = --out ] && out=${words[7]}
-    local name=$(basename "$data")/$(basename -s .py "$script")/seed$seed
+    name=$(basename "${words[3]}")/$(basename -s .py "${words[1]}")/seed${words[5]}
     grep -qF "\"command\": \"$flags\"" "$out/$name/results.json" 2> /dev/null && return
     if [ ${#gpus[@]} -gt 1 ]; then export CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]}; fi
     { $2 2>&1 || { echo "$2" >> "$failed"; return 1; }; } | while IFS= read -r line; do
@@ -128,8 +97,7 @@ case " ${FLAGS:-} " in *" --device "*) ;; *)
         nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | xargs)}" ;;
 esac
 [ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + JOBS - 1) / JOBS))}
-work=$(mktemp -d) failed=$work/failed
-trap 'rm -rf "$work"' EXIT
+work=$(mktemp -d) failed=$work/failed && trap 'rm -rf "$work"' EXIT
 trap 'trap - INT; kill -INT 0; exit 130' INT
 
 if [ "${1:-}" = --list ]; then
