@@ -449,7 +449,8 @@ def suite(args):
         hours = {}
         for data, counts in PUBLISHED.items():
             train, valid, test = counts[0], sum(counts[1:3]), sum(counts[3:])
-            epochs, every = getattr(spec, "epochs", 1), getattr(spec, "eval_every", 1)
+            epochs = getattr(spec, "epochs", 1) or -(-300_000 // train)  # ddpm: whatever the benchmark
+            every = getattr(spec, "eval_every", 1)
             images = spec.batch_size * spec.steps_per_epoch if method == "cutpaste" else train
             brief = {"patchsvdd": spec.repeat / 10 if method == "patchsvdd" else 1}.get(method, 1)  # see BRIEF
             seconds = epochs * images / row["train"] * brief + (test + valid * (epochs // every)) / row["score"]
