@@ -30,8 +30,6 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import nn
-from torchvision.models import get_model
-from torchvision.models.feature_extraction import create_feature_extractor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
@@ -95,6 +93,9 @@ class Args:
 
 class STFPM(nn.Module):
     def __init__(self, backbone, weights):
+        from torchvision.models import get_model  # here, as these take seconds to import
+        from torchvision.models.feature_extraction import create_feature_extractor
+
         super().__init__()
         if backbone not in LAYERS:
             raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")

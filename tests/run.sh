@@ -3,9 +3,15 @@
 #   bash tests/run.sh          all but the long tests, some minutes
 #   bash tests/run.sh quick    under a minute
 #   bash tests/run.sh long     everything, with the full numbers of fuzzing, kills and bad inputs; up to 40 minutes
+#   bash tests/run.sh --tested [quick | long]    with the exact versions of .tested-versions.txt
 # What follows goes to pytest: bash tests/run.sh quick tests/test_common.py -x
 set -eu
 cd "$(dirname "$0")/.."
+if [ "${1:-}" = --tested ]; then
+    shift
+    export PIP_CONSTRAINT=$PWD/.tested-versions.txt
+    rm -f .venv/installed.txt # asks run_all.sh to install again
+fi
 case "${1:-}" in
     quick) shift; marks="not slow and not long" ;;
     long) shift; marks="" ;;
