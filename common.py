@@ -8,6 +8,7 @@ Shapes: N images of a split, B of a batch, H W image. Scores: higher is more ano
 
 import csv
 import dataclasses
+import glob
 import hashlib
 import io
 import json
@@ -94,8 +95,15 @@ def check_ranges(args):
 @contextmanager
 def atomic(path):
     """Yield a temporary name next to `path`; the file or folder written there takes the real name once complete."""
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    path, begin = Path(path), f".tmp-{platform.node()}-"
+    temporary = path.with_name(f"{begin}{os.getpid()}-{path.name}")
+    for left in path.parent.glob(f"{begin}*-{glob.escape(path.name)}"):
+        try:
+            os.kill(int(left.name.removeprefix(begin).split("-")[0]), 0)  # only asks whether it runs
+        except ProcessLookupError:  # it was killed while it wrote
+            remove(left)
+        except PermissionError:  # another user's
+            pass
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -891,8 +899,6 @@ class Run:
         except OSError as e:
             reason = "another process is using it" if isinstance(e, BlockingIOError) else e.strerror
             raise Error(f"cannot write {folder}: {reason}; choose another --out") from None
-        for left in folder.glob(".tmp-*"):  # of a run that was killed while it wrote
-            remove(left)
         finished, begun = folder / "results.json", folder / "resume.pt"
         if args.checkpoint and finished.exists() and (args.predict or not args.overwrite):
             raise Error(f"{folder} holds a finished run; give another --out" + " or --overwrite" * (not args.predict))
