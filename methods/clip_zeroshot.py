@@ -203,7 +203,7 @@ if __name__ == "__main__":
         words = benchmark_words(args.predict or args.data) if args.words == "auto" else args.words
         classes = own_sentences(args.sentences) if args.sentences else sentences(
             words, args.prompts, args.findings, args.organ)
-        run.notes = dict(words=words, organ=args.organ, file=args.sentences, prompts=args.prompts,
+        run.notes = dict(words=words, prompts=args.prompts,
                          findings=args.findings if args.prompts == "ensemble" else "none",
                          sentences=[sum(map(len, states)) for states in classes])
         print("sentences:", run.notes, flush=True)

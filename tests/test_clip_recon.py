@@ -535,7 +535,7 @@ def test_a_run_lowers_the_loss_on_the_phantom_and_keeps_only_what_it_trained(pha
     assert set(kept["state"]) == {"prompts", "adapter.0.weight", "adapter.0.bias", "adapter.2.weight", "adapter.2.bias"}
     results = json.loads((folder / "results.json").read_text())
     assert results["parameters"]["trained"] == 16 * 16 * 128 + 128 * 8 + 8 + 8 * 128 + 128
-    assert [w["name"] for w in kept["weights"]] == ["CLIP tiny"] and "CLIP tiny ran with UNTRAINED" in done.stdout
+    assert [w["name"] for w in kept["weights"]] == ["CLIP tiny"] and "CLIP tiny has UNTRAINED" in done.stdout
 
 
 FLAGS = ["--join", "append", "--modules", "prompts", "--loss", "layer", "--blocks", "first", "--da-sum", "saturate",

@@ -237,6 +237,7 @@ def test_a_folder_that_cannot_be_written_ends_with_one_line(source, tmp_path):
 
 def test_the_prepared_benchmark_is_found_by_name(source, tmp_path):
     assert prepare(source, tmp_path).returncode == 0
-    ask = SimpleNamespace(data="brain", root=str(tmp_path), image_size=32, limit=None, predict=None)
+    ask = SimpleNamespace(data="brain", root=str(tmp_path), image_size=32, limit=None, predict=None,
+                          white=65535, holdout=0.1)
     train, valid, test = common.load_benchmark(ask)
     assert test.has_masks and len(test) and set(test.labels) == {0, 1}
