@@ -270,7 +270,7 @@ def to_array(image, size=None, white=65535):
 
 
 def decode(path, size=None, mask=False, white=65535):
-    """(`to_array` of a file, its own (width, height)). mask: transparent pixels are black; else they are opaque."""
+    """(`to_array` of a file, its own (width, height)). mask: transparent pixels are black; else alpha is ignored."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
@@ -365,7 +365,7 @@ class Split:
 class Features:
     """A frozen network's features of a split's images, for training loops that need them in each epoch.
 
-    Computed once and kept in a file below the run folder if that takes no more than `args.cache_features` GiB ("auto":
+    Computed once and kept in a file in the run folder if it takes at most `args.cache_features` GiB ("auto":
     16, if the disk has twice that to spare), else computed again for each batch; which of the two is printed."""
 
     def __init__(self, extract, split, args, run):
@@ -482,7 +482,7 @@ def smooth(anomaly_map, sigma=4):
 
 
 def read_state(file, what):
-    """What torch.save wrote to `file`, on the CPU, tensors only. what: whose weights are wanted, for the `Error`."""
+    """Load the dict that torch.save wrote to `file`, on the CPU, tensors only. what: its name, for the `Error`."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         return state | {}  # TypeError if it is not a dict
@@ -492,7 +492,7 @@ def read_state(file, what):
 
 
 def load_state(net, state, source, optional):
-    """Load the state dict `state` of the file `source`; keys that begin with one of `optional` may be missing."""
+    """Load the state dict `state` of the file `source`; keys that start with one of `optional` may be missing."""
     try:
         if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
             raise RuntimeError(f"{bad[0]} has values that are not finite")
@@ -741,8 +741,8 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
 def at_specificity(normal, specificity):
     """(threshold, specificity to expect) from the sorted scores of n normal images: the ceil((n + 1) s)-th smallest.
 
-    A new normal image of the same kind is above it with a probability of at most 1 - s, whatever the distribution
-    (split conformal prediction, Vovk et al. 2005). With fewer images: their maximum, and at most n / (n + 1)."""
+    A new normal image of the same kind exceeds it with probability at most 1 - s, whatever the distribution (split
+    conformal prediction, Vovk et al. 2005). Where n is too small for s: the maximum, and at most n / (n + 1)."""
     rank, n = math.ceil(round((len(normal) + 1) * specificity, 9)), len(normal)
     return (normal[rank - 1], specificity) if rank <= n else (normal[-1], n / (n + 1))
 
@@ -858,8 +858,8 @@ class Run:
     def __init__(self, script, args, zero_shot=False):
         """Seeds PyTorch, picks the device, makes `<out>/<data>/<method>/seed<k>` and locks it.
 
-        With args.checkpoint the arguments that define the model are taken from it, in place; without one, --predict is
-        for methods that need no training images (zero_shot)."""
+        With args.checkpoint, the arguments that define the model are overwritten with the checkpoint's; without it,
+        --predict works only for methods that need no training images (zero_shot)."""
         method, kept, self.args = Path(script).stem, None, args
         if args.predict and not args.checkpoint and not zero_shot:
             raise Error("--predict needs a trained model: give --checkpoint FILE, the model.pt of a run")
@@ -951,7 +951,7 @@ class Run:
         yield from range(self._resume(model) + 1, self.args.epochs + 1)
 
     def _resume(self, model):
-        """The epoch of an interrupted run's last save, with everything as it was then; 0 if there is none."""
+        """Restore the last save of an interrupted run; returns its epoch, or 0 if there is none."""
         if not (kept := self.kept):
             return 0
         self.history, self.best, self.epoch = kept["history"], kept["best"], kept["best_epoch"]
@@ -990,7 +990,7 @@ class Run:
         shown = {k: row[k] for k in (*losses, "valid_image_auroc", "valid_pixel_auroc") if k in row}
         print(f"epoch {epoch}/{self.args.epochs}", *(f"{k} {v:.4f}" for k, v in shown.items()),
               f"{seconds:.0f} s, {seconds / epoch * (self.args.epochs - epoch):.0f} s left",
-              *["(best)"] * (self.epoch == epoch), sep="  ", flush=True)
+              *["(best)"] * bool(can_choose and self.epoch == epoch), sep="  ", flush=True)
         write_csv(self.folder / "log.csv", self.history)
         if evaluates:
             self._save_all(model, epoch)
@@ -1020,7 +1020,7 @@ class Run:
                             **more), tmp)
 
     def load(self, model):
-        """Put the kept (with --checkpoint: the given) state into `model`; returns its epoch and train seconds."""
+        """Load the saved state (with --checkpoint, that file's) into `model`; returns epoch and training seconds."""
         if not self.args.checkpoint:
             self.kept = read_checkpoint(self.folder / "checkpoint.pt", self.script.stem)
         self._put(model)
@@ -1060,6 +1060,7 @@ def finish(run, model, splits):
     # what a model has seen in training gives a colour scale, but no threshold
     decision = decide(calibration, args) if valid else UNDECIDED | dict(map_range=calibration["map_range"])
     run.kept["decision"] = decision
+    print(_stated(decision))
     if test:
         metrics, test_ms = _test(run, model, test, decision)
     defaults = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
@@ -1100,8 +1101,18 @@ def finish(run, model, splits):
     print(f"  epoch {epoch or '-'}, train {train_seconds:.1f} s, peak {peak:.2f} GiB: {folder}")
 
 
+def _stated(decision):
+    """In words, where the threshold of images comes from."""
+    n = len(decision["normal_scores"])
+    if not n:
+        return "no threshold: no normal validation images"
+    few = f"; NOTE: so few support a specificity of {decision['reached']:.2f} only, not {decision['specificity']}"
+    return (f"threshold {decision['image']:.4g} from {n} normal images ({decision['from']})"
+            + few * (decision["reached"] < decision["specificity"]))
+
+
 def _test(run, model, test, decision):
-    """Score the test split and write its scores, pictures and what report.py shows; its metrics and ms per image."""
+    """Score the test split, write its scores, its pictures and what report.py shows; returns metrics, ms per image."""
     args, folder = run.args, run.folder
     count = len(test) if args.maps < 0 else min(args.maps, len(test))
     shown = {i * len(test) // count for i in range(count)}  # the same images for all methods
@@ -1141,7 +1152,7 @@ def _test(run, model, test, decision):
 
 def predict(run, model):
     """Score args.predict: an image or a folder of images here, scans in datasets/volumes.py. Damaged files are listed
-    at the end, with exit code 1.
+    at the end, and the exit code is 1.
 
     scores.csv: for each image its score, percentile among the normal validation images, and decision. maps/ has its
     picture, masks/ the decided pixels and raw/ (args.save_maps) the map, these two at the image's own size."""
@@ -1169,20 +1180,23 @@ def predict(run, model):
             write_csv(folder / f"{name}.csv", table)
     record = dict(input=str(asked.resolve()), checkpoint=args.checkpoint and str(Path(args.checkpoint).resolve()),
                   checkpoint_sha256=args.checkpoint and sha256(args.checkpoint), damaged=damaged,
-                  thresholds={k: decision[k] for k in ("image", "pixel", "scan")}, args=dataclasses.asdict(args),
+                  thresholds={k: decision[k] for k in ("image", "pixel", "scan")},
+                  args={k: v for k, v in dataclasses.asdict(args).items() if k != "data"},
                   scored=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     (folder / "predict.json").write_text(json.dumps(record, indent=1))
     remove(folder / "checkpoint.pt")  # of a zero-shot method
     os.close(run.lock)
     ranked, threshold, what = (scans, decision["scan"], "scans") if scans else (rows, decision["image"], "images")
+    normal = len((decision["normal_scans"] or {}).get(args.scan_score, ()) if scans else decision["normal_scores"])
+    print(f"the five highest of {len(ranked)} {what}; percentile among {normal} normal {what}\n"
+          "       score  percentile  decision   path")
     for row in sorted(ranked, key=lambda row: -row["score"])[:5]:
-        print("", *(f"{k} {row[k]}" for k in ("score", "percentile", "decision", "path") if row[k] is not None))
+        percentile, decided = row["percentile"] if normal else "-", row["decision"] or "-"
+        print(f"{row['score']:>12.4g}  {percentile:>10}  {decided:<9}  {row['path']}")
     above = f"{sum(row['decision'] == 'anomalous' for row in ranked)} above the threshold {threshold}"
     if threshold is None:
-        few = f"a threshold needs 20 normal validation scans, there were {len(decision['normal_scans']['max'])}" \
-            if scans and decision["normal_scans"] else f"no normal validation {what} are known"
-        above = f"ranked, not decided: {few}"
-    print(f"{len(ranked)} {what}, {above}: {folder}")
+        above = f"not decided, which needs {20 if scans else 1} normal validation {what}, there were {normal}"
+    print(_stated(decision), f"{len(ranked)} {what}, {above}: {folder}", sep="\n")
     if damaged:
         print(*[f"not scored: {message}" for message in damaged], sep="\n", file=sys.stderr)
         raise SystemExit(1)

@@ -462,7 +462,7 @@ def interval_cell(row, rows):
     low, point, high = (row[f"image_auroc{end}"] for end in ("_low", "", "_high"))
     if low is None:
         return Cell("-")
-    lowest = min(r["image_auroc_low"] or 1 for r in rows)
+    lowest = min([0.99, *(r["image_auroc_low"] for r in rows if r["image_auroc_low"] is not None)])
     span = [(v - lowest) / (1 - lowest) for v in (low, point, high)]
     return Cell(f"{100 * low:.2f} to {100 * high:.2f}", low, span=span)
 

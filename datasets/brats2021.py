@@ -17,6 +17,7 @@ The rule:
 4. the remaining 626 show tumour in every slice: the first 11 by name are valid-anomalous with slices 60, 70, 80, 90,
    the other 615 test-anomalous with slices 60, 68, 76, 84, 92. Which 11 the published ones are nobody can tell: the
    benchmark's code took the first of a Python set of names, whose order differs from run to run.
+
 A cohort of another size is divided in the same shares, at least one patient in each part (and only patients with
 tumour-free slices in the normal ones, if there are three); of fewer than five, those of valid and test give both kinds
 of slices. --split FILE (CSV: case,split,label) fixes it instead.

@@ -17,6 +17,7 @@ The rule, whose steps 2 to 4 lits.py shares:
    both versions); lits.py must be given the same;
 4. 512x512 as in the source, seen from below (the patient's right on the left), whatever the affine of the volume. A
    label on the volume's grid is turned as the volume is, whatever its own affine; where they disagree it is said.
+
 A .nii.gz is read to its checksum; damage inside a .nii, which has none, cannot be seen, unless the file is cut off or
 its header is wrong.
 --patients FILE (CSV: case, like img0001) takes these cases only.

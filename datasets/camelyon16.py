@@ -20,6 +20,7 @@ The rule, for patches of 256x256 pixels at level 0:
 4. patches are drawn at random, seeded by slide; those of one slide do not overlap. Each training slide gives 32; valid
    is 100 normal and 100 tumour patches, test 1,000 and 1,000, as evenly from the slides as they allow, and at most 100
    of a class from one. Those of a slide that turns out to be damaged are taken from the others.
+
 A smaller source is divided in the same shares of slides, those with tumour and those without for themselves; the last
 by number are valid. --slides FILE (CSV: case,split) says instead which test slides are valid and which test.
 

@@ -14,6 +14,7 @@ The rule:
    shares of a smaller source), exactly if any choice does, and has both kinds if any choice has; tried in an order
    drawn with --seed. The others are test.
    --patients FILE (CSV: case,split, a case being its number) fixes the division instead.
+
 Published: valid 93 + 73, test 833 + 660. So 733 slices with tumour, where the 131 cases have 7,190; the thesis does not
 tell which it took. Cases 1 to 10 are inferred: the lists of published valid images that others made public (MVFA-AD,
 CVPR 2024) name slices of these ten and of no other, and 734 slices of these ten have tumour. The published split is by

@@ -15,6 +15,7 @@ The rule:
    least one), the others are test;
 3. a copy whose folder `val` holds that part already (Kaggle's: 8 a class, with 242 a class in test) keeps it as valid;
 4. pixels are written unchanged, in grey.
+
 Patients (the number in a name) are probably shared by train and test of the real source: 3,663 such images were counted
 in one version. The script then ends before it reads an image, and asks for one of two switches:
   --leave-out-shared leaves out of train the images of patients of valid and test (and out of a given valid those of

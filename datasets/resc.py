@@ -17,6 +17,7 @@ The rule:
    anomalous if any patients give that, otherwise nearest to it (of a part of another size, to the same shares); the
    others are test. They are tried in seeded order. --patients FILE (CSV: case,split) fixes it instead;
 4. pixels are written unchanged, in grey.
+
 A patient may have several cubes: it is what comes before _Macular in a cube's name (P0077_MacularCube512x128_...), in
 any part; a cube of another name is a patient of its part, called train_<cube> or valid_<cube> in the column `case`.
 PNG files are read to their checksums; damage inside a BMP, which has none, cannot be seen, unless the file is cut off

@@ -13,6 +13,7 @@ The rule:
 3. pixels are written as 8 bits, the minimum that the header allows (by its bits stored, sign, rescale slope and
    intercept) being black, the maximum white: unchanged where 8 bits are stored, as in the source. Photometric
    interpretation MONOCHROME1 and a negative slope are inverted.
+
 JPEG in DICOM has no checksums: damage inside its data cannot be seen, unless the file is cut off or its header wrong.
 Published: train 8,000; valid 70 + 1,420; test 781 + 16,413 (the thesis calls valid 1:1).
 """

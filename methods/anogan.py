@@ -19,6 +19,7 @@ Differences from LeeDoYup/AnoGAN-tf:
   float32 the steps enlarge rounding, which differs with the batch, to 2e-4 of the range of scores (float64: 2e-16).
 - Convolutions are padded alike on all sides (there: as TensorFlow does); a last batch that is not full is trained on;
   images come in random order; the epoch is chosen on valid.
+
 Parameters at 64 pixels: generator 5,135,363, discriminator 4,316,545.
 Cost, measured: 200 images at 32 pixels, width 16, 10 epochs: 14 s on one busy CPU thread, 0.8 GiB; 50 steps of the
 search in batches of 16: 58 ms per image. The default was not timed; its 500 steps are about 0.4 TFLOP.

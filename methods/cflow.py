@@ -16,6 +16,7 @@ Differences from the official code:
 - A step moves the flow of one layer; with the PyTorch of that code Adam's momentum moves the others, too.
 - The CNN pads with zeros, as it was trained; there by reflection.
 - The rotations come from a QR decomposition, as SciPy's draw of 2,048 dimensions is very slow.
+
 Differences from anomalib and BMAD, which made the thesis' row: they compare to the likeliest vector of each batch, so
 that scores of different batches are not comparable; permute channels instead of rotating them; take 64 vectors a step
 (--fiber-batch 64), a constant learning rate (--schedule constant) and images as they are (--augment-degrees 0).

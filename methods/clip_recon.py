@@ -34,6 +34,7 @@ Decisions where the thesis leaves room, with a flag where another reading is as 
   against frozen targets is as likely.
 - Batches of 8, AdamW's defaults, no schedule; the epoch is chosen on valid, as in chapter 3.
 - CLIP was trained at 240 pixels: its positions are interpolated to 256 as open_clip does it.
+
 On a GPU both encoders and the adapter run in bfloat16; cosines, loss and updates stay in float32.
 
 The published adapter is narrow, with 16 times fewer hidden units than inputs: pi_i may vary too little between images,

@@ -15,6 +15,7 @@ Differences from the official code:
 - A coordinate of c that is exactly zero becomes 0.1 too; there it stays zero.
 - The epoch is chosen on valid (thesis, 3.4.1); there the last one is taken.
 - A last batch of one image, which has no batch statistics, is left out; the official code stops there.
+
 Parameters: 0.521 M, 0.805 M with the decoder of the first stage. Cost, measured on one CPU thread: 5 ms per image and
 epoch in either stage, 1 to 3 ms to score an image, 0.9 GiB.
 """

@@ -17,6 +17,7 @@ torchvision in floats, there by imgaug 0.4 on 8 bits. By more than rounding this
 - brightness: one factor and one offset for all channels; there the lightness in one of six colour spaces;
 - saturation: x 0.8 to 1.2; there moved by up to 50 / 255, which gives grey textures a colour;
 - autocontrast: from the minimum to the maximum; there 0 to 20% of the pixels at both ends are cut off first.
+
 Differences from BMAD's: images in [0, 1] as in the original (there textures in [0, 1] are blended into images scaled
 with ImageNet's statistics); initial weights (there PyTorch's defaults, as in anomalib).
 

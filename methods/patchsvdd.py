@@ -16,6 +16,7 @@ Differences from the official code:
 - The epoch is chosen on valid. There test is scored each epoch, the last one is kept, and 299 of the 300 train.
 - The last layer of the position classifiers, which the official code normalises in such a way that no gradient reaches
   it, is frozen, with normalised columns, from the start.
+
 As there: a neighbour that would leave the image is moved back into it, which makes some position labels wrong.
 Parameters: encoder 360,832 + 41,152, position classifiers 25,864 each (of these 1,024 frozen).
 Note: until positions are learned nothing keeps patches apart. While the position losses in log.csv stay at ln 8 = 2.08,

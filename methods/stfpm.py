@@ -13,6 +13,7 @@ Differences from gdwang08/STFPM:
   a fifth of them and takes the epoch with the smallest map there.
 - Each layer's map is enlarged to the image before the product, as in anomalib and the thesis' benchmark; the official
   code multiplies on the grid of stride 4 and enlarges the product.
+
 Difference from anomalib, with which the thesis' benchmark ran: its loss is half the sum over the batch, ours the mean
 over it. With batches of B images that is our loss at a learning rate B/2 times higher (32 images: --lr 6.4) and a
 weight decay B/2 times lower.

@@ -20,6 +20,7 @@ Differences from the official code:
 - Sizes other than 256: 4x4 tokens a group while the grid can be divided by 4; what is left is the last group (2x2 at
   128 pixels). The scales of the score follow the groups.
 - On a GPU the transformer runs in bfloat16 (autocast): its dense layers are almost all of the cost.
+
 Kept, though it looks like an accident: both position tables are random codes that are never trained, one norm serves
 the encoders of all levels and another the decoders, and the layers of a level start with equal attention weights.
 
