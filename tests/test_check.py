@@ -241,3 +241,10 @@ def test_the_phantom_passes(phantom):
 def test_wrong_arguments_are_one_line(arguments, words, tmp_path):
     done = run_here("datasets/check.py", "--root", tmp_path, *arguments)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
+
+
+def test_normal_images_alone_are_no_error(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"b/train/good/{i}.png", photo(7000 + i))
+    done = run(tmp_path / "b")
+    assert done.returncode == 0 and all(line.startswith("notice: no images") for line in findings(done))
