@@ -72,7 +72,7 @@ def command_line(Args, description):
         if not e.code:  # --help
             raise
         box = printed.getvalue().split("├")[0].splitlines()[1:]  # its frame, and what follows the first rule, left out
-        raise Error(" ".join(" ".join(line.strip("│╰╯─ ") for line in box).split())) from None
+        raise Error(" ".join(" ".join(line.strip("│╰╯─ ") for line in box).replace("─", "").split())) from None
     check_ranges(args)
     return args
 
@@ -1162,6 +1162,9 @@ def predict(run, model):
         remove(folder / old)
     files = images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in SUFFIXES)
     rows, scans, damaged = ([], [], []) if files else volumes().predict(run, model, decision)
+    others = [p for p in asked.rglob("*.*") if p.suffix in (".nii", ".gz", ".dcm")] if files and asked.is_dir() else []
+    if others:
+        print(f"NOTE: {asked} has images, and only these are scored; not {len(others)} scans, e.g. {others[0]}")
     for start in progress(range(0, len(files), args.batch_size), "images"):
         arrays = {}
         for file in files[start : start + args.batch_size]:

@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import nn
-from torchvision.transforms.v2 import RandomRotation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
@@ -244,6 +243,8 @@ if __name__ == "__main__":
     if not args.checkpoint:
         frozen = common.Features(model.features, train, args, run)
         optimizer = torch.optim.Adam(model.flows.parameters(), args.lr, fused=True)
+        from torchvision.transforms.v2 import RandomRotation  # here: its import takes a second, also for --help
+
         rotate, per_epoch = RandomRotation(args.augment_degrees), max(1, len(train) // args.batch_size)
         for epoch in run.epochs(model, optimizer):
             losses, order = [], dict(shuffle=(args.seed, epoch), drop_last=True)

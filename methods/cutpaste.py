@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
-from sklearn.covariance import ledoit_wolf
 from torch import nn
 from torchvision.transforms.v2 import ColorJitter
 from torchvision.transforms.v2.functional import rotate
@@ -192,6 +191,8 @@ class CutPaste(nn.Module):
         if not e.isfinite().all():
             raise common.Error("the embeddings are not finite: training diverged; lower --lr")
         mean = e.mean(dim=0)
+        from sklearn.covariance import ledoit_wolf  # here: its import takes a second, also for --help
+
         sigma = torch.from_numpy(ledoit_wolf((e - mean).numpy(), assume_centered=True)[0])
         self.mean.copy_(mean)
         self.whiten.zero_()

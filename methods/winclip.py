@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Interval
@@ -183,6 +182,8 @@ class WinCLIP(nn.Module):
 
 def encode_text(clip, sentences):
     """Features of unit length, (n, D)."""
+    import open_clip  # here: its import takes a second, also for --help
+
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)
     return clip.encode_text(tokens, normalize=True)
 
