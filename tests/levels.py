@@ -11,6 +11,7 @@ exit status is 1 if one is not. A peer's training step is its own; batches and m
 Each training adds a line to levels.jsonl; a finished line is skipped."""
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -134,7 +135,7 @@ def cutpaste(settings, train, args):
     augmentation, density, network = (load(args.peers / "pytorch-cutpaste", name) for name in
                                       ("cutpaste", "density", "model"))
     random.seed(settings.seed)
-    model = network.ProjectionNet(False, [512, 128], 3)
+    model = network.ProjectionNet(False, [512, 512, 128], 3)
     model.resnet18 = common.pretrained_network(settings.backbone, args.weights)
     model.resnet18.classifier, model.resnet18.fc = torch.nn.Identity(), torch.nn.Identity()
     model.head[0] = torch.nn.Linear(1280, 512)
@@ -173,7 +174,7 @@ def simplenet(settings, train, args):
     settings.peer = str(args.peers / "SimpleNet")
     peer = theirs.peer_of(settings, ours, settings.backbone)
     peer.noise_std, peer.logger = settings.noise, mock.MagicMock()
-    with contextlib.redirect_stderr(None):
+    with contextlib.redirect_stderr(io.StringIO()):
         peer._train_discriminator([dict(image=common.normalize(image)) for image in batches(train, settings)])
 
     def predict(image):
