@@ -234,11 +234,12 @@ def compared(lines):
                 yield name, data, score, ours, peer, statistics.mean(ours) >= statistics.mean(peer) - MARGIN
 
 
-def table(lines):
-    print("| training | data | score | ours | peer | seeds | level |\n|" + " --- |" * 7)
+def report(lines):
+    print("| training | data | score | ours | peer | level |\n|" + " --- |" * 6)
     for name, data, score, *sides, level in compared(lines):
-        means = (f"{statistics.mean(side):.3f} ({', '.join(f'{v:.3f}' for v in side)})" for side in sides)
-        print(f"| {name} | {data} | {score} |", *means, len(sides[0]), "yes |" if level else "**no** |", sep=" | ")
+        ours, peer = (f"{statistics.mean(side):.3f} ({', '.join(f'{v:.3f}' for v in side)})" for side in sides)
+        print(f"| {name} | {data} | {score.replace('_', ' ').replace('auroc', 'AUROC')} | {ours} | {peer} "
+              f"| {'yes' if level else '**no**'} |")
 
 
 if __name__ == "__main__":
@@ -247,7 +248,7 @@ if __name__ == "__main__":
         raise common.Error(f"no training of {', '.join(sorted(unknown))}; there are {', '.join(FLAGS)}")
     args.data, args.weights, args.peers = args.data.resolve(), args.weights.resolve(), args.peers.resolve()
     if args.report:
-        table(read_lines(args.jsonl))
+        report(read_lines(args.jsonl))
         raise SystemExit
     os.environ["OMP_NUM_THREADS"] = "1"
     done, broken = read_lines(args.jsonl), []
