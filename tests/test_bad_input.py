@@ -70,10 +70,15 @@ def beyond(kind):
 
 
 def numbers():
+    """Of each script; what all declare alike for PaDiM only, and for the others in the long tier."""
+    cases, shared = [], get_type_hints(load_script("methods/padim.py").Args, include_extras=True)
     for script in METHODS:
         for name, kind in get_type_hints(load_script(script).Args, include_extras=True).items():
+            marks = [pytest.mark.long] * (script != "methods/padim.py" and shared.get(name) == kind)
             if hasattr(kind, "__metadata__"):
-                yield from ((script, f"--{name.replace('_', '-')}", value) for value in beyond(kind))
+                cases += [pytest.param(script, f"--{name.replace('_', '-')}", value, marks=marks)
+                          for value in beyond(kind)]
+    return cases
 
 
 @pytest.mark.parametrize("script, flag, value", numbers())

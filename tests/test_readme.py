@@ -74,10 +74,10 @@ def copy(phantom, tmp_path):
     shutil.copytree(images / "test/Ungood/img", folder / "new_images")
     draw = np.random.default_rng(0)
     for scan in range(72):  # 21 of the first 70 are held out
-        volume = draw.normal(100, 20, (24, 24, 3)).astype(np.float32)  # right, front, up
+        volume = draw.normal(100, 20, (24, 24, 1)).astype(np.float32)  # right, front, up
         volume[6:18, 6:18] += 100
         if scan == 71:
-            volume[8:14, 8:14, 1] = 1000  # a lesion
+            volume[8:14, 8:14] = 1000  # a lesion
         write_nifti(folder / ("healthy" if scan < 70 else "new_scans") / f"case{scan}.nii.gz", volume)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/sbatch").write_text(SBATCH)
@@ -111,7 +111,7 @@ def test_every_command_of_the_readme_and_its_python_run(copy):
     with open(answer / "scans.csv", newline="") as f:
         scans = {row["path"]: row for row in csv.DictReader(f)}
     assert max(scans, key=lambda name: float(scans[name]["score"])) == "case71"
-    assert scans["case71"]["decision"] == "anomalous" and {row["slices"] for row in scans.values()} == {"3"}
+    assert scans["case71"]["decision"] == "anomalous" and {row["slices"] for row in scans.values()} == {"1"}
     assert all((answer / f"{name}_{what}.nii.gz").exists() for name in scans for what in ("map", "mask"))
 
     (from_python,) = [block for block in blocks_of(README, "python") if "torch.load" in block]
