@@ -62,7 +62,7 @@ def test_again_trains_what_another_commit_trained(tmp_path):
     assert done.returncode == 2 and "datasets/phantom.py" in done.stderr  # it began with the phantom
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_adds_its_line_and_is_then_finished(phantom, tmp_path):
     (tmp_path / "phantom").symlink_to(phantom / "phantom")  # a small one, in the place of its own
     file = tmp_path / "lines.jsonl"

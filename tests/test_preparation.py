@@ -177,7 +177,8 @@ def complete(root):
     return seen
 
 
-@pytest.mark.parametrize("other", [False, True], ids=["alone", "next to another part"])
+@pytest.mark.parametrize("other", [
+    pytest.param(False, id="alone"), pytest.param(True, id="next to another part", marks=pytest.mark.long)])
 @pytest.mark.slow
 def test_killed_at_any_step_of_the_end_nothing_incomplete_is_seen_and_the_next_run_ends_well(other, tmp_path):
     assert not other or make(tmp_path / "data", "btcv") == 0
