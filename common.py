@@ -675,17 +675,17 @@ class PixelMetrics:
                     dice=dice(np.nextafter(middle, np.float32(np.inf))),  # above the middle, not at it
                     dice_valid=None if self.threshold is None else dice(np.float32(self.threshold)))
 
-    def lesions(self):
+    def lesions(self, threshold):
         """After `compute`, a dict for each region: image (its index), lesion (its number there), area (pixels), overlap
-        (share of its pixels at or above `threshold`) and fpr_0.015, ... fpr_0.300 (share above the threshold with that
-        pixel false positive rate)."""
+        (share at or above the threshold) and fpr_0.015, ... fpr_0.300 (share above the threshold with that pixel false
+        positive rate)."""
         scores, region = np.concatenate(self.anomalous), np.concatenate(self.region)
         area = np.bincount(region)
         rates = [0.015 * k for k in range(1, 21)]
         limits = {f"fpr_{rate:.3f}": self.normal[self.n - 1 - int(rate * self.n)] for rate in rates}
         above = {name: scores > limit for name, limit in limits.items()}
-        if self.threshold is not None:
-            above = dict(overlap=scores >= np.float32(self.threshold)) | above
+        if threshold is not None:
+            above = dict(overlap=scores >= np.float32(threshold)) | above
         share = {name: np.bincount(region[hit], minlength=len(area)) / area for name, hit in above.items()}
         first = np.searchsorted(self.regions, self.regions)  # the first region of the same image
         return [dict(image=image, lesion=int(k - first[k]), area=int(area[k]),
@@ -770,20 +770,20 @@ def calibrate(model, valid, batch_size, device):
                                         for rule in ("max", "top5")}
     maps = result.maxima is not None and not getattr(model, "scaled_by_image", False)
     return {"from": valid.source, "normal_scores": sorted(map(float, result.scores[normal])), "image_f1": best,
-            "map_range": result.map_range, "dice": result.pixel.best if maps else None,
+            "map_range": result.map_range, "dice": result.pixel.best,
             "normal_maxima": sorted(map(float, result.maxima[normal])) if maps else None, "normal_scans": scans}
 
 
 # Of a model that saw no normal images (zero-shot): nothing is decided, maps are between 0 and 1.
 UNDECIDED = dict(normal_scores=[], map_range=(0, 1)) | dict.fromkeys(
-    ("from", "normal_scans", "image", "image_f1", "pixel", "scan"))
+    ("from", "normal_scans", "dice", "image", "image_f1", "pixel", "scan"))
 
 
 def decide(calibration, args):
     """`calibrate`'s values and the thresholds at args.specificity: image, pixel, scan. An image or scan is anomalous if
     its score is above its threshold, a pixel if it is at or above. None: that cannot be decided."""
     image, reached = at_specificity(calibration["normal_scores"], args.specificity)
-    pixel, rule = calibration["dice"], "best Dice on valid"
+    pixel, rule = calibration["dice"] if calibration["normal_maxima"] else None, "best Dice on valid"
     if pixel is None and calibration["normal_maxima"]:
         highest, _ = at_specificity(calibration["normal_maxima"], args.specificity)
         pixel = float(np.nextafter(highest, np.inf, dtype=np.float32))
@@ -918,6 +918,7 @@ class Run:
         self.script, self.device, self.folder, self.lock = Path(script), device, folder, lock
         self.kept = kept  # what --checkpoint, or else an interrupted run's last evaluation holds, or None
         self.history, self.best, self.epoch, self.notes = [], -math.inf, None, {}
+        self.total = getattr(args, "epochs", None)  # a script may set another number
         self.started, self.stateful, self.fresh = time.perf_counter(), (), kept is None
 
     def _belongs_to(self, kept, folder):
@@ -944,11 +945,11 @@ class Run:
             self.kept = None
 
     def epochs(self, model, *stateful):
-        """1, 2, ..., args.epochs; after an interruption, what follows the last evaluation, with everything as it was.
+        """1, 2, ..., total; after an interruption, what follows the last evaluation, with everything as it was.
 
         stateful: what else training changes: optimizers, schedules, networks outside of the model."""
         self.stateful = stateful
-        yield from range(self._resume(model) + 1, self.args.epochs + 1)
+        yield from range(self._resume(model) + 1, self.total + 1)
 
     def _resume(self, model):
         """Restore the last save of an interrupted run; returns its epoch, or 0 if there is none."""
@@ -978,7 +979,7 @@ class Run:
         seconds = time.perf_counter() - self.started
         row = dict(epoch=epoch, seconds=round(seconds, 1), **losses)
         self.history.append(row)
-        evaluates, value = epoch % self.args.eval_every == 0 or epoch == self.args.epochs, math.inf
+        evaluates, value = epoch % self.args.eval_every == 0 or epoch == self.total, math.inf
         can_choose = valid and valid.labels.any()
         if evaluates and can_choose:
             metrics = evaluate(model, valid, self.args.batch_size, self.device).metrics
@@ -988,8 +989,8 @@ class Run:
             self.best = value
             self.keep(model, epoch)
         shown = {k: row[k] for k in (*losses, "valid_image_auroc", "valid_pixel_auroc") if k in row}
-        print(f"epoch {epoch}/{self.args.epochs}", *(f"{k} {v:.4f}" for k, v in shown.items()),
-              f"{seconds:.0f} s, {seconds / epoch * (self.args.epochs - epoch):.0f} s left",
+        print(f"epoch {epoch}/{self.total}", *(f"{k} {v:.4f}" for k, v in shown.items()),
+              f"{seconds:.0f} s, {seconds / epoch * (self.total - epoch):.0f} s left",
               *["(best)"] * bool(can_choose and self.epoch == epoch), sep="  ", flush=True)
         write_csv(self.folder / "log.csv", self.history)
         if evaluates:
@@ -1130,13 +1131,13 @@ def _test(run, model, test, decision):
             tile.putpalette(COLOURS.tobytes())
             save(tile, folder / "browser" / f"{i:05}.png")
 
-    result = evaluate(model, test, args.batch_size, run.device, decision["pixel"], each)
+    result = evaluate(model, test, args.batch_size, run.device, decision["dice"], each)
     metrics = result.metrics | decision_metrics(test.labels, result.scores, decision)
     rows = zip(test.paths, test.labels, result.scores, strict=True)
     write_csv(folder / "scores.csv", [dict(path=p, label=int(y), score=float(s)) for p, y, s in rows])
     if result.pixel.curve:
         write_csv(folder / "curves.csv", result.pixel.curve)
-        lesions = result.pixel.lesions()
+        lesions = result.pixel.lesions(decision["pixel"])
         write_csv(folder / "lesions.csv", [dict(path=test.paths[row.pop("image")]) | row for row in lesions])
     images = folder.parents[1] / f"images-{run.images}{f'-{args.limit}' * bool(args.limit)}"
     if browser and not images.exists():  # once for a benchmark

@@ -371,21 +371,20 @@ def check(args):  # for values that cannot go together
                            f"< {size // 4}, a quarter of the image")
 
 
-def whole_training(args):
+def whole_training(images):
     """Epochs that show 300,000 images (official code: EPOCHS, of one image each)."""
-    return math.ceil(300_000 / len(common.list_benchmark(args)[1]["train"][: args.limit]))
+    return math.ceil(300_000 / images)
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
-    if not args.checkpoint:
-        args.epochs = args.epochs or whole_training(args)  # before an earlier run of the folder is compared with it
     run = common.Run(__file__, args)
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
         if args.channels == 1 and not torch.equal(*train.batch([0])[0, :2]):  # red and green
             raise common.Error(f"--channels 1: the images of {args.data} are coloured; give --channels 3")
+        run.total = args.epochs or whole_training(len(train))
         learner = copy.deepcopy(model.unet)
         optimizer = torch.optim.AdamW(learner.parameters(), args.lr, weight_decay=0)
         for epoch in run.epochs(model, optimizer, learner):
