@@ -542,7 +542,9 @@ FLAGS = ["--join", "append", "--modules", "prompts", "--loss", "layer", "--block
          "--smooth-sigma", 1, "--patches-per-step", 8]
 
 
-@pytest.mark.parametrize("flags", [[], ["--backbone", "mobilenet_v2", "--weights", "none"], FLAGS])
+@pytest.mark.parametrize("flags", [  # the backbone's is in test_methods.py, too
+    FLAGS, *(pytest.param(flags, marks=pytest.mark.long)
+             for flags in ([], ["--backbone", "mobilenet_v2", "--weights", "none"]))])
 @pytest.mark.slow
 def test_a_kept_model_gives_the_same_scores_when_it_is_loaded_from_python(flags, phantom, tmp_path):
     done = run_script("methods/clip_recon.py", "--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0,

@@ -29,7 +29,7 @@ SHORT = {  # the budgets of these tests
     "clip_zeroshot": ["--model", "tiny", "--clip-weights", "none", "--image-size", 64, "--clip-size", 64],
     "csflow": [*NET, *BRIEF, "--image-size", 128, "--hidden", 16],
     "cutpaste": [*NET, *BRIEF, "--image-size", 64, "--batch-size", 4],
-    "ddpm": [*BRIEF, "--image-size", 32, "--base-channels", 8, "--multipliers", 1, 2, "--sample-steps", 2,
+    "ddpm": [*BRIEF, "--image-size", 16, "--base-channels", 8, "--multipliers", 1, 2, "--sample-steps", 2,
              "--noise-level", 20],
     "deepsvdd": [*BRIEF, "--ae-epochs", 2, "--image-size", 64],
     "draem": ["--textures", "images", "--width", 4, "--image-size", 64, "--batch-size", 2, "--epochs", 8, "--lr", 1e-3],
