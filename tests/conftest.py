@@ -26,7 +26,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: "every_command_of_the_readme" not in item.name)  # the longest first, not alone at the end
+    items.sort(key=lambda item: "every_command_of_the_readme" not in item.name)  # the longest first
     for item in items:
         if getattr(item, "callspec", None) and item.callspec.params.get("finished", "padim") != "padim":
             item.add_marker("slow")
