@@ -1,15 +1,13 @@
 """What the method scripts share, so that they can be compared: benchmarks, pretrained weights, metrics, the run folder.
 
-A script calls `command_line`, `Run` and `load_benchmark`, trains on `Split.batches`, calls `Run.validate` after
-each epoch, which keeps the state that is best on valid (or `Run.keep` where there are no epochs), and ends with
-`finish`: the test set is scored once, there.
-
-Shapes: N images of a split, B of a batch, H W image. Scores: higher is more anomalous."""
+A script calls `command_line`, `Run` and `load_benchmark`, trains on `Split.batches`, calls `Run.validate` after each
+epoch, which keeps the best state on valid (or `Run.keep` where there are no epochs), and ends with `finish`, which
+scores the test set once. N images of a split, B of a batch, H W image. Scores: higher is more anomalous."""
 
 import csv
 import dataclasses
-import glob
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -20,7 +18,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -32,7 +29,7 @@ from typing import get_type_hints
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -52,27 +49,25 @@ def command_line(Args, description):
     """The script's arguments. From here on an `Error` ends the program with one line on stderr and exit code 2; a
     notebook or a test, which calls functions only, sees the exception itself."""
     def in_one_line(kind, error, traceback):
-        if issubclass(kind, Error):
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2)
-        if kind is KeyboardInterrupt:
-            print("interrupted; the same command resumes after the last evaluation, if there was one", file=sys.stderr)
-            raise SystemExit(130)
-        sys.__excepthook__(kind, error, traceback)
+        if not issubclass(kind, Error | KeyboardInterrupt):
+            return sys.__excepthook__(kind, error, traceback)
+        interrupted = issubclass(kind, KeyboardInterrupt)
+        print("interrupted; the same command resumes after the last evaluation, if there was one" if interrupted
+              else f"error: {error}", file=sys.stderr)
+        raise SystemExit(130 if interrupted else 2)
 
     sys.excepthook = in_one_line
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names need not be UTF-8
             stream.reconfigure(errors="backslashreplace")
-    printed = io.StringIO()
     try:
-        with redirect_stderr(printed):
+        with redirect_stderr(io.StringIO()) as box:
             args = tyro.cli(Args, description=description)
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        box = printed.getvalue().split("├")[0].splitlines()[1:]  # its frame, and what follows the first rule, left out
-        raise Error(" ".join(" ".join(line.strip("│╰╯─ ") for line in box).replace("─", "").split())) from None
+        text = " ".join(re.sub("[│╭╮╰╯─]", " ", box.getvalue().split("├")[0]).split())  # without the frame
+        raise Error(text.removeprefix("Parsing error ")) from None
     check_ranges(args)
     return args
 
@@ -85,9 +80,10 @@ def check_ranges(args):
                  for op, bound in dataclasses.asdict(limits).items() if bound is not None]  # [("ge", 1), ...]
         values = getattr(args, name)
         for value in values if isinstance(values, tuple) else (values,):
-            number = isinstance(value, int | float) and math.isfinite(value)
-            if rules and not (number and all(getattr(operator, op)(value, bound) for op, bound in rules)) \
-                    and value not in (None, getattr(type(args), name)):
+            if not rules or value in (None, getattr(type(args), name)):
+                continue
+            if not isinstance(value, int | float) or not math.isfinite(value) \
+                    or not all(getattr(operator, op)(value, bound) for op, bound in rules):
                 asked = " and ".join(f"{signs[op]} {bound}" for op, bound in rules)
                 raise Error(f"--{name.replace('_', '-')} {value}: the value must be a number {asked}")
 
@@ -95,17 +91,17 @@ def check_ranges(args):
 @contextmanager
 def atomic(path):
     """Yield a temporary name next to `path`; the file or folder written there takes the real name once complete."""
-    path, begin = Path(path), f".tmp-{platform.node()}-"
-    temporary = path.with_name(f"{begin}{os.getpid()}-{path.name}")
-    for left in path.parent.glob(f"{begin}*-{glob.escape(path.name)}"):
-        try:
-            os.kill(int(left.name.removeprefix(begin).split("-")[0]), 0)  # only asks whether it runs
-        except ProcessLookupError:  # it was killed while it wrote
-            remove(left)
-        except PermissionError:  # another user's
-            pass
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{platform.node()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".tmp-*-{platform.node()}-*"):
+            try:
+                os.kill(int(left.name.split("-")[1]), 0)  # only asks whether it runs
+            except ProcessLookupError:  # it was killed while it wrote
+                remove(left)
+            except PermissionError:  # it runs, of another user
+                pass
         yield temporary
         if path.is_dir():
             shutil.rmtree(path)
@@ -142,6 +138,11 @@ def sha256(file):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def plain(name):
+    """A name as part of a file name: at most 60 characters, ASCII, no dots and spaces."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[-60:]
+
+
 # ----------------------------------------------------------------------------------------------------------- benchmarks
 NAMES = {  # folder names of the published downloads; `--data FOLDER` takes any other benchmark
     "brain": ["brain", "brain_ad"],
@@ -152,8 +153,8 @@ NAMES = {  # folder names of the published downloads; `--data FOLDER` takes any 
     "histo": ["histo", "camelyon16", "camelyon16_256", "histopathology_ad"],
     "phantom": ["phantom"],
 }
-MADE_BY = {"brain": "brats2021", "liver": "btcv (train) and lits (valid, test)", "resc": "resc", "oct2017": "oct2017",
-           "chest": "rsna", "histo": "camelyon16", "phantom": "phantom"}  # scripts of datasets/
+MADE_BY = dict(brain="brats2021", liver="btcv (train) and lits (valid, test)", resc="resc", oct2017="oct2017",
+               chest="rsna", histo="camelyon16", phantom="phantom")  # scripts of datasets/
 SPLITS = {"train": ["train"], "valid": ["valid", "val", "validation"], "test": ["test"]}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 NORMAL, MASKS = {"good", "normal"}, {"anomaly_mask", "label"}  # folders of normal images, of masks; else anomalous
@@ -184,22 +185,21 @@ def images_in(folder):
 
 def named_folder(data, root):
     """The folder that --data and --root mean; None if it is not there."""
-    if Path(data).is_dir():
-        return Path(data)
     known = NAMES.get(data.lower(), [])
-    return next((p for p in sorted(Path(root).glob("*")) if p.name.lower() in known and p.is_dir()), None)
+    places = (p for p in sorted(Path(root).glob("*")) if p.name.lower() in known and p.is_dir())
+    return Path(data) if Path(data).is_dir() else next(places, None)
 
 
 def find_benchmark(data, root):
-    """(folder, its files for `list_split`); `Error` if there is no benchmark.
+    """(folder, its files for `list_split`) of --data and --root; `Error` if there is no benchmark.
 
     All published layouts are read: train/good[/img], test/{good,Ungood}[/img] with masks in
     Ungood/{anomaly_mask,label}; valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with
-    Test/test_label/Ungood; MVTec AD's test/<defect> with ground_truth/<defect>/*_mask.png. A
-    folder without test images, or with images only, has normal training images."""
-    asked = named_folder(data, root)
+    Test/test_label/Ungood; MVTec AD's test/<defect> with ground_truth/<defect>/*_mask.png. A folder without test
+    images, or with images only, has normal training images."""
+    known, asked = data.lower() in NAMES, named_folder(data, root)
     if asked is None:
-        maker = f"made by datasets/{MADE_BY[data.lower()]}" if data.lower() in NAMES else f"known: {', '.join(NAMES)}"
+        maker = f"made by datasets/{MADE_BY[data.lower()]}" if known else f"known: {', '.join(NAMES)}"
         raise Error(f"no benchmark {data} in {root} ({maker}), no folder {data}")
     bases = {}  # {folder: {(split, mask or not): {(class, ..., name): [files]}}}
     files = images_in(asked)
@@ -214,16 +214,14 @@ def find_benchmark(data, root):
             key = *(name for name in inner if name not in ("img", *MASKS)), file.stem.removesuffix("_mask")
             parts = bases.setdefault(asked.joinpath(*folders[:first]), {})
             parts.setdefault((split, mask or bool(MASKS & set(inner))), {}).setdefault(key, []).append(file)
-    named = data.lower() in NAMES
     for base, parts in sorted(bases.items()):
-        if (("test", False) in parts or not named) and any(k[0] in NORMAL for k in parts.get(("train", False), {})):
+        if (("test", False) in parts or not known) and any(k[0] in NORMAL for k in parts.get(("train", False), {})):
             return base, parts
-    if files and not named and all(file.parent == asked for file in files):
+    if files and not known and all(file.parent == asked for file in files):
         return asked, {("train", False): {("good", file.name): [file] for file in files}}
-    maker = f"; its parts come from datasets/{MADE_BY[data.lower()]}" if named else ""
     raise Error(f"{asked} is not a benchmark: expected images in train/good, test/good and test/Ungood (or MVTec AD's "
-                f"test/<defect>), or normal images alone; it holds "
-                f"{sorted(p.name for p in asked.iterdir())[:8]}{maker}")
+                f"test/<defect>), or normal images alone; it holds {sorted(p.name for p in asked.iterdir())[:8]}"
+                + (f"; its parts come from datasets/{MADE_BY[data.lower()]}" if known else ""))
 
 
 def list_split(parts, split):
@@ -243,6 +241,25 @@ def list_split(parts, split):
     if masks:
         raise Error(f"mask {min(masks.values())[0]} has no image of that name; add it or remove the mask")
     return entries
+
+
+def list_benchmark(args):
+    """(folder, {split: entries}, fingerprint of all entries, how many images are held out) of args.data.
+
+    Where valid has no normal images, args.holdout of the training images take their place, by patient where names tell:
+    thresholds come from them."""
+    base, parts = find_benchmark(args.data, args.root)
+    entries = {split: list_split(parts, split) for split in SPLITS}
+    images, held = fingerprint(sum(entries.values(), []), base), []
+    scans = [patient(image) or image for image, _, _ in entries["train"]]
+    names = list(dict.fromkeys(scans))
+    if len(names) > 1 and args.holdout and all(label for _, label, _ in entries["valid"]):
+        n = max(1, round(args.holdout * len(names)))
+        chosen = {names[i * len(names) // n] for i in range(n)}  # evenly spread over the files
+        held = [entry for entry, scan in zip(entries["train"], scans, strict=True) if scan in chosen]
+        entries["train"] = [entry for entry, scan in zip(entries["train"], scans, strict=True) if scan not in chosen]
+        entries["valid"] = held + entries["valid"]
+    return base, entries, images, len(held)
 
 
 def fingerprint(entries, base):
@@ -304,8 +321,7 @@ class Split:
 
     def __init__(self, name, entries, size, base, cache, white=65535):
         """entries: [(image, label, mask or None)], see `list_split`; white: see `to_array`."""
-        self.entries = entries
-        self.name, self.size, self.white, self.source = name, size, white, name
+        self.name, self.entries, self.size, self.white, self.source = name, entries, size, white, name
         self.paths = [image.relative_to(base).as_posix() for image, _, _ in entries]
         self.labels = np.array([label for _, label, _ in entries], int)
         self.has_masks = any(mask for _, _, mask in entries)
@@ -314,18 +330,18 @@ class Split:
         decoded = cache / f"{base.resolve().name}-{name}-{size}-{len(entries)}-{state}.decoded"
         if not decoded.is_file() or decoded.stat().st_size != math.prod(self.shape):
             with atomic(decoded) as tmp:
-                self._decode(entries, tmp)
+                self._decode(tmp)
         self.file = open(decoded, "rb")  # noqa: SIM115 (lives as long as this object, even if the name is removed)
 
-    def _decode(self, entries, file):
+    def _decode(self, file):
         def one(entry):
             array, original = decode(entry[0], self.size, white=self.white)
             return np.concatenate([array, decode_mask(entry[2], original, self.size)]) if self.has_masks else array
 
         maximum = 0
         with open(file, "wb") as f, ThreadPoolExecutor() as pool:
-            for start in progress(range(0, len(entries), 256), f"decoding {self.name}"):
-                for array in pool.map(one, entries[start : start + 256]):
+            for start in progress(range(0, len(self), 256), f"decoding {self.name}"):
+                for array in pool.map(one, self.entries[start : start + 256]):
                     maximum = max(maximum, array[:3].max())
                     f.write(array.tobytes())  # not mapped: on a full disk a mapped write kills the process
         if maximum < 17:
@@ -349,10 +365,8 @@ class Split:
         return torch.from_numpy(np.asarray(self.images[indices])).to(device).float() / 255
 
     def batches(self, batch_size, device="cpu", shuffle=None, drop_last=False, fetch=None):
-        """Yield all images as `batch` gives them.
-
-        shuffle: None for file order, or a seed (an int or a tuple such as (seed, epoch)) for that seed's order.
-        drop_last: leave out an incomplete last batch, unless it is the only one.
+        """Yield all images as `batch` gives them, in file order or, with a seed `shuffle` (an int or a tuple such as
+        (seed, epoch)), in that seed's. drop_last: leave out an incomplete last batch, unless it is the only one.
         fetch: indices (b,) -> what to yield in place of images."""
         order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
         if drop_last and len(self) >= batch_size:
@@ -365,16 +379,16 @@ class Split:
 class Features:
     """A frozen network's features of a split's images, for training loops that need them in each epoch.
 
-    Computed once and kept in a file in the run folder if it takes at most `args.cache_features` GiB ("auto":
-    16, if the disk has twice that to spare), else computed again for each batch; which of the two is printed."""
+    Computed once and kept in a file in the run folder if that takes at most args.cache_features GiB and half of the
+    free disk, else computed again for each batch; which of the two is printed."""
 
     def __init__(self, extract, split, args, run):
         """extract: images (B, 3, H, W) -> [(B, ...), ...], frozen: constants of each image."""
         self.extract, self.split, self.device, self.file = extract, split, run.device, None
         self.shapes = [f.shape[1:] for f in extract(split.batch([0], run.device))]
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        needed, free = sum(self.sizes) * 4 * len(split) / 2**30, shutil.disk_usage(run.folder).free / 2**30
-        budget = min(16, free / 2) if args.cache_features == "auto" else args.cache_features
+        needed = sum(self.sizes) * 4 * len(split) / 2**30
+        budget = min(args.cache_features, shutil.disk_usage(run.folder).free / 2**31)
         run.notes["features_cached"] = needed <= budget
         print(f"features of {split.name}: {needed:.2f} GiB, " + ("cached" if needed <= budget else
               f"above the budget of {budget:.2f} (--cache-features), computed again each epoch"), flush=True)
@@ -397,35 +411,6 @@ class Features:
         return self.split.batches(batch_size, self.device, shuffle, drop_last, fetch)
 
 
-def list_benchmark(args):
-    """(folder, {split: entries}, fingerprint of all entries, how many images are held out) of args.data.
-
-    Where valid has no normal images, args.holdout of the training images take their place, by patient where names tell:
-    thresholds come from them."""
-    base, parts = find_benchmark(args.data, args.root)
-    entries = {split: list_split(parts, split) for split in SPLITS}
-    images = fingerprint(sum(entries.values(), []), base)
-    scans = [patient(image) or image for image, _, _ in entries["train"]]
-    names, n = list(dict.fromkeys(scans)), 0
-    if len(names) > 1 and all(label for _, label, _ in entries["valid"]):
-        n = max(1, round(args.holdout * len(names))) if args.holdout else 0
-        held = {names[i * len(names) // n] for i in range(n)}  # evenly spread over the files
-        train = list(zip(entries["train"], scans, strict=True))
-        entries["valid"] = [entry for entry, scan in train if scan in held] + entries["valid"]
-        entries["train"] = [entry for entry, scan in train if scan not in held]
-    return base, entries, images, sum(scan in held for scan in scans) if n else 0
-
-
-def volumes():
-    """The module datasets/volumes.py, which reads and writes NIfTI volumes and DICOM series for --predict."""
-    sys.path.append(str(Path(__file__).with_name("datasets")))
-    try:
-        import volumes
-    except ImportError as e:
-        raise Error(f"scans need datasets/volumes.py, nibabel and pydicom ({e}); add them, or give images") from e
-    return volumes
-
-
 def load_benchmark(args):
     """(train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit; prints their counts.
 
@@ -444,9 +429,9 @@ def load_benchmark(args):
             raise Error(f"{base}: {counts[-1]} images; put images into train/good, test/good and test/Ungood")
         splits.append(Split(name, normal + anomalous, args.image_size, base, Path(args.root) / ".cache", args.white)
                       if normal else None)
-    train, valid, test = splits
-    masks = "masks" if test and test.has_masks else "no masks"
-    print(f"{base}: {', '.join(counts)}; {args.image_size}x{args.image_size}, {masks}"
+    _, valid, test = splits
+    print(f"{base}: {', '.join(counts)}; {args.image_size}x{args.image_size}, "
+          + ("masks" if test and test.has_masks else "no masks")
           + f"; LIMITED to {args.limit} per class" * bool(args.limit), flush=True)
     if held:
         valid.source = f"{held} training images held out"
@@ -613,11 +598,10 @@ class PixelMetrics:
 
     def __init__(self, pixels, threshold=None):
         """pixels: how many will come at most. threshold: the `best` of the valid split, for `dice_valid`."""
-        self.threshold, self.best = threshold, None
+        self.threshold, self.best, self.curve, self.images = threshold, None, [], 0
         self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of the normal pixels, and their number
         self.anomalous, self.region = [], []  # scores of the anomalous ones, and the region that each belongs to
-        self.regions, self.low, self.high, self.curve = [], math.inf, -math.inf, []  # regions: the image of each
-        self.images = 0
+        self.regions, self.low, self.high = [], math.inf, -math.inf  # the image of each region; range of all scores
 
     def update(self, anomaly_maps, masks):
         """anomaly_maps: (B, H, W) floats; masks: (B, H, W) bools. ValueError on other shapes or scores not finite."""
@@ -680,12 +664,9 @@ class PixelMetrics:
         (share at or above the threshold) and fpr_0.015, ... fpr_0.300 (share above the threshold with that pixel false
         positive rate)."""
         scores, region = np.concatenate(self.anomalous), np.concatenate(self.region)
-        area = np.bincount(region)
-        rates = [0.015 * k for k in range(1, 21)]
-        limits = {f"fpr_{rate:.3f}": self.normal[self.n - 1 - int(rate * self.n)] for rate in rates}
-        above = {name: scores > limit for name, limit in limits.items()}
-        if threshold is not None:
-            above = dict(overlap=scores >= np.float32(threshold)) | above
+        area, rates = np.bincount(region), [0.015 * k for k in range(1, 21)]
+        above = {} if threshold is None else dict(overlap=scores >= np.float32(threshold))
+        above |= {f"fpr_{rate:.3f}": scores > self.normal[self.n - 1 - int(rate * self.n)] for rate in rates}
         share = {name: np.bincount(region[hit], minlength=len(area)) / area for name, hit in above.items()}
         first = np.searchsorted(self.regions, self.regions)  # the first region of the same image
         return [dict(image=image, lesion=int(k - first[k]), area=int(area[k]),
@@ -727,10 +708,10 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
             maxima.append(maps.max(axis=(1, 2)))
             low = min(low, float(maps.min()))
             if split.has_masks:
-                pixel.update(maps, split.masks[done : done + len(new)])
-            for i in range(len(new)) if each else ():
+                pixel.update(maps, split.masks[done : done + n])
+            for i in range(n) if each else ():
                 each(done + i, maps[i])
-        done += len(new)
+        done += n
     scores, maxima = np.concatenate(scores), np.concatenate(maxima) if maxima else None
     return SimpleNamespace(metrics=image_metrics(split.labels, scores) | pixel.compute(), scores=scores,
                            ms_per_image=1000 * seconds / done, maxima=maxima, pixel=pixel,
@@ -744,7 +725,7 @@ def at_specificity(normal, specificity):
     A new normal image of the same kind exceeds it with probability at most 1 - s, whatever the distribution (split
     conformal prediction, Vovk et al. 2005). Where n is too small for s: the maximum, and at most n / (n + 1)."""
     rank, n = math.ceil(round((len(normal) + 1) * specificity, 9)), len(normal)
-    return (normal[rank - 1], specificity) if rank <= n else (normal[-1], n / (n + 1))
+    return (normal[rank - 1], specificity) if rank <= n else (normal[-1], n / (n + 1)) if n else (None, None)
 
 
 def scan_score(scores, rule):
@@ -752,100 +733,94 @@ def scan_score(scores, rule):
     return float(np.sort(scores)[-5 if rule == "top5" else -1 :].mean())
 
 
-def calibrate(model, valid, batch_size, device):
-    """What `decide` needs of the valid split's scores and maps, as JSON can hold it. A model whose `scaled_by_image` is
-    true has no pixel threshold: its maps cannot be compared between images."""
+def calibrate(model, valid, args, device):
+    """`evaluate` the valid split, and keep what `decide` needs of it. A model whose `scaled_by_image` is true has no
+    pixel threshold: its maps cannot be compared between images."""
+    result, comparable = evaluate(model, valid, args.batch_size, device), not getattr(model, "scaled_by_image", False)
+    return {"from": valid.source, "labels": valid.labels.tolist(), "scores": result.scores.tolist(),
+            "scans": [patient(path) for path in valid.paths], "map_range": result.map_range, "dice": result.pixel.best,
+            "maxima": result.maxima.tolist() if result.maxima is not None and comparable else None}
+
+
+def decide(seen, args):
+    """The thresholds at args.specificity from what `calibrate` has `seen`: image, image_f1 (best F1), pixel, scan. An
+    image or scan is anomalous if its score is above its threshold, a pixel if it is at or above. None: undecided."""
     from sklearn.metrics import precision_recall_curve
 
-    result, normal, best, scans = evaluate(model, valid, batch_size, device), valid.labels == 0, None, {}
-    if not normal.all():
-        precision, recall, at = precision_recall_curve(valid.labels, result.scores)
+    labels, scores = np.array(seen["labels"], int), np.float32(seen["scores"])
+    normal, best, scans = np.sort(scores[labels == 0]).tolist(), None, {}
+    image, reached = at_specificity(normal, args.specificity)
+    if labels.any():
+        precision, recall, at = precision_recall_curve(labels, scores)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         best = float(np.nextafter(at[np.argmax(f1[:-1])], -np.inf, dtype=np.float32))  # that score itself is above
-    sick = {patient(path) for path, label in zip(valid.paths, valid.labels, strict=True) if label}
-    for path, value in zip(valid.paths, result.scores, strict=True):
-        if patient(path) not in sick - {None}:
-            scans.setdefault(patient(path), []).append(value)
-    scans = None if None in scans else {rule: sorted(scan_score(s, rule) for s in scans.values())
-                                        for rule in ("max", "top5")}
-    maps = result.maxima is not None and not getattr(model, "scaled_by_image", False)
-    return {"from": valid.source, "normal_scores": sorted(map(float, result.scores[normal])), "image_f1": best,
-            "map_range": result.map_range, "dice": result.pixel.best,
-            "normal_maxima": sorted(map(float, result.maxima[normal])) if maps else None, "normal_scans": scans}
-
-
-# Of a model that saw no normal images (zero-shot): nothing is decided, maps are between 0 and 1.
-UNDECIDED = dict(normal_scores=[], map_range=(0, 1)) | dict.fromkeys(
-    ("from", "normal_scans", "dice", "image", "image_f1", "pixel", "scan"))
-
-
-def decide(calibration, args):
-    """`calibrate`'s values and the thresholds at args.specificity: image, pixel, scan. An image or scan is anomalous if
-    its score is above its threshold, a pixel if it is at or above. None: that cannot be decided."""
-    image, reached = at_specificity(calibration["normal_scores"], args.specificity)
-    pixel, rule = calibration["dice"] if calibration["normal_maxima"] else None, "best Dice on valid"
-    if pixel is None and calibration["normal_maxima"]:
-        highest, _ = at_specificity(calibration["normal_maxima"], args.specificity)
+    pixel, rule = seen["dice"], "best Dice on valid"
+    if not normal or seen["maxima"] is None:
+        pixel, rule = None, "none: no normal images or maps, or each map is scaled by itself"
+    elif pixel is None:
+        highest, _ = at_specificity(np.sort(np.float32(seen["maxima"])[labels == 0]), args.specificity)
         pixel = float(np.nextafter(highest, np.inf, dtype=np.float32))
         rule = f"no pixel of a normal map, at specificity {args.specificity}"
-    scans = calibration["normal_scans"] and calibration["normal_scans"][args.scan_score]
-    enough = scans and len(scans) >= 20
-    return calibration | dict(specificity=args.specificity, reached=reached, image=image, pixel=pixel,
-                       pixel_rule=rule if pixel is not None else "none: no maps, or each is scaled by itself",
-                       scan=at_specificity(scans, args.specificity)[0] if enough else None, scan_score=args.scan_score)
+    if None not in seen["scans"]:
+        for scan, value in zip(seen["scans"], scores, strict=True):
+            scans.setdefault(scan, []).append(value)
+    sick = {scan for scan, label in zip(seen["scans"], labels, strict=True) if label}
+    scans = sorted(scan_score(values, args.scan_score) for scan, values in scans.items() if scan not in sick)
+    scan = at_specificity(scans, args.specificity)[0] if len(scans) >= 20 else None
+    return dict(specificity=args.specificity, reached=reached, image=image, image_f1=best, pixel=pixel, pixel_rule=rule,
+                scan=scan, scan_score=args.scan_score, normal_scores=normal, normal_scans=scans,
+                **{key: seen[key] for key in ("from", "map_range", "dice")})
 
 
 def decision_metrics(labels, scores, decision):
     """Sensitivity, specificity, F1 and balanced accuracy at decision's `image` and, with the suffix _f1, at `image_f1`;
     sensitivity at a specificity of at least 0.9 and 0.95 of the scores themselves."""
-    from sklearn.metrics import roc_curve
+    from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score, roc_curve
 
     metrics = {}
     for threshold, suffix in ((decision["image"], ""), (decision["image_f1"], "_f1")):
-        if threshold is None:
-            continue
-        tp, fp = ((scores[labels == label] > threshold).sum() for label in (1, 0))
-        sensitivity, specificity = float(tp / (labels == 1).sum()), float(1 - fp / (labels == 0).sum())
-        metrics |= {f"sensitivity{suffix}": sensitivity, f"specificity{suffix}": specificity,
-                    f"f1{suffix}": float(2 * tp / (tp + fp + (labels == 1).sum())),
-                    f"balanced_accuracy{suffix}": (sensitivity + specificity) / 2}
+        if threshold is not None:
+            above = scores > threshold
+            of = dict(sensitivity=recall_score(labels, above), specificity=recall_score(labels, above, pos_label=0),
+                      f1=f1_score(labels, above), balanced_accuracy=balanced_accuracy_score(labels, above))
+            metrics |= {f"{name}{suffix}": float(value) for name, value in of.items()}
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
     return metrics | {f"sensitivity_at_{round(100 * s)}": float(tpr[fpr <= 1 - s + 1e-9].max()) for s in (0.9, 0.95)}
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
-FORMAT = 2  # of model.pt, resume.pt and results.json: it changes with what these hold
+FORMAT = 3  # of model.pt, resume.pt and results.json: it changes with what these hold
 # What may differ from the training run when a checkpoint is given, as may --weights that now lie elsewhere; every other
 # argument is taken from the checkpoint. A run that resumes must have the same data, limit and batch size, too.
 FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "save_maps", "overwrite", "checkpoint",
         "predict", "specificity", "scan_score", "cache_features"}
-INFERNO = ("000004 0c0826 240c4f 420a68 5d126e 781c6d 932667 ae305c c73e4c dd513a ed6925 f8850f fca50a fac62d f2e661 "
-           "fcffa4")
-COLOURS = np.stack([np.interp(np.linspace(0, 15, 256), range(16), channel) for channel in
-                    zip(*map(bytes.fromhex, INFERNO.split(" ")), strict=True)], axis=1).astype(np.uint8)  # (256, 3)
 
 
 def read_results(file):
     """The results.json of a finished run, as a dict."""
     try:
         results = json.loads(Path(file).read_text())
-        if results["format"] != FORMAT or not {"args", "images", "metrics", "counts", "decision"} <= results.keys():
-            raise ValueError
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise Error(f"{file} is damaged or of another format than {FORMAT}: run that method again") from e
-    return results
+    except (OSError, ValueError):
+        results = None
+    return _checked(results, file, args=dict, images=str, metrics=dict, counts=dict, decision=dict)
 
 
 def read_checkpoint(file, method, more=()):
     """What a model.pt of `method` holds, see `Run._save`; more: what a resume.pt must hold in addition."""
     kept = read_state(file, f"model.pt of a {method} run")
-    if kept.get("method") != method or kept.get("format") != FORMAT:
-        raise Error(f"{file} is of method {kept.get('method')}, format {kept.get('format')}; expected a model.pt of "
-                    f"{method}, format {FORMAT}")
-    kinds = dict(args=dict, state=dict, weights=list, notes=dict, train_seconds=float, epoch=(int, type(None)))
-    kinds |= dict.fromkeys(more, object)
-    if wrong := [k for k, kind in kinds.items() if k not in kept or not isinstance(kept[k], kind)]:
-        raise Error(f"{file} is damaged, without {wrong[0]}; give another model.pt, or --overwrite")
+    if kept.get("method") != method:
+        raise Error(f"{file} is of method {kept.get('method')}; expected a model.pt of {method}")
+    return _checked(kept, file, args=dict, state=dict, weights=list, notes=dict, train_seconds=float,
+                    epoch=(int, type(None)), **dict.fromkeys(more, object))
+
+
+def _checked(kept, file, **kinds):
+    holds = kept if isinstance(kept, dict) else {}
+    if holds.get("format") != FORMAT:
+        raise Error(f"{file} is damaged or of format {holds.get('format')}, not {FORMAT}; run that method again, with "
+                    "--overwrite")
+    if wrong := [k for k, kind in kinds.items() if k not in holds or not isinstance(holds[k], kind)]:
+        raise Error(f"{file} is damaged, without {wrong[0]}; run that method again, with --overwrite")
     return kept
 
 
@@ -860,9 +835,7 @@ class Run:
 
         With args.checkpoint, the arguments that define the model are overwritten with the checkpoint's; without it,
         --predict works only for methods that need no training images (zero_shot)."""
-        method, kept, self.args = Path(script).stem, None, args
-        if args.predict and not args.checkpoint and not zero_shot:
-            raise Error("--predict needs a trained model: give --checkpoint FILE, the model.pt of a run")
+        self.script, self.args, method, kept = Path(script), args, Path(script).stem, None
         if args.checkpoint:
             kept = read_checkpoint(args.checkpoint, method)
             for field in dataclasses.fields(args):
@@ -870,69 +843,68 @@ class Run:
                 if field.name not in FREE and field.name in kept["args"] and not moved:
                     setattr(args, field.name, kept["args"][field.name])
             check_ranges(args)
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        elif args.predict and not zero_shot:
+            raise Error("--predict needs a trained model: give --checkpoint FILE, the model.pt of a run")
+        best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         try:
-            device = torch.device(best if args.device == "auto" else args.device)
-            torch.zeros(1, device=device).item()
+            self.device = torch.device(best if args.device == "auto" else args.device)
+            torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError) as e:
             reason = str(e).splitlines()[0][:120]
             raise Error(f"--device {args.device} cannot be used ({reason}); try --device auto") from e
         torch.manual_seed(args.seed)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for on a GPU
         torch.use_deterministic_algorithms(True, warn_only=True)
-        self.images = None if args.predict else list_benchmark(args)[2]  # resuming needs the very same ones
-        checked = Path(args.root) / ".cache" / f"{self.images}.check.json"  # by datasets/check.py
-        try:
-            self.check = json.loads(checked.read_text())
-        except (OSError, ValueError):  # not checked
-            self.check = None
-        asked = Path(args.predict or args.data).resolve()
-        data = asked.name if asked.is_dir() else args.data
         if args.predict:  # each input and each model has its own folder
-            source = f"{asked} {sha256(args.checkpoint) if args.checkpoint else args}".encode(errors="surrogateescape")
-            data = f"{plain(asked.name)}-{hashlib.sha256(source).hexdigest()[:8]}"
-        folder = Path(args.out) / data / method / f"seed{args.seed}"
+            asked, model = Path(args.predict).resolve(), sha256(args.checkpoint) if args.checkpoint else args
+            of_both = hashlib.sha256(f"{asked} {model}".encode(errors="surrogateescape")).hexdigest()
+            data, self.images = f"{plain(asked.name)}-{of_both[:8]}", None
+        else:
+            data = Path(args.data).resolve().name if Path(args.data).is_dir() else args.data
+            self.images = list_benchmark(args)[2]
+        self.folder = folder = Path(args.out) / data / method / f"seed{args.seed}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            self.lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         except OSError as e:
             reason = "another process is using it" if isinstance(e, BlockingIOError) else e.strerror
             raise Error(f"cannot write {folder}: {reason}; choose another --out") from None
-        finished, begun = folder / "results.json", folder / "resume.pt"
-        if args.checkpoint and finished.exists() and (args.predict or not args.overwrite):
-            raise Error(f"{folder} holds a finished run; give another --out" + " or --overwrite" * (not args.predict))
-        if not args.checkpoint and not args.overwrite and finished.exists():
-            self._belongs_to(read_results(finished), folder)
+        if not args.overwrite and (folder / "results.json").exists():
+            if args.checkpoint:
+                raise Error(f"{folder} holds a finished run; give another --out or --overwrite")
+            self._belongs_to(read_results(folder / "results.json"))
             print(f"{folder} is finished already, with these arguments; nothing to do (--overwrite does it again)")
             raise SystemExit(0)
-        if not args.checkpoint and not args.overwrite and begun.exists():
-            more = ("images", "threads", "first_stage", "history", "best", "best_epoch", "stateful", "random")
-            kept = read_checkpoint(begun, method, more)
-            self._belongs_to(kept, folder)
+        if not args.overwrite and not args.checkpoint and (folder / "resume.pt").exists():
+            kept = read_checkpoint(folder / "resume.pt", method, ("images", "threads", "first_stage", "history", "best",
+                                                                  "best_epoch", "stateful", "random"))
+            self._belongs_to(kept)
             if kept["threads"] != torch.get_num_threads():
                 print(f"NOTE: {torch.get_num_threads()} threads now, {kept['threads']} before: results can differ")
-        print(f"{method} on {data}, seed {args.seed}, {device}: {folder}", flush=True)
+        print(f"{method} on {data}, seed {args.seed}, {self.device}: {folder}", flush=True)
+        self.check = None
+        with suppress(OSError, ValueError):  # not checked by datasets/check.py
+            self.check = json.loads((Path(args.root) / ".cache" / f"{self.images}.check.json").read_text())
         if not args.predict:
             print("datasets/check.py:", self.check["summary"] if self.check else "not run on these files", flush=True)
-        self.script, self.device, self.folder, self.lock = Path(script), device, folder, lock
         self.kept = kept  # what --checkpoint, or else an interrupted run's last evaluation holds, or None
         self.history, self.best, self.epoch, self.notes = [], -math.inf, None, {}
         self.total = getattr(args, "epochs", None)  # a script may set another number
         self.started, self.stateful, self.fresh = time.perf_counter(), (), kept is None
 
-    def _belongs_to(self, kept, folder):
+    def _belongs_to(self, kept):
         """`Error` if what an earlier run left has other arguments or saw other images."""
         asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # no tuples
         for a in (asked, theirs):  # two folders of one name are not one benchmark
             a["data"] = str(Path(a["data"]).resolve()) if Path(a["data"]).is_dir() else a["data"]
         free = FREE - {"data", "limit", "batch_size", "specificity", "scan_score"}
-        for k in [k for k in asked if k not in free and asked[k] != theirs.get(k)]:
-            raise Error(f"{folder} holds a run with --{k.replace('_', '-')} {theirs.get(k)}, not {asked[k]}; give "
-                        "--overwrite or another --out")
+        other = [f"--{k.replace('_', '-')} {theirs.get(k)}, not {asked[k]}" for k in asked
+                 if k not in free and asked[k] != theirs.get(k)]
         if kept["images"] != self.images:
-            raise Error(f"{folder} holds a run on other images: files of {self.args.data} were added, removed or "
-                        "changed; give --overwrite or another --out")
+            other.append(f"other images: files of {self.args.data} were added, removed or changed")
+        if other:
+            raise Error(f"{self.folder} holds a run with {other[0]}; give --overwrite or another --out")
 
     def first_stage(self, model, epochs, *stateful):
         """1, 2, ..., epochs of what is trained before `epochs`; saved after every args.eval_every-th, and resumed."""
@@ -1005,13 +977,12 @@ class Run:
     def keep(self, model, epoch=None):
         """Write the model's state, without frozen networks, as checkpoint.pt: the state that `finish` evaluates."""
         self.epoch = epoch
-        (self.folder / "results.json").unlink(missing_ok=True)  # from here on the folder is not a finished run
+        remove(self.folder / "results.json")  # from here on the folder is not a finished run
         self._save("checkpoint.pt", model, epoch)
 
     def _save(self, name, model, epoch, **more):
-        if self.fresh:  # nothing of an earlier run survives
-            for old in self.folder.iterdir():
-                remove(old)
+        for old in self.folder.iterdir() if self.fresh else ():  # nothing of an earlier run survives
+            remove(old)
         self.fresh = False
         state = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(_frozen(model))}
         with atomic(self.folder / name) as tmp:
@@ -1046,22 +1017,26 @@ def _weights(model):
 def finish(run, model, splits):
     """Evaluate the kept state on the test split, once, and write the run folder; the last file is results.json.
 
-    splits: (train, valid, test) of `load_benchmark`. scores.csv: path, label, score. maps/: pictures on the scale of
-    the validation maps. browser/ and lesions.csv are for report.py. With --predict: see `predict`."""
-    args, folder, (_, valid, test) = run.args, run.folder, splits
+    splits: (train, valid, test) of `load_benchmark`. With --predict: see datasets/predict.py."""
+    args, folder, (train, valid, test), metrics, test_ms = run.args, run.folder, splits, {}, None
     epoch, train_seconds = run.load(model)
     model.to(run.device)
     for name in [w["name"] for w in _weights(model) if not w["trained"]]:
         print(f"NOTE: {name} has UNTRAINED weights; the results are meaningless")
     if args.predict:
-        return predict(run, model)
+        sys.path.insert(0, str(Path(__file__).with_name("datasets")))
+        try:
+            return importlib.import_module("predict").predict(run, model)
+        except ImportError as e:
+            raise Error(f"--predict needs datasets/predict.py and its neighbours ({e}); copy them, too") from e
     for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
         remove(folder / old)  # a folder without results.json is not a finished run
-    calibration, metrics = calibrate(model, valid or splits[0], args.batch_size, run.device), {}
-    # what a model has seen in training gives a colour scale, but no threshold
-    decision = decide(calibration, args) if valid else UNDECIDED | dict(map_range=calibration["map_range"])
-    run.kept["decision"] = decision
-    print(_stated(decision))
+    seen = calibrate(model, valid or train, args, run.device)
+    if not valid:  # what a model has seen in training gives a colour scale, but no threshold
+        seen |= {"labels": [], "scores": [], "scans": [], "maxima": None, "from": "nothing"}
+    decision = decide(seen, args)
+    run.kept |= dict(seen=seen, decision=decision)
+    print(stated(decision))
     if test:
         metrics, test_ms = _test(run, model, test, decision)
     defaults = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
@@ -1076,8 +1051,7 @@ def finish(run, model, splits):
         format=FORMAT, method=run.script.stem, data=folder.parts[-3], seed=args.seed, metrics=metrics,
         images=run.images, counts={name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum()))
                                    for name, s in zip(SPLITS, splits, strict=True) if s},
-        decision=decision, check=run.check, epoch=epoch, train_seconds=train_seconds,
-        test_ms_per_image=test_ms if test else None,
+        decision=decision, check=run.check, epoch=epoch, train_seconds=train_seconds, test_ms_per_image=test_ms,
         peak_memory_gib=dict(ram=peak) | (dict(gpu=torch.cuda.max_memory_allocated() / 2**30) if on_gpu else {}),
         parameters=dict(total=sum(p.numel() for p in model.parameters()),
                         trained=sum(p.numel() for p in model.parameters() if p.requires_grad)),
@@ -1096,16 +1070,15 @@ def finish(run, model, splits):
     for name in ("checkpoint.pt", "resume.pt"):
         remove(folder / name)
     os.close(run.lock)
-    shown = "  ".join(f"{k}\xa0{v:.4f}" for k, v in metrics.items() if v is not None and not k.endswith("_f1"))
-    if metrics:
-        print(textwrap.fill(shown, 98, initial_indent="  ", subsequent_indent="  ").replace("\xa0", " "))
+    shown = [f"{k} {v:.4f}" for k, v in metrics.items() if v is not None and not k.endswith("_f1")]
+    for start in range(0, len(shown), 4):
+        print("", *shown[start : start + 4], sep="  ")
     print(f"  epoch {epoch or '-'}, train {train_seconds:.1f} s, peak {peak:.2f} GiB: {folder}")
 
 
-def _stated(decision):
+def stated(decision):
     """In words, where the threshold of images comes from."""
-    n = len(decision["normal_scores"])
-    if not n:
+    if not (n := len(decision["normal_scores"])):
         return "no threshold: no normal validation images"
     few = f"; NOTE: so few support a specificity of {decision['reached']:.2f} only, not {decision['specificity']}"
     return (f"threshold {decision['image']:.4g} from {n} normal images ({decision['from']})"
@@ -1113,23 +1086,27 @@ def _stated(decision):
 
 
 def _test(run, model, test, decision):
-    """Score the test split, write its scores, its pictures and what report.py shows; returns metrics, ms per image."""
-    args, folder = run.args, run.folder
+    """Score the test split and write scores.csv, curves.csv, pictures in maps/, and for report.py browser/ and
+    lesions.csv; returns metrics, ms per image."""
+    from matplotlib import colormaps
+
+    args, folder, (low, high) = run.args, run.folder, decision["map_range"] or (0, 1)
     count = len(test) if args.maps < 0 else min(args.maps, len(test))
     shown = {i * len(test) // count for i in range(count)}  # the same images for all methods
-    low, high = decision["map_range"] or (0, 1)
     browser = (args.seed == 0 and args.maps) or args.maps < 0
+
     def each(i, anomaly_map):
         if i in shown:
             mask = test.masks[i] if test.has_masks else None
-            save(picture(test.images[i], anomaly_map, decision, test.paths[i], mask),
-                 folder / "maps" / map_name(i, test.paths[i]))
-        if browser:
+            name = f"{i:05}_{plain(test.paths[i].rsplit('.', 1)[0])}.png"
+            save_picture(folder / "maps" / name, test.images[i], anomaly_map, decision, test.paths[i], mask)
+        if browser:  # a tile of some 6 kB
             small = Image.fromarray(anomaly_map).resize([min(128, test.size)] * 2, Image.Resampling.BILINEAR)
             share = np.clip((np.asarray(small) - low) / (high - low or 1), 0, 1)
             tile = Image.fromarray(np.rint(share * 255).astype(np.uint8), "P")
-            tile.putpalette(COLOURS.tobytes())
-            save(tile, folder / "browser" / f"{i:05}.png")
+            tile.putpalette(colormaps["inferno"](range(256), bytes=True)[:, :3].tobytes())
+            (folder / "browser").mkdir(exist_ok=True)
+            tile.save(folder / "browser" / f"{i:05}.png")
 
     result = evaluate(model, test, args.batch_size, run.device, decision["dice"], each)
     metrics = result.metrics | decision_metrics(test.labels, result.scores, decision)
@@ -1151,130 +1128,26 @@ def _test(run, model, test, decision):
     return metrics, result.ms_per_image
 
 
-def predict(run, model):
-    """Score args.predict: an image or a folder of images here, scans in datasets/volumes.py. Damaged files are listed
-    at the end, and the exit code is 1.
+def save_picture(file, image, anomaly_map, decision, title, mask=None):
+    """The image (3, H, W), uint8, with the contour of its mask (H, W), next to it the map on the scale of the
+    validation maps, transparent where it is low, with the contour of the decided pixels and a colour bar."""
+    from matplotlib.figure import Figure
 
-    scores.csv: for each image its score, percentile among the normal validation images, and decision. maps/ has its
-    picture, masks/ the decided pixels and raw/ (args.save_maps) the map, these two at the image's own size."""
-    args, folder, asked, decision = run.args, run.folder, Path(run.args.predict), run.kept.get("decision")
-    decision = decide(decision, args) if decision and decision["normal_scores"] else decision or UNDECIDED
-    for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
-        remove(folder / old)
-    files = images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in SUFFIXES)
-    rows, scans, damaged = ([], [], []) if files else volumes().predict(run, model, decision)
-    others = [p for p in asked.rglob("*.*") if p.suffix in (".nii", ".gz", ".dcm")] if files and asked.is_dir() else []
-    if others:
-        print(f"NOTE: {asked} has images, and only these are scored; not {len(others)} scans, e.g. {others[0]}")
-    for start in progress(range(0, len(files), args.batch_size), "images"):
-        arrays = {}
-        for file in files[start : start + args.batch_size]:
-            try:
-                arrays[file] = decode(file, args.image_size, white=args.white)[0]
-            except Error as e:
-                damaged.append(str(e))
-        for file, (anomaly_map, score) in zip(arrays, scored(model, list(arrays.values()), run), strict=True):
-            name = file.relative_to(asked).as_posix() if asked.is_dir() else file.name
-            rows.append(answer(name, score, decision["normal_scores"], decision["image"]))
-            if anomaly_map is not None and args.maps:
-                image, _ = decode(file, white=args.white)
-                show(run, map_name(len(rows) - 1, name), image, anomaly_map, decision, rows[-1])
-    for name, table in dict(scores=rows, scans=scans).items():
-        if table:
-            write_csv(folder / f"{name}.csv", table)
-    record = dict(input=str(asked.resolve()), checkpoint=args.checkpoint and str(Path(args.checkpoint).resolve()),
-                  checkpoint_sha256=args.checkpoint and sha256(args.checkpoint), damaged=damaged,
-                  thresholds={k: decision[k] for k in ("image", "pixel", "scan")},
-                  args={k: v for k, v in dataclasses.asdict(args).items() if k != "data"},
-                  scored=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    (folder / "predict.json").write_text(json.dumps(record, indent=1))
-    remove(folder / "checkpoint.pt")  # of a zero-shot method
-    os.close(run.lock)
-    ranked, threshold, what = (scans, decision["scan"], "scans") if scans else (rows, decision["image"], "images")
-    normal = len((decision["normal_scans"] or {}).get(args.scan_score, ()) if scans else decision["normal_scores"])
-    print(f"the five highest of {len(ranked)} {what}; percentile among {normal} normal {what}\n"
-          "       score  percentile  decision   path")
-    for row in sorted(ranked, key=lambda row: -row["score"])[:5]:
-        percentile, decided = row["percentile"] if normal else "-", row["decision"] or "-"
-        print(f"{row['score']:>12.4g}  {percentile:>10}  {decided:<9}  {row['path']}")
-    above = f"{sum(row['decision'] == 'anomalous' for row in ranked)} above the threshold {threshold}"
-    if threshold is None:
-        above = f"not decided, which needs {20 if scans else 1} normal validation {what}, there were {normal}"
-    print(_stated(decision), f"{len(ranked)} {what}, {above}: {folder}", sep="\n")
-    if damaged:
-        print(*[f"not scored: {message}" for message in damaged], sep="\n", file=sys.stderr)
-        raise SystemExit(1)
-
-
-def scored(model, arrays, run):
-    """Yield (map (S, S) or None, score) of images, uint8 (3, S, S)."""
-    for start in range(0, len(arrays), run.args.batch_size):
-        image = torch.from_numpy(np.stack(arrays[start : start + run.args.batch_size])).to(run.device).float() / 255
-        maps, scores = score(model, image)
-        yield from zip([None] * len(image) if maps is None else maps, scores.tolist(), strict=True)
-
-
-def answer(name, score, normal, threshold):
-    """A row of scores.csv or scans.csv. normal: sorted scores of normal images or scans."""
-    percentile = round(100 * float(np.searchsorted(normal, score, "right")) / len(normal), 2) if normal else None
-    decided = None if threshold is None else "anomalous" if score > threshold else "normal"
-    return dict(path=name, score=score, percentile=percentile, decision=decided)
-
-
-def show(run, name, image, anomaly_map, decision, row):
-    """Write the picture of an image (3, H, W), the mask where pixels are decided, and the map (S, S) at H x W."""
-    folder, save_maps = run.folder, run.args.save_maps
-    score = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
-    save(picture(image, anomaly_map, decision, score), folder / "maps" / name)
-    own = Image.fromarray(anomaly_map).resize(image.shape[:0:-1], Image.Resampling.BILINEAR)
-    if decision["pixel"] is not None:
-        save(Image.fromarray(np.asarray(own) >= np.float32(decision["pixel"])), folder / "masks" / name)
-    if save_maps == "tiff":
-        save(own, folder / "raw" / Path(name).with_suffix(".tiff"))
-    elif save_maps == "npy":
-        (folder / "raw").mkdir(exist_ok=True)
-        np.save(folder / "raw" / Path(name).with_suffix(".npy"), np.asarray(own))
-
-
-def save(image, file):
+    (height, width), (low, high), pixel = image.shape[1:], decision["map_range"] or (0, 1), decision["pixel"]
+    inches = [4 * max(side / max(height, width), 0.25) for side in (width, height)]
+    figure = Figure((2 * inches[0] + 1.2, inches[1] + 0.6), layout="constrained")
+    figure.suptitle(title.encode("latin-1", "replace").decode("latin-1"), parse_math=False, fontsize=9)
+    left, right = figure.subplots(1, 2)
+    for ax in (left, right):
+        ax.imshow(image.transpose(1, 2, 0), extent=(0, width, height, 0))
+        ax.axis("off")
+    opacity = 0.7 * np.clip((anomaly_map - low) / (high - low or 1), 0, 1)
+    heat = right.imshow(anomaly_map, "inferno", vmin=low, vmax=high, alpha=opacity, extent=(0, width, height, 0))
+    left.set_title("image" + ", ground truth (green)" * (mask is not None), fontsize=9)
+    right.set_title("anomaly map" + ", decision (cyan)" * (pixel is not None), fontsize=9)
+    for ax, area, colour in ((left, mask, "lime"), (right, pixel is not None and anomaly_map >= pixel, "cyan")):
+        if np.any(area):
+            ax.contour(np.pad(area, 1), [0.5], colors=colour, extent=(-1, width + 1, -1, height + 1))
+    figure.colorbar(heat, ax=right)
     file.parent.mkdir(exist_ok=True)
-    image.save(file)
-
-
-def picture(image, anomaly_map, decision, title, mask=None):
-    """The image with the contour of its mask, next to it the map on the scale of the validation maps, transparent where
-    it is low, with the contour of the decided pixels and a colour bar. image: uint8 (3, H, W); mask: bool (H, W)."""
-    size = width, height = [max(1, round(384 * side / max(image.shape[1:]))) for side in image.shape[:0:-1]]
-    (low, high), pixel = decision["map_range"] or (0, 1), decision["pixel"]
-    left = np.asarray(Image.fromarray(image.transpose(1, 2, 0).copy()).resize(size, Image.Resampling.BILINEAR))
-    heat = np.asarray(Image.fromarray(anomaly_map).resize(size, Image.Resampling.BILINEAR))
-    value = np.clip((heat - low) / (high - low or 1), 0, 1)[..., None]
-    coloured = COLOURS[np.rint(value[..., 0] * 255).astype(int)]
-    right = (left * (1 - 0.7 * value) + coloured * 0.7 * value).astype(np.uint8)
-    left = left.copy()
-    decided = None if pixel is None else heat >= pixel
-    for panel, area, colour in ((left, mask, (0, 255, 0)), (right, decided, (0, 255, 255))):
-        if area is not None:
-            area = np.asarray(Image.fromarray(area).resize(size, Image.Resampling.NEAREST))
-            panel[area & ~ndimage.binary_erosion(area, iterations=2, border_value=1)] = colour
-    bar = np.repeat(COLOURS[np.linspace(255, 0, height).astype(int)][:, None], 12, axis=1)
-    page = Image.new("RGB", (2 * width + 90, height + 36), "white")
-    for panel, x in ((left, 0), (right, width + 6), (bar, 2 * width + 12)):
-        page.paste(Image.fromarray(panel), (x, 36))
-    draw = ImageDraw.Draw(page)
-    draw.text((2, 2), title, "black")
-    draw.text((2, 20), "image" + ", ground truth (green)" * (mask is not None), "black")
-    draw.text((width + 8, 20), "anomaly map" + ", decision (cyan)" * (pixel is not None), "black")
-    draw.text((2 * width + 28, 36), f"{high:.4g}", "black")
-    draw.text((2 * width + 28, height + 24), f"{low:.4g}", "black")
-    return page
-
-
-def plain(name):
-    """A name as part of a file name: at most 60 characters, ASCII, no dots and spaces."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[-60:]
-
-
-def map_name(index, path):
-    """The file of an image's heat map, unique whatever the images' paths are."""
-    return f"{index:05}_{plain(path.rsplit('.', 1)[0])}.png"
+    figure.savefig(file)

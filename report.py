@@ -32,6 +32,7 @@ from urllib.parse import quote
 import jinja2
 import numpy as np
 import tyro
+from matplotlib import colormaps
 from scipy.stats import rankdata
 
 import common
@@ -776,7 +777,8 @@ if __name__ == "__main__":
         print_section(section)
     print("\n".join(["\nPercent, mean ± standard deviation over seeds.", *notes]))
     shown = [m for m in ("image_auroc", "pixel_auroc", "aupro", "dice") if any(r[m] is not None for r in here)]
-    context = dict(sections=sections, notes=notes, marks=MARKS, draws=DRAWS, colours=common.COLOURS.tolist(),
+    context = dict(sections=sections, notes=notes, marks=MARKS, draws=DRAWS,
+                   colours=colormaps["inferno"](range(256), bytes=True)[:, :3].tolist(),
                    overviews=[overview(here, others, m) for m in shown],
                    versions=sorted({name for results in runs.values() for r in results for name in r["versions"]}))
     p_rows = [dict(data=s["title"], method=a, other=b, difference=s["compared"].auroc[a] - s["compared"].auroc[b], p=p,

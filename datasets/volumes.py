@@ -3,8 +3,8 @@
 As a script it writes the axial slices of a folder of scans as training images: <to>/scan0001-<name>/0042.png, ...; a
 method that is trained on them with `--data` knows from these names which slices are of one scan.
 
-`Volume`, `open_dicom` and `stretched` are for the preparation scripts, too; `predict` is for common.py, where --predict
-is given scans. D slices of a scan, H W slice, S image size of the method."""
+`Volume`, `open_dicom` and `stretched` are for the preparation scripts, `find_scans` is for predict.py. D slices of a
+scan, H W slice, S image size of the method."""
 
 import functools
 import gzip
@@ -140,6 +140,7 @@ def stretched(image):
     low, high = image.min(), image.max()
     return np.rint((image - low) * (255 / ((high - low) or 1))).astype(np.uint8)
 
+
 # -------------------------------------------------------------------------------------------------- scans for --predict
 # What the map of a DICOM slice has from that slice: whose it is, which study, and where it lies.
 SHARED = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID",
@@ -149,6 +150,7 @@ SHARED = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate"
           "ImagerPixelSpacing", "SliceThickness", "SpacingBetweenSlices", "SliceLocation"]
 HEADER = [*SHARED, "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription",
                    "InstanceNumber", "NumberOfFrames", "PhotometricInterpretation", "Rows", "Columns"]
+
 
 def find_scans(path):
     """(scans, damaged): the scans in a file or folder, by place, and one line for each file that cannot be used.
@@ -195,7 +197,9 @@ def find_scans(path):
         taken.add(scan.name.lower())
     return [scan for _, scan in found], damaged
 
+
 class NiftiScan:
+
     def __init__(self, file):
         self.source, self.volume = file, Volume(file, header_only=True)
 
@@ -218,6 +222,7 @@ class NiftiScan:
         maps[np.isnan(maps)] = low
         self.volume.save(maps, Path(folder, f"{self.name}_map.nii.gz"))
 
+
 @functools.lru_cache(maxsize=1)  # a volume is unpacked once for all of its slices, and makes room for the next one
 def _voxels(scan):
     """The slices (D, H, W) of a NiftiScan; voxels that are not finite are background, the minimum of their slice."""
@@ -229,7 +234,9 @@ def _voxels(scan):
             image[where] = 0 if where.all() else image[~where].min()
     return voxels
 
+
 class DicomScan:
+
     def __init__(self, source, slices):
         self.source, self.slices = source, _upwards(slices)
 
@@ -278,6 +285,7 @@ class DicomScan:
                 except (TypeError, ValueError, AttributeError) as e:
                     raise Damaged(f"{one.file} has a header that cannot be copied to a map ({_reason(e)})") from e
 
+
 def _is_dicom(file):
     if not file.is_file():  # a pipe, a broken link
         return False
@@ -286,6 +294,7 @@ def _is_dicom(file):
             return f.read(132)[128:] == b"DICM" or file.suffix.lower() == ".dcm"
     except OSError as e:
         raise Damaged(f"{file} cannot be read ({e.strerror}); check its permissions") from e
+
 
 def _dicom_slice(file):
     """What a series needs of a DICOM file with one grey image; None where it holds another kind of thing.
@@ -312,6 +321,7 @@ def _dicom_slice(file):
     return SimpleNamespace(file=file, header=header, number=number, series_number=series_number, size=size, turn=turn,
                            place=place)
 
+
 def _upwards(slices):
     """A series from bottom to top along the slices' normal; by number where their headers tell no common one."""
     turn, heights = slices[0].turn, np.zeros(len(slices))
@@ -322,6 +332,7 @@ def _upwards(slices):
         heights = np.round([s.place @ normal for s in slices], 3)  # mm
     order = sorted(range(len(slices)), key=lambda i: (heights[i], slices[i].number, slices[i].file))
     return [slices[i] for i in order]
+
 
 @functools.lru_cache(maxsize=1)  # blank(i) and slice(i) decode once
 def _picture(scan, i):
@@ -335,6 +346,7 @@ def _picture(scan, i):
         except Exception as e:  # as in open_dicom, and of every decoder
             raise Damaged(f"{file} has no readable pixels ({_reason(e)}); download it again") from e
     return 255 - image if dataset.PhotometricInterpretation == "MONOCHROME1" else image
+
 
 def windowed(values, dataset):
     """(H, W) floats of a DICOM image as uint8: the first window of the header, else its table, else minimum to maximum.
@@ -352,47 +364,11 @@ def windowed(values, dataset):
         image = np.clip((values - centre) / width + 0.5, 0, 1)
     return np.rint(255 * image).astype(np.uint8)
 
+
 def _resized(maps, size):
     """(n, S, S) -> (n, H, W) float32."""
     maps = torch.from_numpy(np.array(maps, np.float32))[:, None]  # a copy: the maps may be those of a read-only file
     return torch.nn.functional.interpolate(maps, size, mode="bilinear")[:, 0].numpy()
-
-def predict(run, model, decision):
-    """(rows of scores.csv, one a slice; rows of scans.csv; damaged files) of the scans in run.args.predict.
-
-    Writes each scan's maps in its own format and a picture of its highest slice. Blank slices have no score."""
-    args = run.args
-    scans, damaged = find_scans(args.predict)
-    if not scans and not damaged:
-        raise common.Error(f"--predict {args.predict}: no image ({' '.join(sorted(common.SUFFIXES))}), NIfTI volume or "
-                           "DICOM series")
-    rows, scan_rows = [], []
-    normal = decision["normal_scans"] and decision["normal_scans"][args.scan_score]
-    for scan in common.progress(scans, "scans"):
-        try:
-            slices = {z: scan.slice(z) for z in range(len(scan)) if not scan.blank(z)}
-            if not slices:
-                raise Damaged(f"{scan.source}: all of its {len(scan)} slices are blank")
-        except common.Error as e:
-            damaged.append(str(e))
-            continue
-        small = [common.to_array(Image.fromarray(image), args.image_size) for image in slices.values()]
-        maps = np.full((len(scan), args.image_size, args.image_size), np.nan, np.float32)
-        own = {}
-        for z, (anomaly_map, score) in zip(slices, common.scored(model, small, run), strict=True):
-            own[z] = common.answer(f"{scan.name}#{z:04}", score, decision["normal_scores"], decision["image"])
-            maps[z] = np.nan if anomaly_map is None else anomaly_map
-        score = common.scan_score([row["score"] for row in own.values()], args.scan_score)
-        scan_rows.append(common.answer(scan.name, score, normal, decision["scan"])
-                         | dict(slices=len(scan), blank=len(scan) - len(slices)))
-        rows += own.values()
-        if not np.isnan(maps).all():
-            z = max(own, key=lambda z: own[z]["score"])
-            image = common.to_array(Image.fromarray(slices[z]))
-            common.show(run, common.map_name(len(scan_rows) - 1, own[z]["path"]), image, maps[z], decision, own[z])
-            scan.save_maps(run.folder, maps, decision["pixel"], decision["map_range"][0])
-    return rows, scan_rows, damaged
-
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)

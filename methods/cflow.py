@@ -95,8 +95,8 @@ class Args:
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
-    cache_features: Annotated[float | Literal["auto"], Ge(0)] = "auto"
-    """GiB of disk for the frozen features of the training images; auto: 16; 0: computed again each epoch"""
+    cache_features: Annotated[float, Ge(0)] = 16
+    """GiB of disk for the frozen features of the training images; 0: computed again each epoch"""
     blocks: Annotated[int, Ge(1)] = 8
     """coupling blocks of each flow (official code)"""
     condition: Annotated[int, Ge(4)] = 128

@@ -118,8 +118,8 @@ class Args:
     """image encoder: clip (CLIP's own), resnet18, resnet50 (thesis, Table 4.1), mobilenet_v2"""
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
-    cache_features: Annotated[float | Literal["auto"], Ge(0)] = "auto"
-    """GiB of disk for the frozen features of the training images; auto: 16; 0: computed again each epoch"""
+    cache_features: Annotated[float, Ge(0)] = 16
+    """GiB of disk for the frozen features of the training images; 0: computed again each epoch"""
     prompt_tokens: Annotated[int, Interval(ge=1, le=75)] = 16
     """M, learned words at each patch location (thesis, 4.3.3)"""
     layers: Annotated[tuple[int, ...], Interval(ge=1, le=4)] = (1, 2, 3, 4)

@@ -90,8 +90,8 @@ class Args:
     """torchvision network: efficientnet_b5, mobilenet_v2"""
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
-    cache_features: Annotated[float | Literal["auto"], Ge(0)] = "auto"
-    """GiB of disk for the frozen features of the training images; auto: 16; 0: computed again each epoch"""
+    cache_features: Annotated[float, Ge(0)] = 16
+    """GiB of disk for the frozen features of the training images; 0: computed again each epoch"""
     hidden: Annotated[int, Ge(1)] = 1024
     """channels inside the coupling networks (official code, config.py); 256 trains on a CPU"""
 

@@ -103,8 +103,8 @@ class Args:
     """torchvision network: resnet18, mobilenet_v2"""
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
-    cache_features: Annotated[float | Literal["auto"], Ge(0)] = "auto"
-    """GiB of disk for the frozen features of the training images; auto: 16; 0: computed again each epoch"""
+    cache_features: Annotated[float, Ge(0)] = 16
+    """GiB of disk for the frozen features of the training images; 0: computed again each epoch"""
     activation: Literal["relu", "gelu"] = "relu"
     """of the transformers (thesis, Table 3.6); the thesis' and the official code ran gelu"""
     width: Annotated[int, Ge(1)] = 512

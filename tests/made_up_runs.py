@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+from matplotlib import colormaps
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +122,7 @@ def draw_browser(folder, labels, scores, rng, size=96):
         heat = np.clip((score + 3) / 8, 0.1, 1) * blob(size // 2, x, y, 0.09)
         heat += 0.15 * rng.random(heat.shape)
         tile = Image.fromarray((255 * np.clip(heat, 0, 1)).astype(np.uint8)).convert("P")
-        tile.putpalette(common.COLOURS.tobytes())
+        tile.putpalette(colormaps["inferno"](range(256), bytes=True)[:, :3].tobytes())
         tile.save(folder / "browser" / f"{i:05}.png")
 
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import once, run_here
+from matplotlib import colormaps
 from PIL import Image
 
 import common
 
+INFERNO = colormaps["inferno"](range(256), bytes=True)[:, :3]
 PADIM = ["--backbone", "mobilenet_v2", "--weights", "none", "--image-size", 64, "--device", "cpu"]
 
 
@@ -23,8 +25,9 @@ def rows_of(file):
 
 
 def decided(**changed):
-    return common.decide(dict(normal_scores=[1.0, 2.0, 3.0], image_f1=None, map_range=[0, 1], dice=None,
-                              normal_maxima=None, normal_scans=None) | changed,
+    n = len(changed.get("maxima") or [0, 0, 0])
+    return common.decide({"from": "valid", "labels": [0] * n, "scores": list(range(n)), "scans": [None] * n,
+                          "map_range": [0, 1], "dice": None, "maxima": None} | changed,
                          SimpleNamespace(specificity=0.95, scan_score="max"))
 
 
@@ -48,7 +51,8 @@ def test_the_f1_threshold_has_the_best_f1_of_all(tmp_path):
         Image.fromarray(np.full((4, 4), round(100 * float(value)), np.uint8)).save(file)
     model = SimpleNamespace(predict=lambda image: (None, image[:, 0, 0, 0] * 2.55))
     split = common.Split("valid", entries, 4, tmp_path, tmp_path / ".cache")
-    threshold = common.calibrate(model, split, 8, torch.device("cpu"))["image_f1"]
+    args = SimpleNamespace(batch_size=8, specificity=0.95, scan_score="max")
+    threshold = common.decide(common.calibrate(model, split, args, torch.device("cpu")), args)["image_f1"]
 
     def f1(t):
         return 2 * (labels[scores > t]).sum() / ((scores > t).sum() + labels.sum())
@@ -67,9 +71,9 @@ def test_decision_metrics_are_those_of_a_table_by_hand():
 
 def test_without_masks_no_pixel_of_most_healthy_maps_is_decided_and_maps_scaled_by_themselves_are_not():
     maxima = np.sort(np.random.default_rng(0).random(200, np.float32)).tolist()
-    pixel = decided(normal_maxima=maxima)["pixel"]
+    pixel = decided(maxima=maxima)["pixel"]
     assert 0 < np.mean(np.float32(maxima) >= np.float32(pixel)) <= 0.05
-    assert decided(dice=0.3, normal_maxima=maxima)["pixel"] == 0.3
+    assert decided(dice=0.3, maxima=maxima)["pixel"] == 0.3
     nothing = decided()
     assert nothing["pixel"] is None and nothing["pixel_rule"].startswith("none")
 
@@ -82,16 +86,16 @@ def test_of_twenty_healthy_scans_that_the_threshold_has_not_seen_at_most_three_a
             Image.fromarray(draw.integers(0, 200, (8, 8), np.uint8)).save(file)
             entries.append((file, 0, None))
     model = SimpleNamespace(predict=lambda image: (None, image.mean(dim=(1, 2, 3))))
-    args = SimpleNamespace(specificity=0.95, scan_score="max")
+    args = SimpleNamespace(batch_size=64, specificity=0.95, scan_score="max")
     valid, new = (common.Split(name, part, 8, tmp_path, tmp_path / ".cache")
                   for name, part in (("valid", entries[:1000]), ("new", entries[1000:])))
     for args.scan_score in ("max", "top5"):
-        decision = common.decide(common.calibrate(model, valid, 64, torch.device("cpu")), args)
+        decision = common.decide(common.calibrate(model, valid, args, torch.device("cpu")), args)
         scores = common.evaluate(model, new, 64, torch.device("cpu")).scores.reshape(20, 10)
         flagged = sum(common.scan_score(scan, args.scan_score) > decision["scan"] for scan in scores)
         assert flagged <= 3 and (scores.max(axis=1) > decision["image"]).sum() > 4  # a scan is not a slice
     few = common.Split("few", entries[: 19 * 10], 8, tmp_path, tmp_path / ".cache")
-    assert common.decide(common.calibrate(model, few, 64, torch.device("cpu")), args)["scan"] is None
+    assert common.decide(common.calibrate(model, few, args, torch.device("cpu")), args)["scan"] is None
 
 
 @pytest.mark.parametrize("name, patient", [
@@ -144,6 +148,25 @@ def test_a_decision_follows_from_the_threshold_in_the_results_and_the_flag_chang
     assert record["thresholds"]["image"] == kept["image"] and record["checkpoint_sha256"] == common.sha256(trained)
     _, low = predict(trained, phantom / "phantom/test", tmp_path / "b", "--specificity", 0.2)
     assert json.loads((low / "predict.json").read_text())["thresholds"]["image"] == kept["normal_scores"][0]
+
+
+def test_a_picture_has_image_map_and_contours_where_they_are(tmp_path):
+    image = np.zeros((3, 40, 80), np.uint8)
+    image[:, :20, :40] = 255  # white where it is high and left
+    anomaly_map, mask = np.zeros((2, 32, 32), np.float32)
+    anomaly_map[16:, 16:] = 2
+    mask[:16, 16:] = 1
+    file = tmp_path / "maps/a.png"
+    common.save_picture(file, image, anomaly_map, dict(map_range=(0, 2), pixel=1.5), "a$_b", mask > 0)
+    panel = np.asarray(Image.open(file).convert("RGB"), int)
+    for colour, right, low in (((0, 255, 0), False, False), ((0, 255, 255), True, True)):
+        rows, columns = np.nonzero((abs(panel - colour) < 60).all(axis=2))
+        assert len(rows) > 100 and np.ptp(columns) == pytest.approx(200, abs=12) == 2 * np.ptp(rows)
+        assert (columns.min() > panel.shape[1] / 2) == right and (rows.min() > panel.shape[0] / 2) == low
+        if not right:
+            top, middle = rows.min(), columns.min()
+            assert (panel[top + 5 : top + 90, middle - 180 : middle - 5] > 250).all()
+            assert (panel[top + 110 : top + 190, middle - 180 : middle - 5] < 5).all()
 
 
 @pytest.mark.parametrize("kind", ["npy", "tiff"])
@@ -246,7 +269,7 @@ def test_what_the_reports_browser_needs_is_stored_for_the_first_seed(phantom, tm
     results = json.loads((folders[0] / "results.json").read_text())
     tile = Image.open(folders[0] / "browser/00007.png")
     assert tile.mode == "P" and tile.size == (64, 64)
-    assert np.array_equal(np.array(tile.getpalette(), np.uint8).reshape(256, 3), common.COLOURS)
+    assert np.array_equal(np.array(tile.getpalette(), np.uint8).reshape(256, 3), INFERNO)
     images = tmp_path / f"phantom/images-{results['images']}"
     assert len(list(images.glob("*.jpg"))) == 12 and len(list(images.glob("*-mask.png"))) == 6
     lesions = rows_of(folders[0] / "lesions.csv")

@@ -1,0 +1,155 @@
+"""--predict: score images or scans with a trained model, decide about each, and show where.
+
+scores.csv has each image's (or slice's) score, its percentile among the normal validation images, and the decision;
+scans.csv the same of scans. maps/ has pictures, masks/ the decided pixels and raw/ (--save-maps) the map, these two at
+the image's own size; a scan gets its maps in its own format. predict.json names the input and the checkpoint.
+
+common.py's `finish` calls `predict`. A copied method script needs this file and volumes.py for --predict only."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import common
+
+# Of a model that saw no normal images (zero-shot): nothing is decided, maps are between 0 and 1.
+NOTHING_SEEN = {"from": "nothing", "labels": [], "scores": [], "scans": [], "maxima": None, "dice": None,
+                "map_range": (0, 1)}
+
+
+def predict(run, model):
+    """Score args.predict and write the run folder. Damaged files are listed at the end, and the exit code is 1."""
+    args, folder, asked = run.args, run.folder, Path(run.args.predict)
+    decision = common.decide(run.kept.get("seen", NOTHING_SEEN), args)
+    for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
+        common.remove(folder / old)
+    files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)
+    others = [p for p in asked.rglob("*.*") if p.suffix in (".nii", ".gz", ".dcm")] if files and asked.is_dir() else []
+    if others:
+        print(f"NOTE: {asked} has images, and only these are scored; not {len(others)} scans, e.g. {others[0]}")
+    rows, scans, damaged = score_images(run, model, decision, files) if files else score_scans(run, model, decision)
+    for name, table in dict(scores=rows, scans=scans).items():
+        if table:
+            common.write_csv(folder / f"{name}.csv", table)
+    record = dict(input=str(asked.resolve()), checkpoint=args.checkpoint and str(Path(args.checkpoint).resolve()),
+                  checkpoint_sha256=args.checkpoint and common.sha256(args.checkpoint), damaged=damaged,
+                  thresholds={k: decision[k] for k in ("image", "pixel", "scan")},
+                  args={k: v for k, v in dataclasses.asdict(args).items() if k != "data"},
+                  scored=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    (folder / "predict.json").write_text(json.dumps(record, indent=1))
+    common.remove(folder / "checkpoint.pt")  # of a zero-shot method
+    os.close(run.lock)
+    if scans:
+        show_ranking(scans, "scans", decision["scan"], len(decision["normal_scans"]), 20)
+    else:
+        show_ranking(rows, "images", decision["image"], len(decision["normal_scores"]), 1)
+    print(f"{common.stated(decision)}: {folder}")
+    if damaged:
+        print(*[f"not scored: {message}" for message in damaged], sep="\n", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def score_images(run, model, decision, files):
+    """(rows of scores.csv, no rows of scans.csv, damaged files)."""
+    args, asked, rows, damaged = run.args, Path(run.args.predict), [], []
+    for start in common.progress(range(0, len(files), args.batch_size), "images"):
+        arrays = {}
+        for file in files[start : start + args.batch_size]:
+            try:
+                arrays[file] = common.decode(file, args.image_size, white=args.white)[0]
+            except common.Error as e:
+                damaged.append(str(e))
+        for file, (anomaly_map, score) in zip(arrays, scored(run, model, list(arrays.values())), strict=True):
+            name = file.relative_to(asked).as_posix() if asked.is_dir() else file.name
+            rows.append(answer(name, score, decision["normal_scores"], decision["image"]))
+            if anomaly_map is not None and args.maps:
+                image, _ = common.decode(file, white=args.white)
+                save_maps(run, len(rows) - 1, image, anomaly_map, decision, rows[-1])
+    return rows, [], damaged
+
+
+def score_scans(run, model, decision):
+    """(rows of scores.csv, one a slice; rows of scans.csv; damaged files). Blank slices have no score.
+
+    Writes each scan's maps in its own format and a picture of its highest slice."""
+    import volumes  # here: images need neither nibabel nor pydicom
+
+    args, rows, scan_rows = run.args, [], []
+    scans, damaged = volumes.find_scans(args.predict)
+    if not scans and not damaged:
+        raise common.Error(f"--predict {args.predict}: no image ({' '.join(sorted(common.SUFFIXES))}), NIfTI volume or "
+                           "DICOM series")
+    for scan in common.progress(scans, "scans"):
+        try:
+            slices = {z: scan.slice(z) for z in range(len(scan)) if not scan.blank(z)}
+            if not slices:
+                raise volumes.Damaged(f"{scan.source}: all of its {len(scan)} slices are blank")
+        except common.Error as e:
+            damaged.append(str(e))
+            continue
+        small = [common.to_array(Image.fromarray(image), args.image_size) for image in slices.values()]
+        maps = np.full((len(scan), args.image_size, args.image_size), np.nan, np.float32)
+        own = {}
+        for z, (anomaly_map, score) in zip(slices, scored(run, model, small), strict=True):
+            own[z] = answer(f"{scan.name}#{z:04}", score, decision["normal_scores"], decision["image"])
+            maps[z] = np.nan if anomaly_map is None else anomaly_map
+        score = common.scan_score([row["score"] for row in own.values()], args.scan_score)
+        scan_rows.append(answer(scan.name, score, decision["normal_scans"], decision["scan"])
+                         | dict(slices=len(scan), blank=len(scan) - len(slices)))
+        rows += own.values()
+        if not np.isnan(maps).all():
+            z = max(own, key=lambda z: own[z]["score"])
+            image = common.to_array(Image.fromarray(slices[z]))
+            save_maps(run, len(scan_rows) - 1, image, maps[z], decision, own[z])
+            scan.save_maps(run.folder, maps, decision["pixel"], decision["map_range"][0])
+    return rows, scan_rows, damaged
+
+
+def scored(run, model, arrays):
+    """Yield (map (S, S) or None, score) of images, uint8 (3, S, S)."""
+    for start in range(0, len(arrays), run.args.batch_size):
+        image = torch.from_numpy(np.stack(arrays[start : start + run.args.batch_size])).to(run.device).float() / 255
+        maps, scores = common.score(model, image)
+        yield from zip([None] * len(image) if maps is None else maps, scores.tolist(), strict=True)
+
+
+def answer(name, score, normal, threshold):
+    """A row of scores.csv or scans.csv. normal: sorted scores of normal images or scans."""
+    percentile = round(100 * float(np.searchsorted(normal, score, "right")) / len(normal), 2) if normal else None
+    decided = None if threshold is None else "anomalous" if score > threshold else "normal"
+    return dict(path=name, score=score, percentile=percentile, decision=decided)
+
+
+def save_maps(run, index, image, anomaly_map, decision, row):
+    """Write the picture of an image (3, H, W), the mask where pixels are decided, and the map (S, S) at H x W."""
+    name = f"{index:05}_{common.plain(row['path'].rsplit('.', 1)[0])}"
+    title = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
+    common.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
+    own = Image.fromarray(anomaly_map).resize(image.shape[:0:-1], Image.Resampling.BILINEAR)
+    masks, raw = run.folder / "masks", run.folder / "raw"
+    if decision["pixel"] is not None:
+        masks.mkdir(exist_ok=True)
+        Image.fromarray(np.asarray(own) >= np.float32(decision["pixel"])).save(masks / f"{name}.png")
+    if run.args.save_maps != "no":
+        raw.mkdir(exist_ok=True)
+        np.save(raw / f"{name}.npy", np.asarray(own)) if run.args.save_maps == "npy" else own.save(raw / f"{name}.tiff")
+
+
+def show_ranking(rows, what, threshold, normal, needed):
+    """Print the five highest, and how many are above the threshold."""
+    print(f"the five highest of {len(rows)} {what}; percentile among {normal} normal {what}\n"
+          "       score  percentile  decision   path")
+    for row in sorted(rows, key=lambda row: -row["score"])[:5]:
+        percentile, decided = row["percentile"] if normal else "-", row["decision"] or "-"
+        print(f"{row['score']:>12.4g}  {percentile:>10}  {decided:<9}  {row['path']}")
+    above = f"{sum(row['decision'] == 'anomalous' for row in rows)} above the threshold {threshold}"
+    if threshold is None:
+        above = f"not decided, which needs {needed} normal validation {what}, there were {normal}"
+    print(f"{len(rows)} {what}, {above}")
