@@ -174,13 +174,19 @@ def patient(path):
     return match and next(group for group in match.groups() if group)
 
 
-def images_in(folder):
-    """Image files in and below `folder`, sorted; hidden files and folders are left out, links are followed."""
+def files_in(folder):
+    """Files in and below `folder`, sorted, without hidden files and folders; links are followed, but not in circles."""
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        files += [Path(place, name) for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
+        above = {os.path.realpath(parent) for parent in (place, *Path(place).parents)}
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
+                      and os.path.realpath(Path(place, name)) not in above]
+        files += [Path(place, name) for name in names if name[0] != "."]
     return sorted(files)
+
+
+def images_in(folder):
+    return [file for file in files_in(folder) if file.suffix.lower() in SUFFIXES]
 
 
 def named_folder(data, root):

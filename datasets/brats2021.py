@@ -61,7 +61,7 @@ class Args(prepare.Args):
 def find_cases(raw):
     """{case: [flair file, seg file or None]}, by name."""
     files = {}
-    for file in prepare.files_below(raw):
+    for file in common.files_in(raw):
         if match := re.fullmatch(r"BraTS2021_(\d+)_(flair|seg)" + prepare.VOLUME, file.name, re.IGNORECASE):
             prepare.note_file(files, f"BraTS2021_{match[1]}", match[2].lower(), file)
     return prepare.labelled(files, raw, "flair", "seg")

@@ -57,7 +57,7 @@ def find_pairs(raw, pattern, volume):
     """{case: [volume file, label file or None]}: the groups of `pattern` are the kind (`volume` or another) and the
     case."""
     files = {}
-    for file in prepare.files_below(raw):
+    for file in common.files_in(raw):
         if match := re.fullmatch(pattern + prepare.VOLUME, file.name, re.IGNORECASE):
             prepare.note_file(files, match[2], "volume" if match[1].lower() == volume else "label", file)
     return prepare.labelled(files, raw, "volume", "label")

@@ -75,7 +75,7 @@ class Args(prepare.Args):
 def find_slides(raw):
     """{slide: [image file, annotation file or None]}, by name."""
     files = {}
-    for file in prepare.files_below(raw):
+    for file in common.files_in(raw):
         match = re.fullmatch(r"(normal|test)_(\d+)\.(tiff?|xml)", file.name, re.IGNORECASE)
         if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks bear slides' names
             continue
@@ -322,7 +322,7 @@ if __name__ == "__main__":
         fixed = prepare.read_split(args.slides, tests, ["valid", "test"]) if args.slides else None
         splits = plan({slide: annotation for slide, (_, annotation) in slides.items()}, fixed)
     preparation = prepare.Preparation("camelyon16", "histo", ["train", "valid", "test"], args, slides, MEMORY)
-    sums = prepare.published_sums(prepare.files_below(raw))
+    sums = prepare.published_sums(common.files_in(raw))
     checked = {file: (file, sums[file]) for file in prepare.strings(slides) if file in sums}
     sound = preparation.map(prepare.correct_sum, checked, "checking checksums") if checked else checked
     unsound = {slide for slide, files in slides.items() if any(f in checked and f not in sound for f in files)}

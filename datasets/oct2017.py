@@ -54,7 +54,7 @@ class Args(prepare.Args):
 def find_images(raw):
     """{name: (part, class, patient, file)}, by name."""
     found, classes, images, left = [], {}, {}, []
-    for file in prepare.files_below(raw):
+    for file in common.files_in(raw):
         *_, part, kind = ["", "", *file.parts[:-1]]
         if part.lower() in ("train", "val", "test") and re.fullmatch(r"\.jpe?g", file.suffix, re.IGNORECASE):
             found.append((file.parents[2], part.lower(), kind.upper(), file))

@@ -73,20 +73,6 @@ def wrong_folder(raw, looked_for):
                        "unpacked source with --raw")
 
 
-def files_below(raw):
-    """All files below a folder, sorted. Links are followed, each folder is entered once; hidden files and folders and
-    __MACOSX, which some archives contain, are left out."""
-    files, entered = [], set()
-    for place, folders, names in os.walk(raw, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        if (real := os.path.realpath(place)) in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        files += [Path(place, name) for name in names if name[0] != "."]
-    return sorted(files)
-
-
 def note_file(files, case, kind, file):
     """files[case][kind] = file, as a string; `Error` that names both if there is one already."""
     if (other := files.setdefault(case, {}).setdefault(kind, str(file))) != str(file):

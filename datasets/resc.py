@@ -58,7 +58,7 @@ class Args(prepare.Args):
 def find_slices(raw):
     """{name: (part, patient, cube, k, image or None, label or None)} by part, cube and k."""
     slices, found = [], {}
-    for file in prepare.files_below(raw):
+    for file in common.files_in(raw):
         folders = [folder.lower() for folder in file.relative_to(raw).parts[:-1]]
         part = next((match[1] for folder in reversed(folders) if (match := PART.search(folder))), "test")
         stem, parent = (re.sub(r"_labelmark|\.img", "", n, flags=re.IGNORECASE) for n in (file.stem, file.parent.name))

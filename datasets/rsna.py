@@ -108,7 +108,7 @@ if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     raw = prepare.raw_folder(args, LOOKED_FOR)
     files, lists = {}, {}
-    for file in prepare.files_below(raw):
+    for file in common.files_in(raw):
         if file.suffix.lower() == ".dcm":
             prepare.note_file(files, file.stem, "radiograph", file)
         elif file.name == LIST:

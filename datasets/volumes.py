@@ -159,11 +159,9 @@ def find_scans(path):
     where `path` is one. Its `name` is that of its `source`, unique, and can be part of a file name. Of its len(scan)
     slices from bottom to top, slice(i) is (H, W) uint8, and blank(i) whether that has one value only; both may raise
     Damaged. Read one scan after the other: the voxels of the last volume stay in memory."""
-    from prepare import files_below  # here: prepare imports this module
-
     path = Path(os.path.abspath(path))
     found, series, damaged, others = [], {}, [], []
-    for file in [path] if path.is_file() else files_below(path):
+    for file in [path] if path.is_file() else common.files_in(path):
         if file != path and re.search(r"[-_](seg|labels?|mask|map)\.nii", file.name.lower()):
             others.append(file)  # segmentations, and what `save_maps` wrote
             continue
