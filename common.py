@@ -1,8 +1,9 @@
-"""What the method scripts share, so that they can be compared: benchmarks, pretrained weights, metrics, the run folder.
+"""Everything that all method scripts share: benchmarks, pretrained weights, metrics and the run folder.
 
-A script calls `command_line`, `Run` and `load_benchmark`, trains on `Split.batches`, calls `Run.validate` after each
-epoch, which keeps the best state on valid (or `Run.keep` where there are no epochs), and ends with `finish`, which
-scores the test set once. N images of a split, B of a batch, H W image. Scores: higher is more anomalous."""
+A script calls `command_line`, `Run` and `load_benchmark`, trains on `Split.batches` and calls `Run.validate` after each
+epoch to keep the best state on valid (or `Run.keep` once if it has no epochs). `finish` then scores the test set once.
+
+Shapes: N images in a split, B in a batch, height H, width W. A higher score is more anomalous."""
 
 import csv
 import dataclasses
@@ -42,12 +43,12 @@ except ImportError:
 
 # ----------------------------------------------------------------------------------------------------- errors and files
 class Error(Exception):
-    """An error that the user can fix. The message is one line: what is wrong, with which file or flag, what to do."""
+    """An error that the user can fix. Its message is one line: what is wrong, in which file or flag, and what to do."""
 
 
 def command_line(Args, description):
-    """The script's arguments. From here on an `Error` ends the program with one line on stderr and exit code 2; a
-    notebook or a test, which calls functions only, sees the exception itself."""
+    """Parse the script's arguments. From now on an `Error` ends the program with one line on stderr and exit code 2.
+    Notebooks and tests, which don't call this, see the exception itself."""
     def in_one_line(kind, error, traceback):
         if not issubclass(kind, Error | KeyboardInterrupt):
             return sys.__excepthook__(kind, error, traceback)
@@ -73,7 +74,7 @@ def command_line(Args, description):
 
 
 def check_ranges(args):
-    """`Error` for a value that is not in the range of its declaration, such as Annotated[int, Ge(1)]."""
+    """Raise `Error` if a value is outside its declared range, such as Annotated[int, Ge(1)]."""
     signs = dict(ge="at least", gt="above", le="at most", lt="below")
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         rules = [(op, bound) for limits in getattr(kind, "__metadata__", ()) if dataclasses.is_dataclass(limits)
@@ -90,17 +91,17 @@ def check_ranges(args):
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary name next to `path`; the file or folder written there takes the real name once complete."""
+    """Yield a temporary name next to `path`. The file or folder written there is renamed to `path` once complete."""
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{platform.node()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".tmp-*-{platform.node()}-*"):
             try:
-                os.kill(int(left.name.split("-")[1]), 0)  # only asks whether it runs
-            except ProcessLookupError:  # it was killed while it wrote
+                os.kill(int(left.name.split("-")[1]), 0)  # signal 0 only asks whether the process is running
+            except ProcessLookupError:  # killed while writing
                 remove(left)
-            except PermissionError:  # it runs, of another user
+            except PermissionError:  # running, started by another user
                 pass
         yield temporary
         if path.is_dir():
@@ -115,13 +116,13 @@ def atomic(path):
 
 
 def remove(path):
-    """Remove a file, or a folder with all that it holds, if it is there."""
+    """Remove a file, or a folder with its contents, if it exists."""
     with suppress(FileNotFoundError, NotADirectoryError):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_csv(path, rows):
-    """Rows are dicts; their keys, in the order of appearance, give the header."""
+    """Write a list of dicts. The header has all keys in order of appearance."""
     with atomic(path) as tmp, open(tmp, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -129,7 +130,7 @@ def write_csv(path, rows):
 
 
 def progress(iterable, what, total=None):
-    """A progress bar on stderr, silent when that is not a terminal."""
+    """Show a progress bar on stderr if that is a terminal."""
     return tqdm(iterable, desc=what, total=total, disable=None, leave=False)
 
 
@@ -139,12 +140,12 @@ def sha256(file):
 
 
 def plain(name):
-    """A name as part of a file name: at most 60 characters, ASCII, no dots and spaces."""
+    """Make a name safe for file names: at most 60 characters, ASCII, no dots or spaces."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[-60:]
 
 
 # ----------------------------------------------------------------------------------------------------------- benchmarks
-NAMES = {  # folder names of the published downloads; `--data FOLDER` takes any other benchmark
+NAMES = {  # folder names of the published downloads; for other benchmarks give --data FOLDER
     "brain": ["brain", "brain_ad"],
     "liver": ["liver", "liver_ad"],
     "resc": ["resc", "retina_resc_ad"],
@@ -157,8 +158,8 @@ MADE_BY = dict(brain="brats2021", liver="btcv (train) and lits (valid, test)", r
                chest="rsna", histo="camelyon16", phantom="phantom")  # scripts of datasets/
 SPLITS = {"train": ["train"], "valid": ["valid", "val", "validation"], "test": ["test"]}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-NORMAL, MASKS = {"good", "normal"}, {"anomaly_mask", "label"}  # folders of normal images, of masks; else anomalous
-# What a folder's name says of the images below it: (split, whether they are masks).
+NORMAL, MASKS = {"good", "normal"}, {"anomaly_mask", "label"}  # folder names; other images are anomalous
+# folder name -> (split, whether it holds masks)
 ROLES = {name + end: (split, bool(end)) for split, names in SPLITS.items() for name in names for end in ("", "_label")}
 ROLES["ground_truth"] = ("test", True)  # MVTec AD
 SCAN = r"((?:patient|pat|subject|subj|sub|case|scan|volume|vol|p)[-_]?\d+)[-_].+"  # scan012_0001, scan012/0001
@@ -166,16 +167,16 @@ PATIENT = r"(brats.*_\d+)_\d+|(?:normal|cnv|dme|drusen)-(\d+)-\d+|((?:normal|tum
 
 
 def patient(path):
-    """The patient (or scan, or slide) in an image's file name, else None: BraTS2021_00003_60.png, scan012/0001.png.
+    """Read the patient, scan or slide from an image's path, or return None: BraTS2021_00003_60.png, scan012/0001.png.
 
-    Known are the names of BraTS, OCT2017, Camelyon16 and RESC, and those that begin with such a word and a number."""
+    Works for BraTS, OCT2017, Camelyon16 and RESC, and for names that start with a word such as "scan" and a number."""
     path = Path(path)
     match = re.fullmatch(PATIENT + SCAN, path.stem, re.I) or re.fullmatch(SCAN, f"{path.parent.name}_{path.stem}", re.I)
     return match and next(group for group in match.groups() if group)
 
 
 def files_in(folder):
-    """Files in and below `folder`, sorted, without hidden files and folders; links are followed, but not in circles."""
+    """List all files below `folder`, sorted, without hidden ones. Links are followed, but not in circles."""
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         above = {os.path.realpath(parent) for parent in (place, *Path(place).parents)}
@@ -190,19 +191,19 @@ def images_in(folder):
 
 
 def named_folder(data, root):
-    """The folder that --data and --root mean; None if it is not there."""
+    """Return the folder that --data and --root refer to, or None if it does not exist."""
     known = NAMES.get(data.lower(), [])
     places = (p for p in sorted(Path(root).glob("*")) if p.name.lower() in known and p.is_dir())
     return Path(data) if Path(data).is_dir() else next(places, None)
 
 
 def find_benchmark(data, root):
-    """(folder, its files for `list_split`) of --data and --root; `Error` if there is no benchmark.
+    """Find the benchmark of --data and --root. Returns (folder, files by role, see `list_split`); `Error` if none.
 
-    All published layouts are read: train/good[/img], test/{good,Ungood}[/img] with masks in
-    Ungood/{anomaly_mask,label}; valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with
-    Test/test_label/Ungood; MVTec AD's test/<defect> with ground_truth/<defect>/*_mask.png. A folder without test
-    images, or with images only, has normal training images."""
+    Reads all published layouts: train/good[/img], test/{good,Ungood}[/img] with masks in Ungood/{anomaly_mask,label};
+    valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with Test/test_label/Ungood; MVTec
+    AD's test/<defect> with ground_truth/<defect>/*_mask.png. A folder with only images, or only train/good, gives
+    normal training images."""
     known, asked = data.lower() in NAMES, named_folder(data, root)
     if asked is None:
         maker = f"made by datasets/{MADE_BY[data.lower()]}" if known else f"known: {', '.join(NAMES)}"
@@ -212,7 +213,7 @@ def find_benchmark(data, root):
     for file in files:
         folders = file.relative_to(asked).parts[:-1]
         roles = [ROLES.get(name.lower(), (None, None)) for name in folders]
-        if last := max((i for i, (split, _) in enumerate(roles, 1) if split), default=None):  # the last that names one
+        if last := max((i for i, (split, _) in enumerate(roles, 1) if split), default=None):  # the innermost
             split, mask = roles[last - 1]
             # Val/val/img/Ungood/x.png: base "", split valid, key ("ungood", "x"); its mask: Val/val_label/Ungood/x.png
             first = next(i for i in range(last) if all(role[0] == split for role in roles[i:last]))
@@ -231,7 +232,7 @@ def find_benchmark(data, root):
 
 
 def list_split(parts, split):
-    """[(image, label, mask or None)], label 0 (normal) first, then 1 (anomalous). parts: see `find_benchmark`."""
+    """Return [(image, label, mask or None)], first normal (0), then anomalous (1). parts: from `find_benchmark`."""
     images, masks = (parts.get((split, mask), {}) for mask in (False, True))
     entries = [(file, 0, None) for key, files in images.items() if key[0] in NORMAL for file in files]
     if split == "train":
@@ -250,10 +251,10 @@ def list_split(parts, split):
 
 
 def list_benchmark(args):
-    """(folder, {split: entries}, fingerprint of all entries, how many images are held out) of args.data.
+    """List the benchmark args.data: (folder, {split: entries}, fingerprint, number of held-out images).
 
-    Where valid has no normal images, args.holdout of the training images take their place, by patient where names tell:
-    thresholds come from them."""
+    If valid has no normal images, a share args.holdout of the training images is held out for the thresholds, whole
+    patients if file names tell them."""
     base, parts = find_benchmark(args.data, args.root)
     entries = {split: list_split(parts, split) for split in SPLITS}
     images, held = fingerprint(sum(entries.values(), []), base), []
@@ -261,7 +262,7 @@ def list_benchmark(args):
     names = list(dict.fromkeys(scans))
     if len(names) > 1 and args.holdout and all(label for _, label, _ in entries["valid"]):
         n = max(1, round(args.holdout * len(names)))
-        chosen = {names[i * len(names) // n] for i in range(n)}  # evenly spread over the files
+        chosen = {names[i * len(names) // n] for i in range(n)}  # evenly spread
         held = [entry for entry, scan in zip(entries["train"], scans, strict=True) if scan in chosen]
         entries["train"] = [entry for entry, scan in zip(entries["train"], scans, strict=True) if scan not in chosen]
         entries["valid"] = held + entries["valid"]
@@ -269,7 +270,7 @@ def list_benchmark(args):
 
 
 def fingerprint(entries, base):
-    """Hex digest of the names, sizes and times of images and masks; it changes when a file does."""
+    """Return a hex digest of the names, sizes and times of images and masks. It changes when a file changes."""
     files = [file for image, _, mask in entries for file in (image, mask) if file]
     try:
         state = [(file.relative_to(base).as_posix(), (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
@@ -279,7 +280,7 @@ def fingerprint(entries, base):
 
 
 def to_array(image, size=None, white=65535):
-    """A Pillow image as uint8 (3, size, size); size None: not resized. white: value of 16-bit images that is white."""
+    """Convert a Pillow image to uint8 (3, size, size), or its own size. white: the white level of 16-bit images."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         array = np.asarray(image, np.float32)
         if image.mode == "F" or array.min() < 0 or array.max() > 65535:
@@ -293,7 +294,7 @@ def to_array(image, size=None, white=65535):
 
 
 def decode(path, size=None, mask=False, white=65535):
-    """(`to_array` of a file, its own (width, height)). mask: transparent pixels are black; else alpha is ignored."""
+    """Read an image file: (array as in `to_array`, its (width, height)). For a mask transparent pixels are black."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
@@ -307,7 +308,7 @@ def decode(path, size=None, mask=False, white=65535):
 
 
 def decode_mask(path, image_size, size):
-    """uint8 (1, size, size): 1 (anomalous) above 10% of full scale; resized by nearest neighbour. path None: all 0."""
+    """Read a mask as uint8 (1, size, size): 1 above 10% of full scale, by nearest neighbour. path None: all 0."""
     if path is None:
         return np.zeros((1, size, size), np.uint8)
     array, original = decode(path, mask=True)
@@ -320,13 +321,13 @@ def decode_mask(path, image_size, size):
 
 
 class Split:
-    """One split, decoded and resized once into a file below `cache`.
+    """A split's images, decoded and resized once into a file in `cache`.
 
-    images: uint8 (N, 3, H, W); masks: bool (N, H, W) or None; labels (N,): 0 normal, 1 anomalous, -1 unknown; paths: as
-    written to scores.csv."""
+    images: uint8 (N, 3, H, W); masks: bool (N, H, W) or None; labels (N,): 0 normal, 1 anomalous, -1 unknown; paths:
+    relative, as in scores.csv."""
 
     def __init__(self, name, entries, size, base, cache, white=65535):
-        """entries: [(image, label, mask or None)], see `list_split`; white: see `to_array`."""
+        """entries: [(image, label, mask or None)], as from `list_split`; white: see `to_array`."""
         self.name, self.entries, self.size, self.white, self.source = name, entries, size, white, name
         self.paths = [image.relative_to(base).as_posix() for image, _, _ in entries]
         self.labels = np.array([label for _, label, _ in entries], int)
@@ -337,7 +338,7 @@ class Split:
         if not decoded.is_file() or decoded.stat().st_size != math.prod(self.shape):
             with atomic(decoded) as tmp:
                 self._decode(tmp)
-        self.file = open(decoded, "rb")  # noqa: SIM115 (lives as long as this object, even if the name is removed)
+        self.file = open(decoded, "rb")  # noqa: SIM115 (stays open, even if the file is removed)
 
     def _decode(self, file):
         def one(entry):
@@ -349,12 +350,12 @@ class Split:
             for start in progress(range(0, len(self), 256), f"decoding {self.name}"):
                 for array in pool.map(one, self.entries[start : start + 256]):
                     maximum = max(maximum, array[:3].max())
-                    f.write(array.tobytes())  # not mapped: on a full disk a mapped write kills the process
+                    f.write(array.tobytes())  # not memmap: on a full disk that would kill the process
         if maximum < 17:
             print(f"NOTE: {self.name} is almost black, no value is above {maximum} of 255; for 12 bits in files of 16 "
                   "give --white 4095")
 
-    # The file is mapped again at each use, so that pages once read don't count as memory of this process.
+    # A new memmap at each use, so that pages read before don't count as memory of this process.
     @property
     def images(self):
         return np.memmap(self.file, np.uint8, "r", shape=self.shape)[:, :3]
@@ -367,13 +368,14 @@ class Split:
         return len(self.labels)
 
     def batch(self, indices, device="cpu"):
-        """Images (B, 3, H, W), float32 in [0, 1], on `device`."""
+        """Return images (B, 3, H, W), float32 in [0, 1], on `device`."""
         return torch.from_numpy(np.asarray(self.images[indices])).to(device).float() / 255
 
     def batches(self, batch_size, device="cpu", shuffle=None, drop_last=False, fetch=None):
-        """Yield all images as `batch` gives them, in file order or, with a seed `shuffle` (an int or a tuple such as
-        (seed, epoch)), in that seed's. drop_last: leave out an incomplete last batch, unless it is the only one.
-        fetch: indices (b,) -> what to yield in place of images."""
+        """Yield all images in batches, in file order, or shuffled by a seed (an int or a tuple such as (seed, epoch)).
+
+        drop_last: leave out an incomplete last batch, unless it is the only one.
+        fetch: function from indices (b,) to whatever should be yielded instead of images."""
         order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
         if drop_last and len(self) >= batch_size:
             order = order[: len(self) // batch_size * batch_size]
@@ -383,13 +385,13 @@ class Split:
 
 
 class Features:
-    """A frozen network's features of a split's images, for training loops that need them in each epoch.
+    """Features of a split's images from a frozen network, for training loops that need them in each epoch.
 
-    Computed once and kept in a file in the run folder if that takes at most args.cache_features GiB and half of the
-    free disk, else computed again for each batch; which of the two is printed."""
+    They are computed once into a file in the run folder if it takes at most args.cache_features GiB and half of the
+    free disk; otherwise again for each batch. A line says which."""
 
     def __init__(self, extract, split, args, run):
-        """extract: images (B, 3, H, W) -> [(B, ...), ...], frozen: constants of each image."""
+        """extract: function from images (B, 3, H, W) to [(B, ...), ...], the same each time."""
         self.extract, self.split, self.device, self.file = extract, split, run.device, None
         self.shapes = [f.shape[1:] for f in extract(split.batch([0], run.device))]
         self.sizes = [math.prod(shape) for shape in self.shapes]
@@ -402,7 +404,7 @@ class Features:
             with atomic(run.folder / "features") as tmp, open(tmp, "w+b") as f:
                 for image in split.batches(args.batch_size, run.device):
                     f.write(torch.cat([f.flatten(1).float().cpu() for f in extract(image)], dim=1).numpy().tobytes())
-            self.file = open(run.folder / "features", "rb")  # noqa: SIM115 (as long as this object)
+            self.file = open(run.folder / "features", "rb")  # noqa: SIM115 (stays open)
             os.unlink(run.folder / "features")
 
     def batches(self, batch_size, shuffle=None, drop_last=False):
@@ -418,9 +420,9 @@ class Features:
 
 
 def load_benchmark(args):
-    """(train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit; prints their counts.
+    """Return (train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit.
 
-    A part that the benchmark lacks is None; with args.predict all are. A valid split without normal images: see
+    A split that the benchmark lacks is None; with args.predict all are. For valid without normal images see
     `list_benchmark`."""
     if args.predict:
         return None, None, None
@@ -457,13 +459,13 @@ TINY_CLIP = dict(embed_dim=128, vision_cfg=dict(layers=4, width=128, patch_size=
 
 
 def normalize(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """(B, 3, H, W) in [0, 1] -> zero mean and unit deviation per channel, as the network saw its training images."""
+    """Standardise images (B, 3, H, W) in [0, 1] by channel, as for the network's own training images."""
     mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (mean, std))
     return (image - mean) / std
 
 
 def smooth(anomaly_map, sigma=4):
-    """Gaussian filter of (B, H, W), cut at 4 sigma, the border mirrored: equal to scipy.ndimage.gaussian_filter."""
+    """Filter (B, H, W) by a Gaussian, cut at 4 sigma, with mirrored borders: equals scipy.ndimage.gaussian_filter."""
     from torchvision.transforms.v2.functional import gaussian_blur, pad  # here: torchvision takes seconds to import
 
     radius, size = 4 * sigma, 8 * sigma + 1
@@ -473,7 +475,7 @@ def smooth(anomaly_map, sigma=4):
 
 
 def read_state(file, what):
-    """Load the dict that torch.save wrote to `file`, on the CPU, tensors only. what: its name, for the `Error`."""
+    """Load a dict written by torch.save, tensors only, on the CPU. what: what to give instead, for the `Error`."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         return state | {}  # TypeError if it is not a dict
@@ -483,7 +485,7 @@ def read_state(file, what):
 
 
 def load_state(net, state, source, optional):
-    """Load the state dict `state` of the file `source`; keys that start with one of `optional` may be missing."""
+    """Load the state dict `state` from the file `source`. Keys that start with one of `optional` may be missing."""
     try:
         if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
             raise RuntimeError(f"{bad[0]} has values that are not finite")
@@ -495,11 +497,11 @@ def load_state(net, state, source, optional):
 
 
 def pretrained_network(name, weights):
-    """A torchvision classification network on the CPU; its `weights_used` is {name, weights, sha256, trained}.
+    """Return a torchvision classifier on the CPU; its `weights_used` is {name, weights, sha256, trained}.
 
-    weights: 'imagenet' (torchvision's IMAGENET1K_V1 through its own cache, the weights of all official codes), a FILE
-    (torchvision's state dict; the classifier may be missing), 'none' (untrained, always from seed 0), or 'auto'
-    ('imagenet', else 'none' with a warning)."""
+    weights: 'imagenet' (torchvision's IMAGENET1K_V1, as in all official codes), a FILE (torchvision's state dict; the
+    classifier may be missing), 'none' (untrained, always from seed 0) or 'auto' ('imagenet', or 'none' with a warning
+    if those are not available)."""
     from torchvision.models import get_model, get_model_weights
 
     with torch.random.fork_rng(devices=[]):
@@ -529,10 +531,10 @@ def _weights_used(name, weights, file):
 
 
 def feature_extractor(name, layers, weights):
-    """A frozen network in eval mode that returns {layer: (B, C, h, w)} and stops at the last of `layers`.
+    """Return a frozen network that maps images to {layer: (B, C, h, w)} and stops at the last of `layers`.
 
-    name, weights: see `pretrained_network`; layers: torchvision's node names. A checkpoint leaves out every module with
-    `frozen` set, as here: it names that module's weights instead, and refuses others."""
+    name, weights: see `pretrained_network`; layers: torchvision's node names. Modules with `frozen` set, as here, are
+    not saved in checkpoints; those name the weights instead, and refuse other ones."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     net = pretrained_network(name, weights)
@@ -541,18 +543,18 @@ def feature_extractor(name, layers, weights):
 
 def _freeze(net, weights_used):
     net.eval().requires_grad_(False)
-    net.train = lambda mode=True: net  # batch norm keeps its statistics, whatever the model around it does
+    net.train = lambda mode=True: net  # batch norm keeps its statistics when the whole model is set to train
     net.frozen, net.weights_used = True, weights_used
     return net
 
 
 def load_clip(name, weights, image_size):
-    """A frozen open_clip.CLIP with a ViT, on the CPU, for images of `image_size`; `mean` and `std` are those of its
-    training images.
+    """Return a frozen open_clip.CLIP with a ViT for images of `image_size`, on the CPU. Its `mean` and `std` are those
+    of its training images.
 
-    name: an open_clip model, or 'tiny', which has no published weights. weights: a published TAG of open_clip, a FILE,
-    'none' (untrained, always from seed 0), or 'auto' (CLIP_TAG, else 'none' with a warning)."""
-    import open_clip  # here, since only three methods need it
+    name: an open_clip model, or 'tiny', which has no published weights. weights: a TAG of open_clip, a FILE, 'none'
+    (untrained, always from seed 0) or 'auto' (CLIP_TAG, or 'none' with a warning if it is not available)."""
+    import open_clip  # here: only three methods need it
 
     config = TINY_CLIP if name == "tiny" else open_clip.get_model_config(name) or {}
     vision = config.get("vision_cfg", {})
@@ -588,7 +590,7 @@ def load_clip(name, weights, image_size):
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 def image_metrics(labels, scores):
-    """Image AUROC and average precision of labels (N,) in {0, 1} and scores (N,); None if there is one class only."""
+    """Compute image AUROC and average precision from labels (N,) in {0, 1} and scores (N,). None if one class only."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     metrics = dict(image_auroc=roc_auc_score, image_ap=average_precision_score)
@@ -597,20 +599,20 @@ def image_metrics(labels, scores):
 
 
 class PixelMetrics:
-    """Pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps, exact: all scores are sorted, once.
+    """Exact pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps: all scores are sorted once.
 
-    Holds 4 bytes per normal pixel and 8 per anomalous one: 1 GB for the largest benchmark with masks (brain).
-    `best`: after `compute`, the threshold of the highest Dice; scores at or above it are anomalous."""
+    Needs 4 bytes per normal pixel and 8 per anomalous one: 1 GB for the largest benchmark with masks (brain).
+    After `compute`, `best` is the threshold with the highest Dice; scores at or above it are anomalous."""
 
     def __init__(self, pixels, threshold=None):
-        """pixels: how many will come at most. threshold: the `best` of the valid split, for `dice_valid`."""
+        """pixels: upper bound of their number. threshold: `best` of the valid split, for `dice_valid`."""
         self.threshold, self.best, self.curve, self.images = threshold, None, [], 0
-        self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of the normal pixels, and their number
-        self.anomalous, self.region = [], []  # scores of the anomalous ones, and the region that each belongs to
+        self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of normal pixels, and their number
+        self.anomalous, self.region = [], []  # scores of anomalous pixels, and the region of each
         self.regions, self.low, self.high = [], math.inf, -math.inf  # the image of each region; range of all scores
 
     def update(self, anomaly_maps, masks):
-        """anomaly_maps: (B, H, W) floats; masks: (B, H, W) bools. ValueError on other shapes or scores not finite."""
+        """Add anomaly maps (B, H, W), floats, and masks (B, H, W), bools. ValueError if shapes differ or not finite."""
         maps, masks = np.asarray(anomaly_maps, np.float32), np.asarray(masks, bool)
         if maps.shape != masks.shape or maps.ndim != 3 or not np.isfinite([maps.min(), maps.max()]).all():
             raise ValueError(f"anomaly maps {maps.shape} and masks {masks.shape} must be (B, H, W), the maps finite")
@@ -627,11 +629,11 @@ class PixelMetrics:
             self.images += 1
 
     def compute(self):
-        """{pixel_auroc, pixel_ap, aupro, dice, dice_valid}, each in [0, 1]; None where no or every pixel is anomalous.
+        """Return {pixel_auroc, pixel_ap, aupro, dice, dice_valid} in [0, 1]; None if no or every pixel is anomalous.
 
-        aupro: the mean overlap per region against the false positive rate, one curve over all images, area to 30%
-        divided by 0.3 (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5 of the maps scaled to [0, 1] by the minimum
-        and maximum of the whole set (thesis, Eq. 3.3). dice_valid: at the threshold. Both pool all pixels."""
+        aupro: area under the curve of mean overlap per region against false positive rate, up to 30%, divided by 0.3
+        (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5 after scaling by the minimum and maximum of all maps
+        (thesis, Eq. 3.3). dice_valid: at `threshold`. Both pool the pixels of all images."""
         if not self.regions or not self.n:
             return dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro", "dice", "dice_valid"))
         self.normal = normal = self.normal[: self.n]
@@ -641,7 +643,7 @@ class PixelMetrics:
         order = anomalous.argsort()[::-1]
         anomalous, pro = anomalous[order], overlap[order].cumsum()
         last = np.append(np.flatnonzero(np.diff(anomalous)), len(anomalous) - 1)  # of equal scores
-        # From the highest score down: pixels at or above it, and normal ones above it
+        # For each anomalous score, from the highest: anomalous pixels at or above it, normal pixels above and also at it
         tp, pro = last + 1, pro[last]
         fp_above, fp = (self.n - np.searchsorted(normal, anomalous[last], side) for side in ("right", "left"))
         hits, middle = np.diff(tp, prepend=0), np.float32(self.low / 2 + self.high / 2)
@@ -654,7 +656,7 @@ class PixelMetrics:
         # The curves' corners: level from one anomalous score to the next, then a step (slanted where scores are equal)
         fpr = np.append(np.stack([fp_above, fp], axis=1).ravel(), self.n) / self.n
         tpr, pro = (np.append(np.stack([np.append(0, y[:-1]), y], axis=1).ravel(), 1) for y in (tp / tp[-1], pro))
-        # for figures
+        # 200 points of the curves, for figures
         places = np.concatenate([np.linspace(0, 0.01, 50), np.linspace(0.01, 0.3, 100), np.linspace(0.3, 1, 50)])
         columns = ([0, *y] for y in (places, np.interp(places, fpr, tpr), np.interp(places, fpr, pro)))
         self.curve = [dict(zip(("fpr", "tpr", "pro"), map(float, y), strict=True)) for y in zip(*columns, strict=True)]
@@ -666,9 +668,9 @@ class PixelMetrics:
                     dice_valid=None if self.threshold is None else dice(np.float32(self.threshold)))
 
     def lesions(self, threshold):
-        """After `compute`, a dict for each region: image (its index), lesion (its number there), area (pixels), overlap
-        (share at or above the threshold) and fpr_0.015, ... fpr_0.300 (share above the threshold with that pixel false
-        positive rate)."""
+        """After `compute`, describe each region by a dict: image (index), lesion (number within the image), area
+        (pixels), overlap (share at or above `threshold`), fpr_0.015, ... fpr_0.300 (overlap at that false positive rate
+        of all normal pixels)."""
         scores, region = np.concatenate(self.anomalous), np.concatenate(self.region)
         area, rates = np.bincount(region), [0.015 * k for k in range(1, 21)]
         above = {} if threshold is None else dict(overlap=scores >= np.float32(threshold))
@@ -682,9 +684,9 @@ class PixelMetrics:
 
 @torch.no_grad()
 def score(model, image):
-    """(anomaly maps (B, H, W) or None, scores (B,)), float32 arrays, of images (B, 3, H, W) in [0, 1].
+    """Score images (B, 3, H, W) in [0, 1]: (anomaly maps (B, H, W) or None, scores (B,)), float32 arrays.
 
-    Error for other images and for a score that is not finite."""
+    `Error` for images outside [0, 1] and for scores that are not finite."""
     if image.ndim != 4 or image.shape[1] != 3 or not (image.min() >= 0 and image.max() <= 1):
         raise Error(f"images {tuple(image.shape)} with values {float(image.min())} to {float(image.max())}: expected "
                     "(B, 3, H, W) in [0, 1]; divide 8 bits by 255")
@@ -695,17 +697,16 @@ def score(model, image):
 
 
 def evaluate(model, split, batch_size, device, threshold=None, each=None):
-    """Score a split: an object with metrics {image_auroc, ..., dice_valid}, scores (N,), ms_per_image (from the image
-    on the device to score and map), maxima (N,) and map_range (minimum, maximum) of the maps or None, pixel: see
-    PixelMetrics.
+    """Score a split. Returns an object with metrics {image_auroc, ..., dice_valid}, scores (N,), ms_per_image (without
+    loading), the maxima (N,) and map_range (minimum, maximum) of the maps or None, and pixel (`PixelMetrics`).
 
-    model: its predict takes images (B, 3, H, W) in [0, 1] and gives anomaly maps (B, H, W) or None and anomaly scores
-    (B,); higher is more anomalous. each: called with the index and the map (H, W), float32, of each image."""
+    model.predict: images (B, 3, H, W) in [0, 1] -> anomaly maps (B, H, W) or None, scores (B,). threshold: for
+    `dice_valid`. each: function that is called with the index and the map (H, W) of each image."""
     pixel = PixelMetrics(len(split) * split.size**2 * split.has_masks, threshold)
     scores, maxima, low, seconds, done = [], [], math.inf, 0.0, 0
     for image in split.batches(batch_size, device):
         n, started = len(image), time.perf_counter()
-        if done and n < batch_size:  # filled up: in a batch of another size equal images are rounded differently
+        if done and n < batch_size:  # a batch of another size rounds equal images differently
             image = torch.cat([image, image[-1:].expand(batch_size - n, -1, -1, -1)])
         maps, new = (None if part is None else part[:n] for part in score(model, image))
         seconds += time.perf_counter() - started
@@ -726,22 +727,22 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
 
 # ------------------------------------------------------------------------------------------- from a score to a decision
 def at_specificity(normal, specificity):
-    """(threshold, specificity to expect) from the sorted scores of n normal images: the ceil((n + 1) s)-th smallest.
+    """Return (threshold, its specificity) from n sorted scores of normal images: the ceil((n + 1) s)-th smallest.
 
     A new normal image of the same kind exceeds it with probability at most 1 - s, whatever the distribution (split
-    conformal prediction, Vovk et al. 2005). Where n is too small for s: the maximum, and at most n / (n + 1)."""
+    conformal prediction, Vovk et al. 2005). If n is too small for s: the maximum, with specificity n / (n + 1)."""
     rank, n = math.ceil(round((len(normal) + 1) * specificity, 9)), len(normal)
     return (normal[rank - 1], specificity) if rank <= n else (normal[-1], n / (n + 1)) if n else (None, None)
 
 
 def scan_score(scores, rule):
-    """A scan's score from its slices': their maximum, or the mean of the five highest ("top5")."""
+    """Combine the scores of a scan's slices: the maximum, or the mean of the five highest ("top5")."""
     return float(np.sort(scores)[-5 if rule == "top5" else -1 :].mean())
 
 
 def calibrate(model, valid, args, device):
-    """`evaluate` the valid split, and keep what `decide` needs of it. A model whose `scaled_by_image` is true has no
-    pixel threshold: its maps cannot be compared between images."""
+    """Score the valid split for `decide`. A model with `scaled_by_image` gets no pixel threshold, since its maps cannot
+    be compared between images."""
     result, comparable = evaluate(model, valid, args.batch_size, device), not getattr(model, "scaled_by_image", False)
     return {"from": valid.source, "labels": valid.labels.tolist(), "scores": result.scores.tolist(),
             "scans": [patient(path) for path in valid.paths], "map_range": result.map_range, "dice": result.pixel.best,
@@ -749,8 +750,9 @@ def calibrate(model, valid, args, device):
 
 
 def decide(seen, args):
-    """The thresholds at args.specificity from what `calibrate` has `seen`: image, image_f1 (best F1), pixel, scan. An
-    image or scan is anomalous if its score is above its threshold, a pixel if it is at or above. None: undecided."""
+    """Compute thresholds from the result of `calibrate`: image, pixel and scan at args.specificity, image_f1 (best F1).
+
+    Images and scans above their threshold are anomalous, pixels at or above theirs. None: undecided."""
     from sklearn.metrics import precision_recall_curve
 
     labels, scores = np.array(seen["labels"], int), np.float32(seen["scores"])
@@ -759,7 +761,7 @@ def decide(seen, args):
     if labels.any():
         precision, recall, at = precision_recall_curve(labels, scores)
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        best = float(np.nextafter(at[np.argmax(f1[:-1])], -np.inf, dtype=np.float32))  # that score itself is above
+        best = float(np.nextafter(at[np.argmax(f1[:-1])], -np.inf, dtype=np.float32))  # just below that score
     pixel, rule = seen["dice"], "best Dice on valid"
     if not normal or seen["maxima"] is None:
         pixel, rule = None, "none: no normal images or maps, or each map is scaled by itself"
@@ -770,8 +772,8 @@ def decide(seen, args):
     if None not in seen["scans"]:
         for scan, value in zip(seen["scans"], scores, strict=True):
             scans.setdefault(scan, []).append(value)
-    sick = {scan for scan, label in zip(seen["scans"], labels, strict=True) if label}
-    scans = sorted(scan_score(values, args.scan_score) for scan, values in scans.items() if scan not in sick)
+    anomalous = {scan for scan, label in zip(seen["scans"], labels, strict=True) if label}
+    scans = sorted(scan_score(values, args.scan_score) for scan, values in scans.items() if scan not in anomalous)
     scan = at_specificity(scans, args.specificity)[0] if len(scans) >= 20 else None
     return dict(specificity=args.specificity, reached=reached, image=image, image_f1=best, pixel=pixel, pixel_rule=rule,
                 scan=scan, scan_score=args.scan_score, normal_scores=normal, normal_scans=scans,
@@ -779,8 +781,8 @@ def decide(seen, args):
 
 
 def decision_metrics(labels, scores, decision):
-    """Sensitivity, specificity, F1 and balanced accuracy at decision's `image` and, with the suffix _f1, at `image_f1`;
-    sensitivity at a specificity of at least 0.9 and 0.95 of the scores themselves."""
+    """Compute sensitivity, specificity, F1 and balanced accuracy at decision["image"] and, with suffix _f1, at
+    decision["image_f1"]; also the sensitivity at which these images have a specificity of 0.9 and 0.95."""
     from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score, roc_curve
 
     metrics = {}
@@ -795,15 +797,15 @@ def decision_metrics(labels, scores, decision):
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
-FORMAT = 3  # of model.pt, resume.pt and results.json: it changes with what these hold
-# What may differ from the training run when a checkpoint is given, as may --weights that now lie elsewhere; every other
-# argument is taken from the checkpoint. A run that resumes must have the same data, limit and batch size, too.
+FORMAT = 3  # of model.pt, resume.pt and results.json; raised whenever their content changes
+# With --checkpoint these may differ from the training run, and so may the path of --weights; all other arguments come
+# from the checkpoint. A resumed run must have the same data, limit and batch size, too.
 FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "save_maps", "overwrite", "checkpoint",
         "predict", "specificity", "scan_score", "cache_features"}
 
 
 def read_results(file):
-    """The results.json of a finished run, as a dict."""
+    """Read the results.json of a finished run."""
     try:
         results = json.loads(Path(file).read_text())
     except (OSError, ValueError):
@@ -812,7 +814,7 @@ def read_results(file):
 
 
 def read_checkpoint(file, method, more=()):
-    """What a model.pt of `method` holds, see `Run._save`; more: what a resume.pt must hold in addition."""
+    """Read a model.pt of `method`, as written by `Run._save`. more: further keys that a resume.pt needs."""
     kept = read_state(file, f"model.pt of a {method} run")
     if kept.get("method") != method:
         raise Error(f"{file} is of method {kept.get('method')}; expected a model.pt of {method}")
@@ -831,16 +833,16 @@ def _checked(kept, file, **kinds):
 
 
 class Run:
-    """A run's folder, device and bookkeeping; results.json and its neighbours come from `finish`.
+    """A run's folder, device and bookkeeping. `finish` writes the results.
 
-    checkpoint.pt is the best state yet, model.pt the same of a finished run; resume.pt is all of the last evaluation.
-    notes: what else a script wants in results.json (a dict that JSON can hold); kept with the checkpoint."""
+    checkpoint.pt has the best state so far, which becomes model.pt at the end; resume.pt has everything at the last
+    evaluation. notes: a dict of further values for results.json, saved with the checkpoint."""
 
     def __init__(self, script, args, zero_shot=False):
-        """Seeds PyTorch, picks the device, makes `<out>/<data>/<method>/seed<k>` and locks it.
+        """Seed PyTorch, choose the device, make the folder `<out>/<data>/<method>/seed<k>` and lock it.
 
-        With args.checkpoint, the arguments that define the model are overwritten with the checkpoint's; without it,
-        --predict works only for methods that need no training images (zero_shot)."""
+        With args.checkpoint the arguments that define the model are replaced by the checkpoint's. Without it, --predict
+        works only for methods that need no training images (zero_shot)."""
         self.script, self.args, method, kept = Path(script), args, Path(script).stem, None
         if args.checkpoint:
             kept = read_checkpoint(args.checkpoint, method)
@@ -859,9 +861,9 @@ class Run:
             reason = str(e).splitlines()[0][:120]
             raise Error(f"--device {args.device} cannot be used ({reason}); try --device auto") from e
         torch.manual_seed(args.seed)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what PyTorch asks for on a GPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed on a GPU to be deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
-        if args.predict:  # each input and each model has its own folder
+        if args.predict:  # a folder for each input and model
             asked, model = Path(args.predict).resolve(), sha256(args.checkpoint) if args.checkpoint else args
             of_both = hashlib.sha256(f"{asked} {model}".encode(errors="surrogateescape")).hexdigest()
             data, self.images = f"{plain(asked.name)}-{of_both[:8]}", None
@@ -890,18 +892,18 @@ class Run:
                 print(f"NOTE: {torch.get_num_threads()} threads now, {kept['threads']} before: results can differ")
         print(f"{method} on {data}, seed {args.seed}, {self.device}: {folder}", flush=True)
         self.check = None
-        with suppress(OSError, ValueError):  # not checked by datasets/check.py
+        with suppress(OSError, ValueError):  # datasets/check.py has not been run
             self.check = json.loads((Path(args.root) / ".cache" / f"{self.images}.check.json").read_text())
         if not args.predict:
             print("datasets/check.py:", self.check["summary"] if self.check else "not run on these files", flush=True)
-        self.kept = kept  # what --checkpoint, or else an interrupted run's last evaluation holds, or None
+        self.kept = kept  # content of --checkpoint, or of resume.pt if the run was interrupted, or None
         self.history, self.best, self.epoch, self.notes = [], -math.inf, None, {}
         self.total = getattr(args, "epochs", None)  # a script may set another number
         self.started, self.stateful, self.fresh = time.perf_counter(), (), kept is None
 
     def _belongs_to(self, kept):
-        """`Error` if what an earlier run left has other arguments or saw other images."""
-        asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # no tuples
+        """Raise `Error` if an earlier run in this folder had other arguments or images."""
+        asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # with lists
         for a in (asked, theirs):  # two folders of one name are not one benchmark
             a["data"] = str(Path(a["data"]).resolve()) if Path(a["data"]).is_dir() else a["data"]
         free = FREE - {"data", "limit", "batch_size", "specificity", "scan_score"}
@@ -913,7 +915,7 @@ class Run:
             raise Error(f"{self.folder} holds a run with {other[0]}; give --overwrite or another --out")
 
     def first_stage(self, model, epochs, *stateful):
-        """1, 2, ..., epochs of what is trained before `epochs`; saved after every args.eval_every-th, and resumed."""
+        """Yield 1, 2, ..., epochs for a stage before `epochs`. Saves after every args.eval_every epochs; resumes."""
         if not self.kept or self.kept["first_stage"]:
             self.stateful = stateful
             for epoch in range(self._resume(model) + 1, epochs + 1):
@@ -923,14 +925,14 @@ class Run:
             self.kept = None
 
     def epochs(self, model, *stateful):
-        """1, 2, ..., total; after an interruption, what follows the last evaluation, with everything as it was.
+        """Yield 1, 2, ..., total. After an interruption, continue after the last evaluation, in the state of that time.
 
-        stateful: what else training changes: optimizers, schedules, networks outside of the model."""
+        stateful: everything else that training changes: optimizers, schedules, networks outside the model."""
         self.stateful = stateful
         yield from range(self._resume(model) + 1, self.total + 1)
 
     def _resume(self, model):
-        """Restore the last save of an interrupted run; returns its epoch, or 0 if there is none."""
+        """Restore the state of an interrupted run and return its epoch, or 0 if there is none."""
         if not (kept := self.kept):
             return 0
         self.history, self.best, self.epoch = kept["history"], kept["best"], kept["best_epoch"]
@@ -947,11 +949,11 @@ class Run:
         return kept["epoch"]
 
     def validate(self, model, epoch, valid, **losses):
-        """Log the epoch; at every args.eval_every-th and the last one score valid and keep the state that is best yet.
+        """Log the epoch. Every args.eval_every epochs, and after the last, score valid and keep the best state so far.
 
-        The criterion: image AUROC, averaged with pixel AUROC where there are masks (thesis, 3.4.1: chosen on valid,
-        evaluated every 10 epochs); the first of equals. Without anomalous images in valid the last epoch is kept.
-        losses: name -> value of this epoch; one that is not finite ends the run."""
+        Best is the highest image AUROC, or its mean with pixel AUROC if there are masks (thesis, 3.4.1: chosen on
+        valid, evaluated every 10 epochs); the first of equals. Without anomalous images in valid: the last epoch.
+        losses: name -> value of this epoch. One that is not finite ends the run."""
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
             raise Error(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
         seconds = time.perf_counter() - self.started
@@ -981,13 +983,13 @@ class Run:
                    random=(torch.get_rng_state(), on_gpu))
 
     def keep(self, model, epoch=None):
-        """Write the model's state, without frozen networks, as checkpoint.pt: the state that `finish` evaluates."""
+        """Save the model without frozen networks as checkpoint.pt, which `finish` evaluates."""
         self.epoch = epoch
-        remove(self.folder / "results.json")  # from here on the folder is not a finished run
+        remove(self.folder / "results.json")  # the run is no longer finished
         self._save("checkpoint.pt", model, epoch)
 
     def _save(self, name, model, epoch, **more):
-        for old in self.folder.iterdir() if self.fresh else ():  # nothing of an earlier run survives
+        for old in self.folder.iterdir() if self.fresh else ():  # of an earlier run
             remove(old)
         self.fresh = False
         state = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(_frozen(model))}
@@ -998,7 +1000,7 @@ class Run:
                             **more), tmp)
 
     def load(self, model):
-        """Load the saved state (with --checkpoint, that file's) into `model`; returns epoch and training seconds."""
+        """Load the saved state, or that of --checkpoint, into `model`. Returns epoch and training seconds."""
         if not self.args.checkpoint:
             self.kept = read_checkpoint(self.folder / "checkpoint.pt", self.script.stem)
         self._put(model)
@@ -1021,9 +1023,9 @@ def _weights(model):
 
 
 def finish(run, model, splits):
-    """Evaluate the kept state on the test split, once, and write the run folder; the last file is results.json.
+    """Evaluate the kept state on the test split, once, and write the results; results.json comes last.
 
-    splits: (train, valid, test) of `load_benchmark`. With --predict: see datasets/predict.py."""
+    splits: (train, valid, test) from `load_benchmark`. With --predict: see datasets/predict.py."""
     args, folder, (train, valid, test), metrics, test_ms = run.args, run.folder, splits, {}, None
     epoch, train_seconds = run.load(model)
     model.to(run.device)
@@ -1036,9 +1038,9 @@ def finish(run, model, splits):
         except ImportError as e:
             raise Error(f"--predict needs datasets/predict.py and its neighbours ({e}); copy them, too") from e
     for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
-        remove(folder / old)  # a folder without results.json is not a finished run
+        remove(folder / old)  # without results.json a run is not finished
     seen = calibrate(model, valid or train, args, run.device)
-    if not valid:  # what a model has seen in training gives a colour scale, but no threshold
+    if not valid:  # training images give a colour scale, but no thresholds
         seen |= {"labels": [], "scores": [], "scans": [], "maxima": None, "from": "nothing"}
     decision = decide(seen, args)
     run.kept |= dict(seen=seen, decision=decision)
@@ -1046,7 +1048,7 @@ def finish(run, model, splits):
     if test:
         metrics, test_ms = _test(run, model, test, decision)
     defaults = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
-    if "epochs" in defaults:  # where nothing is trained, the batch size changes nothing but speed and memory
+    if "epochs" in defaults:  # without training the batch size does not change the result
         defaults["batch_size"] = type(args).batch_size
     packages = ("torch", "torchvision", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # GiB
@@ -1083,7 +1085,7 @@ def finish(run, model, splits):
 
 
 def stated(decision):
-    """In words, where the threshold of images comes from."""
+    """Say in words where the image threshold comes from."""
     if not (n := len(decision["normal_scores"])):
         return "no threshold: no normal validation images"
     few = f"; NOTE: so few support a specificity of {decision['reached']:.2f} only, not {decision['specificity']}"
@@ -1092,8 +1094,9 @@ def stated(decision):
 
 
 def _test(run, model, test, decision):
-    """Score the test split and write scores.csv, curves.csv, pictures in maps/, and for report.py browser/ and
-    lesions.csv; returns metrics, ms per image."""
+    """Score the test split; write scores.csv, curves.csv, maps/ (pictures) and, for report.py, lesions.csv, browser/.
+
+    Returns metrics and ms per image."""
     from matplotlib import colormaps
 
     args, folder, (low, high) = run.args, run.folder, decision["map_range"] or (0, 1)
@@ -1123,7 +1126,7 @@ def _test(run, model, test, decision):
         lesions = result.pixel.lesions(decision["pixel"])
         write_csv(folder / "lesions.csv", [dict(path=test.paths[row.pop("image")]) | row for row in lesions])
     images = folder.parents[1] / f"images-{run.images}{f'-{args.limit}' * bool(args.limit)}"
-    if browser and not images.exists():  # once for a benchmark
+    if browser and not images.exists():  # once per benchmark
         with atomic(images) as tmp:
             tmp.mkdir()
             for i, (file, _, mask) in enumerate(test.entries):
@@ -1135,8 +1138,8 @@ def _test(run, model, test, decision):
 
 
 def save_picture(file, image, anomaly_map, decision, title, mask=None):
-    """The image (3, H, W), uint8, with the contour of its mask (H, W), next to it the map on the scale of the
-    validation maps, transparent where it is low, with the contour of the decided pixels and a colour bar."""
+    """Draw an image (3, H, W), uint8, with the contour of its mask (H, W); next to it the anomaly map on the scale of
+    the validation maps, transparent where low, with the contour of the anomalous pixels and a colour bar."""
     from matplotlib.figure import Figure
 
     (height, width), (low, high), pixel = image.shape[1:], decision["map_range"] or (0, 1), decision["pixel"]
