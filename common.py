@@ -643,7 +643,7 @@ class PixelMetrics:
         order = anomalous.argsort()[::-1]
         anomalous, pro = anomalous[order], overlap[order].cumsum()
         last = np.append(np.flatnonzero(np.diff(anomalous)), len(anomalous) - 1)  # of equal scores
-        # For each anomalous score, from the highest: anomalous pixels at or above it, normal pixels above and also at it
+        # For each anomalous score, from the highest: anomalous pixels at or above it; normal ones above, and also at it
         tp, pro = last + 1, pro[last]
         fp_above, fp = (self.n - np.searchsorted(normal, anomalous[last], side) for side in ("right", "left"))
         hits, middle = np.diff(tp, prepend=0), np.float32(self.low / 2 + self.high / 2)
