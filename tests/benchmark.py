@@ -346,7 +346,7 @@ def compare_cache(args):
         phantom(folder)
         for method, flags in CACHED.items():
             seconds = []
-            for budget in ("auto", 0):
+            for budget in (16, 0):
                 out = Path(folder) / f"runs{budget}"
                 command = [sys.executable, ROOT / f"methods/{method}.py", "--root", folder, "--out", out, "--weights",
                            "none", "--limit", args.images or 16, "--maps", 0, "--epochs", 3, "--eval-every", 3,
