@@ -77,13 +77,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (thesis, 4.3.3)"""
+    """images are resized to this width and height in pixels (thesis, 4.3.3)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (our choice: the thesis is silent); in training each takes 1.3 GiB of memory on a CPU"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -95,11 +95,11 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 400
     """passes over the normal training images (thesis, 4.3.3)"""
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -115,14 +115,14 @@ class Args:
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
     cache_features: Annotated[float | Literal["auto"], Ge(0)] = "auto"
-    """GiB of disk for the frozen features of the training images; auto: 16; 0: computed again each epoch"""
+    """GiB of disk space for cached features of the training images; auto: 16; 0: recompute them each epoch"""
     prompt_tokens: Annotated[int, Interval(ge=1, le=75)] = 16
     """M, number of learned words at each patch location (thesis, 4.3.3)"""
     layers: Annotated[tuple[int, ...], Interval(ge=1, le=4)] = (1, 2, 3, 4)
     """stages whose distances are summed (thesis, 4.3.4)"""
     blocks: Literal["stages", "first"] = "stages"
-    """what layers 1 to 4 are: stages: the ends of both encoders' quarters (blocks 3, 6, 9, 12 of 12); first: blocks 1 to
-    4, where the adapter still reads the last block"""
+    """what layers 1 to 4 are: stages: the ends of both encoders' quarters (blocks 3, 6, 9, 12 of 12); first: the first
+    four blocks, where the adapter still reads the last one"""
     frame: Literal["sos-eot", "bare"] = "sos-eot"
     """sos-eot: words between CLIP's start and end tokens, read at the end (CoOp's code); bare: read at the last word"""
     join: Literal["add", "append"] = "add"
