@@ -14,7 +14,7 @@ lesions.
 Differences from LeeDoYup/AnoGAN-tf:
 - 500 steps as in the paper (LeeDoYup: 100); the score is the loss after the last step, not before it.
 - Every image's search starts from the same random code, which is part of the model, so no score depends on other
-  images. LeeDoYup's search starts from the code, and with Adam's moments, at which that of the previous image ended.
+  images. LeeDoYup's search starts from the code and the Adam moments at which the previous image's search ended.
 - The features use the running statistics of batch normalisation (LeeDoYup: those of the single image and its generated
   twin).
 - The images of a batch are searched together: the sum of the losses has each code's own gradient, and Adam works
@@ -165,7 +165,7 @@ class AnoGAN(nn.Module):
         with torch.enable_grad():
             for _ in range(self.steps):
                 # not the mean: its gradients shrink as the batch grows, until Adam's epsilon matters
-                z.grad, = torch.autograd.grad(self.residual(z, x, features).sum(), z)
+                z.grad, = torch.autograd.grad(self.residual(z, x, features).sum(), z)  # for z only
                 optimizer.step()
         with torch.no_grad():
             return z.detach(), self.residual(z, x, features)

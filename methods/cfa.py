@@ -141,7 +141,7 @@ class CFA(nn.Module):
     def features(self, image):
         """Return 3x3 means of each layer's frozen features: (B, 3, H, W) -> [(B, C_l, h_l, w_l)], finest first."""
         features = self.backbone(common.normalize(image))
-        return [F.avg_pool2d(features[k], 3, stride=1, padding=1) for k in self.layers]  # zeros at the border count
+        return [F.avg_pool2d(features[k], 3, stride=1, padding=1) for k in self.layers]  # counts the zero padding
 
     @torch.no_grad()
     def fill_memory_bank(self, batches):

@@ -196,7 +196,7 @@ class CFlow(nn.Module):
                 yield l, x[rows], code[rows]
 
     def log_likelihoods(self, features):
-        """Return a (B, P_l) for each layer."""
+        """Return the log-likelihoods of all positions, a (B, P_l) for each layer."""
         return [flow.log_likelihood(x, code).view(len(features[0]), -1)
                 for flow, (x, code) in zip(self.flows, self.with_codes(features), strict=True)]
 
@@ -247,7 +247,7 @@ if __name__ == "__main__":
         for epoch in run.epochs(model, optimizer):
             losses, order = [], dict(shuffle=(args.seed, epoch), drop_last=True)
             batches = frozen.batches(args.batch_size, **order)
-            if args.augment_degrees:  # images differ in each epoch, so nothing is cached
+            if args.augment_degrees:  # the images differ in each epoch: no cached features
                 images = train.batches(args.batch_size, run.device, **order)
                 batches = (model.features(torch.stack([rotate(x) for x in image])) for image in images)
             for step, features in enumerate(batches, (epoch - 1) * per_epoch):

@@ -120,7 +120,7 @@ class ZeroShot(nn.Module):
 
 
 def encode_text(clip, sentences):
-    """Return unit features (n, D)."""
+    """Return features of unit length, (n, D)."""
     import open_clip  # here: its import takes a second, also for --help
 
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)

@@ -176,11 +176,11 @@ class CutPaste(nn.Module):
         self.register_buffer("whiten", torch.eye(width))
 
     def forward(self, image):
-        """Return g(x) in the paper: logits of normal, CutPaste and scar, (B, 3)."""
+        """Return the paper's g(x): logits of normal, CutPaste and scar, (B, 3)."""
         return self.head(self.backbone(common.normalize(image)))
 
     def embed(self, image):
-        """Return f(x) in the paper: embeddings (B, D) of length 1 (Runinho)."""
+        """Return the paper's f(x): embeddings (B, D) of length 1 (Runinho)."""
         return F.normalize(self.backbone(common.normalize(image)))
 
     @torch.no_grad()
@@ -203,7 +203,7 @@ class CutPaste(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """No anomaly map; anomaly score (B,): the Mahalanobis distance, in the order of -log p (paper, Eq. 2)."""
+        """No anomaly map; anomaly score (B,): the Mahalanobis distance, with the ranks of -log p (paper, Eq. 2)."""
         self.eval()
         # (f - mu)^T Sigma^-1 (f - mu) = |L^-1 (f - mu)|^2
         return None, ((self.embed(image) - self.mean) @ self.whiten.T).norm(dim=1)

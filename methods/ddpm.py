@@ -191,7 +191,7 @@ class Diffusion(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- network
 def norm(channels):
-    """Group norm, 32 groups at the published widths. Note: with one channel a group, it would remove the time step."""
+    """Group norm, 32 groups at the published widths. Note: groups of one channel would cancel the time step."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 

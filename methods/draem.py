@@ -14,6 +14,7 @@ augments the textures as floats (official: imgaug 0.4, 8 bits). By more than rou
 - brightness: one factor and one offset for all channels (official: the lightness in one of six colour spaces);
 - saturation: x 0.8 to 1.2 (official: shifted by up to 50 / 255, which gives grey textures a colour);
 - autocontrast: from the minimum to the maximum (official: cuts off 0 to 20% of the pixels at both ends first).
+
 Differences from BMAD's code, which produced the thesis' row: photographs as textures (BMAD: --textures noise); images
 in [0, 1] (BMAD blends textures in [0, 1] into images scaled with ImageNet's statistics); the official code's initial
 weights (BMAD: PyTorch's defaults, as in anomalib).
@@ -26,7 +27,6 @@ to score, 1.0 GiB. As published, on an H100: a step of 8 images 0.24 s, their si
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,7 +37,6 @@ import torchvision.transforms.v2.functional as TF
 from annotated_types import Ge, Gt, Interval
 from torch import nn
 from torchvision.datasets import DTD
-from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2 import ColorJitter, InterpolationMode, RandomRotation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -94,19 +93,19 @@ class Args:
 
 
 # ---------------------------------------------------------------------------------------- networks (paper, 3.1 and 3.2)
-convolution = partial(Conv2dNormActivation, kernel_size=3, bias=True)  # with batch norm and ReLU
-
-
-def block(c_in, c_mid, c_out):
-    return nn.Sequential(*convolution(c_in, c_mid), *convolution(c_mid, c_out))
+def block(*channels):
+    layers = []
+    for c_in, c_out in pairwise(channels):
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
 
 
 def up(c_in, c_out):
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), *convolution(c_in, c_out))
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), *block(c_in, c_out))
 
 
 def restoring_network(w):
-    """Encoder down to 1/16 of the size, and decoder, without skip connections: (B, 3, H, W) -> (B, 3, H, W)."""
+    """Encoder to 1/16 of the size, and decoder, without skip connections: (B, 3, H, W) -> (B, 3, H, W)."""
     pool = nn.MaxPool2d(2)
     return nn.Sequential(
         block(3, w, w), pool, block(w, 2 * w, 2 * w), pool, block(2 * w, 4 * w, 4 * w), pool,
@@ -116,7 +115,7 @@ def restoring_network(w):
 
 
 class SegmentingNetwork(nn.Module):
-    """U-Net down to 1/32 of the size: restoration and image (B, 6, H, W) -> logits (B, 2, H, W), 1 is anomalous."""
+    """U-Net to 1/32 of the size: restoration, image (B, 6, H, W) -> logits (B, 2, H, W), channel 1: anomalous."""
 
     def __init__(self, w):
         super().__init__()
@@ -166,7 +165,6 @@ def build_model(args):
     return DRAEM(args.width)
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
 def ssim(recon, image):
     """Structural similarity, averaged over pixels and channels; Gaussian windows of 11 pixels, zero padding."""
     channels = image.shape[1]

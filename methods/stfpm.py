@@ -107,7 +107,7 @@ class STFPM(nn.Module):
         self.student = create_feature_extractor(get_model(backbone, weights=None), LAYERS[backbone])
 
     def forward(self, image):
-        """Return |t - s|^2 of the unit features t, s at each position, in [0, 4]: a (B, h, w) for each layer.
+        """Return |t - s|^2 of the normalised features t, s at each position, in [0, 4]: a (B, h, w) for each layer.
 
         2 - 2 cos would be equal, but loses all digits where the two are almost the same."""
         image = common.normalize(image)

@@ -126,7 +126,7 @@ class WinCLIP(nn.Module):
             self.get_buffer(f"memory{k}").copy_(feature.flatten(0, 1))
 
     def features(self, image):
-        """Return unit features: (B, D) of the image, {1: (B, P, W) of the patches, k: (B, n, D) of k x k windows}."""
+        """Return unit-length features: (B, D) of the image, {1: (B, P, W) of patches, k: (B, n, D) of windows}."""
         if image.shape[-1] != self.size:
             image = F.interpolate(image, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         encoder = self.clip.visual
@@ -175,7 +175,7 @@ class WinCLIP(nn.Module):
 
 
 def encode_text(clip, sentences):
-    """Return unit features (n, D)."""
+    """Return features of unit length, (n, D)."""
     import open_clip  # here: its import takes a second, also for --help
 
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)
