@@ -176,12 +176,12 @@ class AnoGAN(nn.Module):
 
 
 def discriminator_loss(real, fake):
-    """Cross-entropy of the logits (B,) of real and of generated images."""
+    """Cross-entropy of the logits (B,) of real and generated images against their labels."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log sigmoid(real) - log(1 - sigmoid(fake))
 
 
 def generator_loss(fake):
-    """Cross-entropy of the logits (B,) of generated images with the label of real ones."""
+    """Cross-entropy of the logits (B,) of generated images against the label of real ones."""
     return F.softplus(-fake).mean()
 
 

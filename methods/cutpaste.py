@@ -4,10 +4,10 @@ A network learns to tell normal images from images in which a patch, or a thin r
 elsewhere. Features that reveal such breaks also reveal real anomalies: a Gaussian is fitted to the embeddings of the
 normal training images, and the anomaly score of an image is its Mahalanobis distance.
 
-Settings: thesis, Table 3.5 (ResNet-18, frozen for the first 20 epochs; SGD 0.03; batch 64). Where it is silent, the
-thesis' code (DorisBao/BMAD, a copy of the unofficial Runinho/pytorch-cutpaste; the authors released none): ImageNet
-weights in the backbone and PyTorch's defaults in the head, 3-way classification, head of 512, 512 and 128 units, 256
-epochs of ONE step, 192 images each.
+Settings: thesis, Table 3.5 (ResNet-18, frozen for the first 20 epochs; SGD 0.03; batch 64). Where it is silent, BMAD's
+code (DorisBao/BMAD, the thesis' benchmark), a copy of the unofficial Runinho/pytorch-cutpaste (there is no official
+code): ImageNet weights in the backbone and PyTorch's defaults in the head, 3-way classification, head of 512, 512 and
+128 units, 256 epochs of ONE step, 192 images each.
 Differences from the paper: it trains from scratch, 256 epochs of 256 steps (`--weights none --steps-per-epoch 256
 --freeze-epochs 0`), translates images at random and does not shrink the covariance.
 Differences from Runinho's code:
@@ -59,7 +59,7 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(32)] = 256
-    """images are resized to this width and height in pixels (thesis' code); scars keep their size, up to 31 pixels"""
+    """images are resized to this width and height in pixels (BMAD's code); scars keep their size, up to 31 pixels"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch (thesis, Table 3.5); each is used three times in training: normal, CutPaste, scar"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
@@ -83,9 +83,9 @@ class Args:
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 256
-    """epochs of --steps-per-epoch steps (thesis' code, paper)"""
+    """epochs of --steps-per-epoch steps (BMAD's code, paper)"""
     steps_per_epoch: Annotated[int, Ge(1)] = 1
-    """steps per epoch (thesis' code); paper: 256"""
+    """steps per epoch (BMAD's code); paper: 256"""
     lr: Annotated[float, Gt(0)] = 0.03
     """SGD's learning rate at the start of its cosine schedule (thesis, Table 3.5)"""
     eval_every: Annotated[int, Ge(1)] = 10

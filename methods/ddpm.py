@@ -191,7 +191,7 @@ class Diffusion(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------- network
 def norm(channels):
-    """Group norm, 32 groups at the published widths. Note: groups of one channel would cancel the time step."""
+    """Group norm, 32 groups at the published widths. Groups of one channel would remove the added time step."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 

@@ -4,12 +4,12 @@ A network without biases learns to map normal images close to a fixed point c; a
 distance of its embedding to c. The weights are initialised by an autoencoder, and c is the mean embedding they give,
 set once: with a trained c, or a bias in any layer, the network could map every image to c.
 
-Settings: thesis, Table 3.2 (LeNet, Adam 1e-4, weight decay 0.5e-7, batch 200). Where it is silent, the thesis' code
-(DorisBao/BMAD): 300 + 300 epochs, ImageNet scaling, the autoencoder's rate, decay and batch. Architecture, schedule and
-the rule for c are those of the official lukasruff/Deep-SVDD-PyTorch.
+Settings: thesis, Table 3.2 (LeNet, Adam 1e-4, weight decay 0.5e-7, batch 200). Where it is silent, BMAD's code
+(DorisBao/BMAD, the thesis' benchmark): 300 + 300 epochs, ImageNet scaling, the autoencoder's rate, decay and batch.
+Architecture, schedule and the rule for c are those of the official lukasruff/Deep-SVDD-PyTorch.
 Differences from the official code:
-- Images are resized to 256 pixels by the loader and then to 32, antialiased, not in one step. With another size than 32
-  it would be another network: half of all weights belong to the positions of the last map.
+- Images are resized to 256 pixels by the loader and then to 32, antialiased, not in one step. Any other size than 32
+  would give a different network: half of all weights belong to positions of the last map.
 - ImageNet scaling, as behind the thesis' numbers; `--scaling gcn` is the official one. The autoencoder's sigmoid cannot
   reach values outside [0, 1], so its loss stays high with ImageNet scaling; its features are useful all the same.
 - A coordinate of c that is exactly zero also becomes 0.1; in the official code it stays zero.
@@ -75,7 +75,7 @@ class Args:
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 300
-    """passes over the normal training images (thesis' code)"""
+    """passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (thesis, Table 3.2)"""
     eval_every: Annotated[int, Ge(1)] = 10
@@ -85,19 +85,19 @@ class Args:
     milestone: Annotated[int, Ge(1)] = 50
     """epochs after which the learning rate falls to a tenth (official code)"""
     ae_epochs: Annotated[int, Ge(0)] = 300
-    """epochs of the autoencoder (thesis' code); 0: start from random weights"""
+    """epochs of the autoencoder (BMAD's code); 0: start from random weights"""
     ae_lr: Annotated[float, Gt(0)] = 1e-5
-    """the autoencoder's learning rate (thesis' code; official code: 1e-4)"""
+    """the autoencoder's learning rate (BMAD's code; official code: 1e-4)"""
     ae_batch_size: Annotated[int, Ge(1)] = 64
-    """the autoencoder's images per batch (thesis' code; official code: 200)"""
+    """the autoencoder's images per batch (BMAD's code; official code: 200)"""
     ae_weight_decay: Annotated[float, Ge(0)] = 0.5e-6
-    """the autoencoder's L2 penalty (thesis' code, official code)"""
+    """the autoencoder's L2 penalty (BMAD's code, official code)"""
     ae_milestone: Annotated[int, Ge(1)] = 250
-    """epochs after which the autoencoder's learning rate falls to a tenth (thesis' code, official code)"""
+    """epochs after which the autoencoder's learning rate falls to a tenth (BMAD's code, official code)"""
     scaling: Literal["imagenet", "gcn"] = "imagenet"
-    """ImageNet's mean and deviation (thesis' code), or global contrast normalisation, then [0, 1] (official code)"""
+    """imagenet: mean and deviation (BMAD's code); gcn: global contrast normalisation, then [0, 1] (official code)"""
     objective: Literal["one-class", "soft-boundary"] = "one-class"
-    """mean distance to c (paper, Eq. 4; thesis' code), or a sphere that some images may leave (paper, Eq. 3)"""
+    """one-class: mean distance to c (paper, Eq. 4; BMAD's code); soft-boundary: a sphere with outliers (Eq. 3)"""
     nu: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """share of training images that may lie outside the soft boundary (official code)"""
 

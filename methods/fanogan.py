@@ -5,7 +5,7 @@ codes of normal images (izi_f: image to z to image, and the critic's features f)
 anomalous: the score is the residual of the image and of its features.
 
 Settings: thesis, Table 3.5 (Adam, 2e-4, batches of 32, codes of length 100); networks, the rest of the training and 200
-epochs for each stage: BMAD, the thesis' code, which took them from A03ki/f-AnoGAN.
+epochs for each stage: BMAD's code (the thesis' benchmark), which took them from A03ki/f-AnoGAN.
 Differences from the paper: its networks are residual ones for 64 pixels (tSchlegl/f-AnoGAN), these are those of
 PyTorch-GAN's DCGAN. Their critic has dropout and batch normalisation, so that the gradient penalty of an image depends
 on the other images of its batch; `--critic-norm layer` is the paper's normalisation, without dropout.

@@ -5,7 +5,7 @@ images only, against a discriminator whose features the reconstruction has to ma
 images; their distance is the score of an image.
 
 Settings: thesis, Table 3.5 (Adam, 2e-4, betas 0.5 and 0.999, loss weights 1, 50, 1); batches of 32 and at most 100
-epochs: BMAD, the thesis' code; losses, networks, initial weights: samet-akcay/ganomaly, the official code.
+epochs: BMAD's code (the thesis' benchmark); losses, networks, initial weights: samet-akcay/ganomaly, the official code.
 Differences from the paper: the squared distance of the codes, as in the official code, not their L1 distance.
 Differences from the official code:
 - 256 pixels, as for all methods here, instead of 32: the networks grow with the image (3.9 M weights at 32).

@@ -2,7 +2,7 @@
 
 A frozen, pretrained teacher E extracts features f_E^k at three layers; a bottleneck fuses them into one small embedding
 phi, from which the student, a decoder D with the teacher's kind of blocks, must reproduce them: f_D^k. Trained on
-normal images only, neither of the two passes an anomaly on: where the features differ, a position is anomalous. Map of
+normal images only, neither of them passes an anomaly on: where the features differ, a position is anomalous. Map of
 a layer (Eq. 2): M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)).
 
     image -> teacher E:  f_E^1  f_E^2  f_E^3 --> one-class bottleneck --> phi

@@ -3,7 +3,7 @@
 A linear layer adapts patch features of a frozen CNN to the images at hand; Gaussian noise makes adapted features
 anomalous; a small discriminator learns to tell the two apart. Its answer is the anomaly score of a patch.
 
-Settings: thesis, 3.4.1: "the original hyper-parameters", that is the official code (DonaldRR/SimpleNet, run.sh: noise
+Settings: thesis, 3.4.1: "the original hyper-parameters", i.e. the official code's (DonaldRR/SimpleNet, run.sh: noise
 0.015, margin 0.5, 40 x 4 passes, batches of 8); the best epoch on valid.
 Differences from the paper: the features are pooled as in the official code (see `pool`); the paper averages each
 channel's 3x3 neighbourhood.
@@ -57,7 +57,7 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (our choice for all methods; the benchmark used 224)"""
+    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (run.sh)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535

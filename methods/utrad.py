@@ -9,15 +9,16 @@ a second head expects at that position.
                  | skip                | skip              | skip     |        through a bottleneck
     64x64 <-- decoder <-- 16x16 <-- decoder <-- 4x4 <-- decoder <-----+        each token becomes a group of 4x4
 
-Settings: thesis, Table 3.6 (ReLU, batch 8, Adam 1e-4). Where it is silent, the thesis' code (DorisBao/BMAD): 150
-epochs, no augmentation. Structure, initialisation and score are those of the official gordon-chenmo/UTRAD.
+Settings: thesis, Table 3.6 (ReLU, batch 8, Adam 1e-4). Where it is silent, BMAD's code (DorisBao/BMAD, the thesis'
+benchmark): 150 epochs, no augmentation. Structure, initialisation and score are those of the official
+gordon-chenmo/UTRAD.
 Differences from the official code:
-- ReLU, as the thesis says (thesis' code, official code: `--activation gelu`).
-- Batches of 8 instead of 2, and no padding, rotation and cropping in training: as in the thesis' code.
+- ReLU, as the thesis says (BMAD's code, official code: `--activation gelu`).
+- Batches of 8 instead of 2, and no padding, rotation and cropping in training: as in BMAD's code.
 - Images are resized to a square, not by their short side: the grid of tokens must be square.
 - The epoch is chosen on valid (thesis, 3.4.1; official: the lowest training loss).
 - |std|, which divides the error, is at least 1e-6; nothing keeps the official one from zero.
-- Sizes other than 256: groups of 4x4 tokens while the grid can be divided by 4; the remainder is the last group (2x2 at
+- Sizes other than 256: groups of 4x4 tokens as long as the grid is divisible by 4; the rest is the last group (2x2 at
   128 pixels). The scales of the score follow the groups.
 - On a GPU the transformer runs in bfloat16 (autocast): its dense layers are almost all of the cost.
 
@@ -94,7 +95,7 @@ class Args:
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 150
-    """passes over the normal training images (thesis' code, official code)"""
+    """passes over the normal training images (BMAD's code, official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (thesis, Table 3.6); runs of a few hundred steps need 3e-3"""
     eval_every: Annotated[int, Ge(1)] = 10
@@ -106,7 +107,7 @@ class Args:
     cache_features: Annotated[float | Literal["auto"], Ge(0)] = "auto"
     """GiB of disk space for cached features of the training images; auto: 16; 0: recompute them each epoch"""
     activation: Literal["relu", "gelu"] = "relu"
-    """activation in the transformers (thesis, Table 3.6; thesis' code, official code: gelu)"""
+    """activation in the transformers (thesis, Table 3.6; BMAD's code, official code: gelu)"""
     width: Annotated[int, Ge(1)] = 512
     """d, channels of a token; the feed-forward layers have four times as many (official code)"""
     layers: Annotated[int, Ge(1)] = 4

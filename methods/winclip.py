@@ -50,7 +50,7 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (our choice for all methods; the benchmark used 224)"""
+    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch; changes nothing but speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
@@ -82,7 +82,7 @@ class Args:
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
     """what the sentences are about (see WORDS); auto: the benchmark of --data, generic for other folders"""
     prompts: Literal["medical", "original"] = "medical"
-    """sentences: our medical ones, or the paper's industrial ones about the organ"""
+    """medical: our own sentences; original: the paper's industrial ones, applied to the organ"""
     organ: str | None = None
     """what the images show, in your own words, such as "knee", instead of the organ in WORDS"""
     findings: str = "none"
