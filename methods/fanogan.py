@@ -6,9 +6,9 @@ anomalous: the score is the residual of the image and of its features.
 
 Settings: thesis, Table 3.5 (Adam, 2e-4, batches of 32, codes of length 100); networks, the rest of the training and 200
 epochs for each stage: BMAD's code (the thesis' benchmark), which took them from A03ki/f-AnoGAN.
-Differences from the paper: its networks are residual ones for 64 pixels (tSchlegl/f-AnoGAN), these are those of
-PyTorch-GAN's DCGAN. Their critic has dropout and batch normalisation, so that the gradient penalty of an image depends
-on the other images of its batch; `--critic-norm layer` is the paper's normalisation, without dropout.
+Differences from the paper: the networks are those of PyTorch-GAN's DCGAN (paper: residual ones for 64 pixels,
+tSchlegl/f-AnoGAN). The critic has dropout and batch normalisation, so that the gradient penalty of an image depends on
+the other images of its batch; `--critic-norm layer` is the paper's normalisation, without dropout.
 Differences from A03ki/f-AnoGAN and BMAD's code:
 - x^ of the gradient penalty has one weight per image (Gulrajani et al., 2017), not one for each of its channels.
 - Higher scores are more anomalous (BMAD's test prints the AUROC of the opposite), and test images are never flipped.

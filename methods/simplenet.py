@@ -1,7 +1,7 @@
 """SimpleNet (Zhikang Liu, Zhou, Xu, Wang, CVPR 2023, arXiv:2303.15140).
 
 A linear layer adapts patch features of a frozen CNN to the images at hand; Gaussian noise makes adapted features
-anomalous; a small discriminator learns to tell the two apart. Its answer is the anomaly score of a patch.
+anomalous; a small discriminator learns to tell the two apart. A patch is as anomalous as the discriminator says.
 
 Settings: thesis, 3.4.1: "the original hyper-parameters", i.e. the official code's (DonaldRR/SimpleNet, run.sh: noise
 0.015, margin 0.5, 40 x 4 passes, batches of 8); the best epoch on valid.
