@@ -1,8 +1,8 @@
 """GANomaly (Akcay, Atapour-Abarghouei, Breckon, ACCV 2018, arXiv:1805.06725).
 
-An encoder and a decoder reconstruct the image, and a second encoder encodes the reconstruction again. Trained on normal
-images only, against a discriminator whose features the reconstruction has to match, the two codes agree for normal
-images; their distance is the score of an image.
+An encoder and a decoder reconstruct the image, and a second encoder encodes the reconstruction again. Training uses
+normal images only and a discriminator whose features the reconstruction has to match. On normal images the two codes
+agree; their distance is the score of an image.
 
 Settings: thesis, Table 3.5 (Adam, 2e-4, betas 0.5 and 0.999, loss weights 1, 50, 1); batches of 32 and at most 100
 epochs: BMAD's code (the thesis' benchmark); losses, networks, initial weights: samet-akcay/ganomaly, the official code.
