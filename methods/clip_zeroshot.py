@@ -1,7 +1,8 @@
 """CLIP, zero-shot (Radford et al., ICML 2021, arXiv:2103.00020), a row of the thesis' Tables 4.1 to 4.4.
 
 One sentence per class: an image is anomalous if its feature is closer to that of "{m} of an abnormal {o}" than to that
-of "{m} of a normal {o}". The map asks the same of each patch. Nothing is trained, nothing is random.
+of "{m} of a normal {o}" (m: kind of image, o: organ). The map asks the same of each patch. Nothing is trained, nothing
+is random.
 
 Settings: the thesis gives no sentences, sizes or model for its row, and does not say where its standard deviations come
 from. The model is WinCLIP's, so that the two rows differ by method alone; the temperature is that of trained CLIP.
