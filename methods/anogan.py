@@ -1,24 +1,27 @@
 """AnoGAN (Schlegl, Seeboeck, Waldstein, Schmidt-Erfurth, Langs, IPMI 2017, arXiv:1703.05921).
 
-A DCGAN learns to generate normal images from random codes z. For each image to be scored, gradient steps then look for
-the code whose image is most like it. What the GAN cannot generate is anomalous: the score is what remains of the
-difference of the images and of their discriminator features.
+A DCGAN learns to generate normal images from random codes z. For each image to be scored, gradient steps then search
+for the code whose image is most similar to it. What the GAN cannot generate is anomalous: the score is the remaining
+difference between the two images and between their discriminator features.
 
-Settings: the paper for the search (500 steps, lambda = 0.1). No official code is known, so all else is as in
+Settings: the paper for the search (500 steps, lambda = 0.1). No official code is known, so everything else follows
 LeeDoYup/AnoGAN-tf (carpedm20's DCGAN in TensorFlow 1): networks, 64 pixels, Adam 2e-4, batches of 64, 25 epochs, two
-steps of the generator for one of the discriminator; Adam with beta1 = 0.5. The search's rate is ours: with that code's
-1e-3 500 steps end on the way, with the 0.05 that its flag's help gives, rounding moves scores by 1% of their range.
-The thesis names the method but has no row for it.
-Differences from the paper: three channels; no map of the residual, since images of 64 pixels have no place for lesions.
+steps of the generator for one of the discriminator; Adam with beta1 = 0.5. The search's learning rate is ours: with
+LeeDoYup's 1e-3, 500 steps do not converge; with the 0.05 in the help of its flag, rounding moves scores by 1% of their
+range. The thesis names the method but has no row for it.
+Differences from the paper: three channels; no map of the residual, since images of 64 pixels are too small to locate
+lesions.
 Differences from LeeDoYup/AnoGAN-tf:
-- 500 steps (paper), there 100; the score is the loss after the last step, there before it.
-- Every image's search starts from the same random code, which is part of the model, so no score depends on the images
-  before or next to it. There the search starts at the code, and with Adam's moments, at which the last image ended.
-- The features come from batch normalisation's running statistics; there from those of the one image and of its twin.
-- A batch is searched at once: the sum of the losses has each code's own gradient, and Adam works value by value. In
-  float32 the steps enlarge rounding, which differs with the batch, to 2e-4 of the range of scores (float64: 2e-16).
-- Convolutions are padded alike on all sides (there: as TensorFlow does); a last batch that is not full is trained on;
-  images come in random order; the epoch is chosen on valid.
+- 500 steps as in the paper (LeeDoYup: 100); the score is the loss after the last step, not before it.
+- Every image's search starts from the same random code, which is part of the model, so no score depends on other
+  images. LeeDoYup's search starts from the code and the Adam moments at which the previous image's search ended.
+- The features use the running statistics of batch normalisation (LeeDoYup: those of the single image and its generated
+  twin).
+- The images of a batch are searched together: the sum of the losses has each code's own gradient, and Adam works
+  element by element. In float32 the steps amplify rounding, which differs with the batch, to 2e-4 of the range of
+  scores (float64: 2e-16).
+- Convolutions are padded equally on all sides (LeeDoYup: as in TensorFlow); an incomplete last batch is used for
+  training; images come in random order; the epoch is chosen on valid.
 
 Parameters at 64 pixels: generator 5,135,363, discriminator 4,316,545.
 Cost, measured: 200 images at 32 pixels, width 16, 10 epochs: 14 s on one busy CPU thread, 0.8 GiB; 50 steps of the
@@ -38,8 +41,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-BETAS = 0.5, 0.999  # of Adam, in training and in the search (LeeDoYup)
-GENERATOR_STEPS = 2  # for one step of the discriminator: its loss should not go to zero (LeeDoYup)
+BETAS = 0.5, 0.999  # Adam's, in training and in the search (LeeDoYup)
+GENERATOR_STEPS = 2  # per step of the discriminator, whose loss should not go to zero (LeeDoYup)
 
 
 @dataclass
@@ -55,13 +58,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 64
-    """images are resized to this many pixels squared (paper): a power of two, at least 16"""
+    """images are resized to this width and height in pixels (paper): a power of two, at least 16"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch, in training and in the search (LeeDoYup)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -73,31 +76,31 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 25
     """passes over the normal training images (LeeDoYup)"""
     lr: Annotated[float, Gt(0)] = 2e-4
-    """Adam's learning rate, of both networks (LeeDoYup)"""
+    """Adam's learning rate for both networks (LeeDoYup)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     latent: Annotated[int, Ge(1)] = 100
     """length of the code z (LeeDoYup)"""
     width: Annotated[int, Ge(1)] = 64
-    """channels at half the image's size, doubled at each halving (LeeDoYup)"""
+    """channels at half the image's size, doubled whenever the size is halved (LeeDoYup)"""
     steps: Annotated[int, Ge(1)] = 500
-    """of the search for each image's code (paper)"""
+    """number of steps in the search for each image's code (paper)"""
     search_lr: Annotated[float, Gt(0)] = 5e-3
-    """Adam's learning rate in the search (ours, see above; LeeDoYup 1e-3)"""
+    """Adam's learning rate in the search (our choice, see above; LeeDoYup: 1e-3)"""
     feature_weight: Annotated[float, Interval(ge=0, le=1)] = 0.1
-    """lambda, weight of the features' residual, next to 1 - lambda of the image's (paper)"""
+    """lambda, weight of the feature residual; the image residual has 1 - lambda (paper)"""
 
 
 def channels(image_size, width):
-    """Of the feature maps from half the image's size down to 4x4: 64, 128, 256, 512 for 64 pixels."""
+    """Return the channels of all feature maps from half the image's size down to 4x4, e.g. 64, 128, 256, 512."""
     return [width * 2**i for i in range((image_size // 8).bit_length())]
 
 
@@ -121,15 +124,15 @@ class Discriminator(nn.Module):
             layers += [nn.Conv2d(before, c, 5, 2, 2), nn.BatchNorm2d(c) if before > 3 else nn.Identity(),
                        nn.LeakyReLU(0.2)]
             before = c
-        self.features = nn.Sequential(*layers)  # f of the paper: (B, C, 4, 4), what the last layer sees
+        self.features = nn.Sequential(*layers)  # f in the paper: (B, C, 4, 4)
         self.linear = nn.Linear(before * 16, 1)
 
     def forward(self, x):
-        return self.linear(self.features(x).flatten(1))[:, 0]  # logits (B,): positive says real
+        return self.linear(self.features(x).flatten(1))[:, 0]  # logits (B,): positive for real images
 
 
 def init_weights(module):
-    """DCGAN's: N(0, 0.02), no bias (LeeDoYup)."""
+    """Draw the weights from N(0, 0.02), as in DCGAN, and set biases to 0 (LeeDoYup)."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -140,22 +143,20 @@ class AnoGAN(nn.Module):
         super().__init__()
         if image_size < 16 or image_size & (image_size - 1):
             raise common.Error(f"--image-size {image_size}: the networks double 4x4 up to it; give 16, 32, 64, ...")
-        if not 0 <= feature_weight <= 1:
-            raise common.Error(f"--feature-weight {feature_weight}: the image has the rest of 1; give 0 to 1")
         self.steps, self.search_lr, self.feature_weight = steps, search_lr, feature_weight
         self.generator = Generator(image_size, latent, width).apply(init_weights)
         self.discriminator = Discriminator(image_size, width).apply(init_weights)
         self.register_buffer("start", 2 * torch.rand(latent) - 1)  # z_1 of every search
 
     def residual(self, z, x, features):
-        """Loss of the codes z (B, latent) for images x (B, 3, H, W) in [-1, 1] with these features: (B,), sums."""
+        """Return the loss (B,) of codes z (B, latent) for images x (B, 3, H, W) in [-1, 1] with these features."""
         recon = self.generator(z)
         image = (x - recon).abs().sum(dim=(1, 2, 3))  # L_R, paper, Eq. 3
         feature = (features - self.discriminator.features(recon)).abs().sum(dim=(1, 2, 3))  # L_D, paper, Eq. 5
         return (1 - self.feature_weight) * image + self.feature_weight * feature  # paper, Eq. 6
 
     def search(self, x):
-        """Codes (B, latent) of images x (B, 3, H, W), and what remains of each, (B,)."""
+        """Return the codes (B, latent) of images x (B, 3, H, W) and their residuals (B,)."""
         self.eval()  # batch normalisation would make the images depend on each other
         with torch.no_grad():
             features = self.discriminator.features(x)
@@ -163,24 +164,24 @@ class AnoGAN(nn.Module):
         optimizer = torch.optim.Adam([z], self.search_lr, BETAS)
         with torch.enable_grad():
             for _ in range(self.steps):
-                # a sum: a mean would shrink the gradients with the batch, until Adam's epsilon counts
-                z.grad, = torch.autograd.grad(self.residual(z, x, features).sum(), z)  # and of nothing else
+                # not the mean: its gradients shrink as the batch grows, until Adam's epsilon matters
+                z.grad, = torch.autograd.grad(self.residual(z, x, features).sum(), z)  # for z only
                 optimizer.step()
         with torch.no_grad():
             return z.detach(), self.residual(z, x, features)
 
     def predict(self, image):
-        """No anomaly map; anomaly score (B,): what remains after the search."""
+        """No anomaly map; anomaly score (B,): the residual after the search."""
         return None, self.search(2 * image - 1)[1]
 
 
 def discriminator_loss(real, fake):
-    """Logits (B,) of real and of generated images: cross-entropy with the truth."""
+    """Cross-entropy of the logits (B,) of real and generated images against their labels."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log sigmoid(real) - log(1 - sigmoid(fake))
 
 
 def generator_loss(fake):
-    """Logits (B,) of generated images, which should pass for real ones."""
+    """Cross-entropy of the logits (B,) of generated images against the label of real ones."""
     return F.softplus(-fake).mean()
 
 
@@ -204,8 +205,8 @@ if __name__ == "__main__":
                 real = 2 * image - 1
                 z = (2 * torch.rand(len(real), args.latent) - 1).to(run.device)
                 fake = generator(z).detach()
-                loss_d = discriminator_loss(discriminator(real), discriminator(fake))  # a batch norm for each of them
-                optimizer_d.zero_grad()  # also of what the generator's loss left there
+                loss_d = discriminator_loss(discriminator(real), discriminator(fake))  # separate batch statistics
+                optimizer_d.zero_grad()  # also clears the gradients of the generator's loss
                 loss_d.backward()
                 optimizer_d.step()
                 losses_d.append(loss_d.detach())

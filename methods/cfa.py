@@ -2,9 +2,9 @@
 
 A learned 1x1 descriptor adapts the features of a pretrained CNN to the normal images: it pulls each patch into small
 hyperspheres around its nearest centres in a memory bank and pushes it away from the next ones. The bank holds the
-untrained descriptor's mean at each position and stays fixed. A patch is as anomalous as its distance to the nearest
-centre, more so where one centre is clearly the nearest. The push begins late: only where the learned radius r exceeds
-a centre's distance by a margin; r grows because that lowers the pull.
+untrained descriptor's mean at each position and stays fixed. The anomaly score of a patch is its distance to the
+nearest centre, higher where one centre is clearly the nearest. The push begins late: only where the learned radius r
+exceeds a centre's distance by a margin; r grows because that lowers the pull.
 
 Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: wide_resnet50_2, 3 nearest neighbours, 3 hard
 negatives, radius 1e-5, learning rate 1e-3, weight decay 5e-4. The rest: official code
@@ -12,14 +12,13 @@ negatives, radius 1e-5, learning rate 1e-3, weight decay 5e-4. The rest: officia
 epochs, nu 1e-3, alpha 0.1, neither k-means on the memory bank nor a narrower descriptor (the paper's compression ratios
 gamma_c = gamma_d = 1).
 Trained with wide_resnet50_2: 3,216,640 weights of the descriptor and the radius.
-Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (256
-is our choice for all methods; the paper crops 256 to 224, the benchmark resized to 224).
-Differences from the official code: all training images weigh the same in the memory bank (there, all batches); the
-epoch is chosen on valid, not on test; the border is mirrored before smoothing as SciPy does it. None in the loss or
-the score.
-Differences from anomalib and from BMAD's code, which gave the thesis its row for CFA: there the radius is never
-trained, so that the repulsion is always zero (--no-learn-radius does the same); anomalib fills the memory bank with the
-CNN's batch norm in training mode.
+Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
+paper crops 256 to 224; the thesis' benchmark, BMAD, resized to 224).
+Differences from the official code: all training images have the same weight in the memory bank (official: all batches);
+the epoch is chosen on valid, not on test; the border is mirrored before smoothing, as in SciPy. None in loss or score.
+Differences from anomalib and from BMAD's code, which produced the thesis' row: they never train the radius, so that the
+repulsion is always zero (--no-learn-radius does the same); anomalib fills the memory bank with the CNN's batch norm in
+training mode.
 """
 
 import sys
@@ -58,13 +57,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 4
     """images per batch (official code); an incomplete last one is left out in training"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -76,11 +75,11 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 30
     """passes over the normal training images (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -92,22 +91,22 @@ class Args:
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk for the frozen features of the training images; 0: computed again each epoch"""
+    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
     weight_decay: Annotated[float, Ge(0)] = 5e-4
     """AdamW's weight decay (thesis, Table 3.4)"""
     neighbors: Annotated[int, Ge(1)] = 3
     """K, number of nearest centres that attract a patch and enter its score (thesis, Table 3.4)"""
     hard_negatives: Annotated[int, Ge(1)] = 3
-    """J, number of next nearest centres that repel a patch (thesis, Table 3.4)"""
+    """J, number of the next centres, which repel a patch (thesis, Table 3.4)"""
     radius: Annotated[float, Gt(0)] = 1e-5
     """r, initial radius of the hyperspheres (thesis, Table 3.4)"""
     learn_radius: bool = True
-    """train r (official code); without it no patch is ever repelled, as in anomalib and BMAD"""
+    """train r (official code); if not, no patch is ever repelled, as in anomalib and BMAD's code"""
 
 
 class Descriptor(nn.Module):
-    """Layers' features [(B, C_l, h_l, w_l)], finest first -> phi (B, D, h, w) on the finest grid, D the sum of all C_l:
-    a 1x1 convolution of features and position (CoordConv)."""
+    """A 1x1 convolution of features and position (CoordConv): features of all layers [(B, C_l, h_l, w_l)], finest first
+    -> phi (B, D, h, w) on the finest grid, D: the sum of all C_l."""
 
     def __init__(self, channels, grid):
         super().__init__()
@@ -126,8 +125,7 @@ class CFA(nn.Module):
     def __init__(self, backbone, weights, image_size, neighbors, hard_negatives, radius, learn_radius):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
-                               f"LAYERS")
+            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.layers, self.neighbors, self.hard_negatives = LAYERS[backbone], neighbors, hard_negatives
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         shapes = [f.shape for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (1, C_l, h_l, w_l)
@@ -141,13 +139,13 @@ class CFA(nn.Module):
 
     @torch.no_grad()
     def features(self, image):
-        """The frozen part: (B, 3, H, W) -> 3x3 means of each layer's features, [(B, C_l, h_l, w_l)], finest first."""
+        """Return 3x3 means of each layer's frozen features: (B, 3, H, W) -> [(B, C_l, h_l, w_l)], finest first."""
         features = self.backbone(common.normalize(image))
-        return [F.avg_pool2d(features[k], 3, stride=1, padding=1) for k in self.layers]  # zeros at the border count
+        return [F.avg_pool2d(features[k], 3, stride=1, padding=1) for k in self.layers]  # counts the zero padding
 
     @torch.no_grad()
     def fill_memory_bank(self, batches):
-        """C: the untrained descriptor's mean at each position over the `features` of all normal images."""
+        """Set C to the untrained descriptor's mean at each position over the `features` of all normal images."""
         n, mean = 0, 0
         for features in batches:
             phi = self.descriptor(features)
@@ -156,12 +154,12 @@ class CFA(nn.Module):
         self.memory_bank.copy_(mean.flatten(1).T)
 
     def distances(self, features, k):
-        """Squared distances |phi - c|^2 of each patch to its k nearest centres, ascending: (B, P, k)."""
+        """Return squared distances |phi - c|^2 of each patch to its k nearest centres, ascending: (B, P, k)."""
         squared = []
         for patches in self.descriptor(features).flatten(2).mT:  # (P, D): one image at a time, for its P * P distances
             with torch.no_grad():
                 nearest = torch.cdist(patches, self.memory_bank).topk(k, largest=False).indices  # (P, k)
-            # the k distances again, from the differences: cdist rounds as |phi|^2 does, and its gradient takes P * P
+            # computed again from the differences: cdist is less precise, and its gradient takes P * P values
             difference = patches[:, None] - self.memory_bank[nearest]  # (P, k, D)
             squared.append(difference.square().sum(dim=2).sort(dim=1).values)
         return torch.stack(squared)
@@ -178,7 +176,7 @@ class CFA(nn.Module):
         """Anomaly map (B, H, W): smoothed distances to the nearest centre; anomaly score (B,): its maximum."""
         self.eval()
         distance = self.distances(self.features(image), self.neighbors).sqrt()  # (B, P, K); not squared as in the loss
-        patch_score = distance[..., 0] * F.softmin(distance, dim=2)[..., 0]  # lower where several are equally near
+        patch_score = distance[..., 0] * F.softmin(distance, dim=2)[..., 0]  # lower where centres are equally near
         patch_score = patch_score.unflatten(1, self.descriptor.grid)  # (B, P) -> (B, h, w)
         anomaly_map = F.interpolate(patch_score[:, None], image.shape[-2:], mode="bilinear")[:, 0]
         anomaly_map = common.smooth(anomaly_map)

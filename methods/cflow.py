@@ -1,7 +1,7 @@
 """CFLOW-AD (Gudovskiy, Ishizaka, Kozuka, WACV 2022, arXiv:2107.12571).
 
-A normalizing flow for each of three layers of a pretrained CNN learns how likely a feature vector is, given a code of
-its position in the image. Features of lesions are unlikely; the likelihoods of all layers are enlarged to the image
+For each of three layers of a pretrained CNN, a normalizing flow learns how likely a feature vector is, given a code of
+its position in the image. Features of lesions are unlikely. The likelihood maps of all layers are enlarged to the image
 and added.
 
 Settings: thesis, Table 3.3: wide_resnet50_2, Adam with learning rate 1e-4, codes of 128 numbers, clamp 1.9. Where it is
@@ -10,16 +10,16 @@ channels, batches of 32 images, steps of 256 feature vectors, 200 epochs with wa
 to 5 degrees. Trained with wide_resnet50_2: 81,647,616 weights.
 Differences from the paper: 256 pixels on all data.
 Differences from the official code:
-- The likeliest vector of each layer, to which all others are compared, is that of the training images, kept with the
-  weights; there it is that of the whole test set, which no single image can know.
+- All likelihoods are relative to the likeliest vector of their layer in the training images, kept with the weights; the
+  official code takes that of the whole test set, which a single image cannot know.
 - The epoch is chosen on valid, not on test.
-- A step moves the flow of one layer; with the PyTorch of that code Adam's momentum moves the others, too.
-- The CNN pads with zeros, as it was trained; there by reflection.
+- A step updates the flow of one layer; with the official code's PyTorch, Adam's momentum moves the others, too.
+- The CNN pads with zeros, as in its training (official: by reflection).
 - The rotations come from a QR decomposition, as SciPy's draw of 2,048 dimensions is very slow.
 
-Differences from anomalib and BMAD, which made the thesis' row: they compare to the likeliest vector of each batch, so
-that scores of different batches are not comparable; permute channels instead of rotating them; take 64 vectors a step
-(--fiber-batch 64), a constant learning rate (--schedule constant) and images as they are (--augment-degrees 0).
+Differences from anomalib and BMAD's code, which produced the thesis' row: likelihoods relative to the likeliest vector
+of each batch, so that scores of different batches are not comparable; channels permuted, not rotated; 64 vectors per
+step (--fiber-batch 64), a constant learning rate (--schedule constant) and images as they are (--augment-degrees 0).
 
 Cost, measured on one CPU thread: mobilenet_v2 at 128 pixels 50 ms per image in training and 18 ms in testing, 0.9 GiB;
 wide_resnet50_2 at 256 pixels 1.3 s per image in testing. Its rotations take 9 s to draw and 176 MB of the checkpoint.
@@ -46,7 +46,7 @@ LAYERS = {
     "wide_resnet50_2": ["layer2", "layer3", "layer4"],
     "mobilenet_v2": ["features.6", "features.13", "features.17"],  # our choice: no published setting
 }
-CLAMP = 1.9  # alpha, the largest log-scale of a coupling (thesis, Table 3.3)
+CLAMP = 1.9  # alpha, the maximum log-scale of a coupling (thesis, Table 3.3)
 
 
 @dataclass
@@ -62,13 +62,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch (official code); an incomplete last one is left out in training"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -80,11 +80,11 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 200
     """passes over the normal training images (official code: 25 times 8)"""
     lr: Annotated[float, Gt(0)] = 1e-4
@@ -96,21 +96,21 @@ class Args:
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk for the frozen features of the training images; 0: computed again each epoch"""
+    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
     blocks: Annotated[int, Ge(1)] = 8
     """coupling blocks of each flow (official code)"""
     condition: Annotated[int, Ge(4)] = 128
-    """numbers that encode a position, a multiple of 4 (thesis, Table 3.3)"""
+    """length of the code of a position, a multiple of 4 (thesis, Table 3.3)"""
     fiber_batch: Annotated[int, Ge(1)] = 256
-    """feature vectors of one layer a training step (official code)"""
+    """feature vectors, all of one layer, per training step (official code)"""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """learning rate: warm-up and cosine (official code) or constant (anomalib, BMAD)"""
+    """of the learning rate: cosine with warm-up (official code), or constant (anomalib, BMAD's code)"""
     augment_degrees: Annotated[float, Interval(ge=0, le=180)] = 5
     """maximum rotation of a training image in degrees (official code); 0 switches it off"""
 
 
 def positional_code(dim, h, w):
-    """(h*w, dim): sine and cosine of the column, then of the row, at dim / 4 wavelengths from 2 pi to 2 pi 10,000."""
+    """Return (h*w, dim): sine and cosine of column, then row, at dim / 4 wavelengths from 2 pi to 2 pi 10,000."""
     frequency = 10000 ** (-torch.arange(0, dim // 2, 2) / (dim // 2))  # (dim / 4,)
     row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     angles = [position.flatten()[:, None] * frequency for position in (column, row)]  # (h*w, dim / 4) each
@@ -131,7 +131,7 @@ class CouplingBlock(nn.Module):
         self.register_buffer("rotation", q * r.diagonal().sign())  # uniform over all orthogonal matrices
 
     def forward(self, x, code):
-        """x (..., C) and its code (..., D) -> y (..., C) and log |det dy/dx| (...)."""
+        """x (..., C), its positions' code (..., D) -> y (..., C), log |det dy/dx| (...)."""
         x1, x2 = x.split(self.split, dim=-1)
         log_scale, shift = (0.1 * self.subnet(torch.cat([x1, code], dim=-1))).chunk(2, dim=-1)
         log_scale = CLAMP * torch.tanh(log_scale)
@@ -152,7 +152,7 @@ class Flow(nn.ModuleList):
         return x, log_det
 
     def log_likelihood(self, x, code):
-        """log p(x | code) / C of feature vectors x (..., C): that of z under N(0, I), plus log |det dz/dx|."""
+        """Return log p(x | code) / C for x (..., C): log-density of z under N(0, I), plus log |det dz/dx|."""
         z, log_det = self(x, code)
         channels = x.shape[-1]
         return (log_det - z.square().sum(-1) / 2) / channels - math.log(2 * math.pi) / 2
@@ -165,8 +165,8 @@ class CFlow(nn.Module):
         super().__init__()
         if backbone not in LAYERS:
             raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
-        if condition < 4 or condition % 4 or blocks < 1:
-            raise common.Error(f"--condition {condition} --blocks {blocks}: a multiple of 4, and at least one block")
+        if condition % 4:
+            raise common.Error(f"--condition {condition}: give a multiple of 4")
         self.backbone = common.feature_extractor(backbone, LAYERS[backbone], weights)
         self.layers = LAYERS[backbone]
         shapes = [f.shape[1:] for f in self.backbone(torch.zeros(1, 3, image_size, image_size)).values()]
@@ -174,21 +174,21 @@ class CFlow(nn.Module):
         for l, grid in enumerate(self.grids):
             self.register_buffer(f"code{l}", positional_code(condition, *grid), persistent=False)  # (P_l, D)
         self.flows = nn.ModuleList(Flow(c, condition, blocks) for c, _, _ in shapes)
-        self.register_buffer("likeliest", torch.zeros(len(shapes)))  # largest log-likelihood of the training images
+        self.register_buffer("likeliest", torch.zeros(len(shapes)))  # maximum log-likelihood on the training images
 
     @torch.no_grad()
     def features(self, image):
-        """The frozen part: (B, 3, H, W) -> feature vectors of each layer, [(B, P_l, C_l)]."""
+        """Return each layer's frozen features: (B, 3, H, W) -> [(B, P_l, C_l)]."""
         maps = self.backbone(common.normalize(image))
         return [maps[k].flatten(2).mT.contiguous() for k in self.layers]
 
     def with_codes(self, features):
-        """For each layer the vectors of all images (B*P_l, C_l) and their positional codes (B*P_l, D)."""
+        """Yield, for each layer, the vectors of all images (B*P_l, C_l) and their positional codes (B*P_l, D)."""
         for l, x in enumerate(features):
             yield x.flatten(0, 1), self.get_buffer(f"code{l}").repeat(len(x), 1)
 
     def fiber_batches(self, features, size):
-        """Yield (l, x, code): `size` random feature vectors of layer l and their codes, until all are used up."""
+        """Yield (l, x, code): `size` random feature vectors of layer l and their codes, until all are used."""
         for l, (x, code) in enumerate(self.with_codes(features)):
             shuffled = torch.randperm(len(x)).to(x.device)
             whole = len(x) // size * size  # the rest is left out
@@ -196,14 +196,13 @@ class CFlow(nn.Module):
                 yield l, x[rows], code[rows]
 
     def log_likelihoods(self, features):
-        """[(B, P_l)], of each layer."""
+        """Return the log-likelihoods of all positions, a (B, P_l) for each layer."""
         return [flow.log_likelihood(x, code).view(len(features[0]), -1)
                 for flow, (x, code) in zip(self.flows, self.with_codes(features), strict=True)]
 
     @torch.inference_mode()
     def find_likeliest(self, batches):
-        """Set what `predict` compares to, from batches of the `features` of all training images; to be called when the
-        flows have changed."""
+        """Set `likeliest` from batches of the `features` of all training images, after each change of the flows."""
         self.likeliest.fill_(-torch.inf)
         for features in batches:
             largest = torch.stack([log_p.max() for log_p in self.log_likelihoods(features)])
@@ -211,8 +210,7 @@ class CFlow(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): sum over layers of 1 - likelihood, relative to the largest in training; anomaly score
-        (B,): its maximum."""
+        """Anomaly map (B, H, W): sum over layers of 1 - likelihood relative to `likeliest`; score (B,): its maximum."""
         self.eval()
         anomaly_map = torch.zeros_like(image[:, :1])  # (B, 1, H, W)
         for l, log_p in enumerate(self.log_likelihoods(self.features(image))):
@@ -227,12 +225,12 @@ def build_model(args):
 
 
 def learning_rate(lr, step, steps):
-    """At batch `step` of `steps`: a cosine in 25 stairs from lr to lr / 1,000, the first two a ramp from lr / 10."""
-    def cosine(stair):
-        return lr / 1000 + (lr - lr / 1000) * (1 + math.cos(math.pi * stair / 25)) / 2
+    """Return the rate at `step` of `steps`: a cosine in 25 stages from lr to lr / 1,000 after a ramp from lr / 10."""
+    def cosine(stage):
+        return lr / 1000 + (lr - lr / 1000) * (1 + math.cos(math.pi * stage / 25)) / 2
 
-    stair = 25 * step // steps
-    return cosine(stair) if stair >= 2 else lr / 10 + (cosine(2) - lr / 10) * 25 * step / (2 * steps)
+    stage = 25 * step // steps
+    return cosine(stage) if stage >= 2 else lr / 10 + (cosine(2) - lr / 10) * 25 * step / (2 * steps)
 
 
 if __name__ == "__main__":
@@ -249,7 +247,7 @@ if __name__ == "__main__":
         for epoch in run.epochs(model, optimizer):
             losses, order = [], dict(shuffle=(args.seed, epoch), drop_last=True)
             batches = frozen.batches(args.batch_size, **order)
-            if args.augment_degrees:  # other images each epoch
+            if args.augment_degrees:  # the images differ in each epoch: no cached features
                 images = train.batches(args.batch_size, run.device, **order)
                 batches = (model.features(torch.stack([rotate(x) for x in image])) for image in images)
             for step, features in enumerate(batches, (epoch - 1) * per_epoch):

@@ -1,8 +1,9 @@
 """clip_recon (Bao, MSc thesis, University of Alberta 2024, chapter 4: language-enhanced reconstruction with CLIP).
 
-CLIP's image encoder describes each patch of an image at four depths. Learned "blank" words, a set for each patch
-location, plus what an adapter extracts from the image there, must reproduce it through CLIP's text encoder. Both
-encoders stay frozen; words and adapter are trained on normal images. Where the two disagree, a patch is anomalous.
+CLIP's image encoder describes each patch of an image at four depths. Learned "blank" words, one set per patch location,
+plus what an adapter extracts from the image at that location, must reproduce these descriptions through CLIP's text
+encoder. Both encoders stay frozen; words and adapter are trained on normal images. A patch is anomalous where the two
+encoders disagree.
 
     image -> augmentation -> image encoder -> features f^1 ... f^4 -------------> M^k = 1 - cos(f^k, p^k)
                                                              | adapter: pi_i         ^
@@ -13,37 +14,32 @@ Eq. 4.3:      M_i^k = 1 - cos(f_i^k, p_i^k)     Eq. 4.5: loss = sum over k of th
 The map is S = sum over k of Psi(M^k); Psi enlarges bilinearly. Eq. 4.7 to 4.9 are the augmentation.
 
 Settings: thesis, 4.3.3; there is no public code. Where it says nothing, the text side follows CoCoOp (Zhou et al., CVPR
-2022, arXiv:2203.05557), whose conditional prompt this is, for a patch instead of an image; map and loss follow RD4AD
-(arXiv:2201.10703). Two things are AnoVL's (Deng et al., 2023, arXiv:2308.15939): blocks 3, 6, 9, 12, and CLIP's own
-last norm and projection on each. (AnoVL also changes the attention, smooths, and reads block 12 only for its map.)
-Decisions where the thesis leaves room, with a flag where another reading is as likely:
-- "Layers 1, 2, 3, 4" are quarters of both encoders (`--blocks first`: blocks 1 to 4; the adapter still reads the last).
-- Nothing is trained on the image side: there it would collapse, both sides agreeing on a constant.
-- pi_i is added to each of the 16 words, Eq. 4.2 (`--join append`: it is word M + 1; 4.2.1 says "appended").
+2022, arXiv:2203.05557), which conditions its prompt on the image as this method does on the patch; map and loss follow
+RD4AD (arXiv:2201.10703). Two things are AnoVL's (Deng et al., 2023, arXiv:2308.15939): blocks 3, 6, 9, 12, and CLIP's
+own last norm and projection on each.
+Decisions where the thesis leaves room, with a flag for other likely readings (also --blocks, --join, --smooth-sigma):
+- The image side is not trained: it would collapse, with both sides agreeing on a constant.
 - The text is read at EOT, after SOS and the words, as in CoOp's code (`--frame bare`: at the last word). It is not
-  padded to 77 tokens: attention is causal, so that later tokens change nothing.
-- 1 - cos is minimised (the text says the similarity is), at each position (`--loss layer`: a layer is one long vector,
-  as in RD4AD's code). Eq. 4.4's sum over channels is left out: the cosine has summed over them already.
-- The map is not smoothed (`--smooth-sigma 4`: as RD4AD's).
+  padded to 77 tokens: attention is causal, so later tokens change nothing.
+- 1 - cos is minimised (the text says the similarity is), at each position (`--loss layer`: over each layer as one long
+  vector, as in RD4AD's code). Eq. 4.4's sum over channels is left out: the cosine already sums over them.
 - The "augmentation" (4.2.3) is part of the method: not random, in training and in testing. Its sum of two images is
   halved, to stay in [0, 1] (`--da-sum saturate`: cut off at 1).
 - Figure 4.7 is a picture; we read its combinations as follows: `--modules prompts` has no adapter, pi = 0. `--modules
-  adapter` keeps the words as they are drawn: Eq. 4.2 always has a T_i, and 4.2.1 calls the prompt blank, not absent.
+  adapter` keeps the initial words: Eq. 4.2 always has a T_i, and 4.2.1 calls the prompt blank, not absent.
 - The thesis does not say how a ResNet replaces CLIP's image encoder (its Figure 4.8). Ours: stages are pooled to the
-  ViT's grid, normalised over channels and brought to the text's width by a frozen orthonormal map. A learned map
-  against frozen targets is as likely.
+  ViT's grid, normalised over channels and projected to the text's width by a frozen orthonormal matrix. A learned
+  projection against frozen targets is as likely.
 - Batches of 8, AdamW's defaults, no schedule; the epoch is chosen on valid, as in chapter 3.
 - CLIP was trained at 240 pixels: its positions are interpolated to 256 as open_clip does it.
 
-On a GPU both encoders and the adapter run in bfloat16; cosines, loss and updates stay in float32.
+On a GPU both encoders and the adapter run in bfloat16; cosines, loss and updates stay in float32. The published adapter
+is narrow, with 16 times fewer hidden units than inputs: pi_i may vary too little between images, and p^k is then the
+same for all of them (`--adapter-reduction 0.25`: four times more units than inputs; figures: tests/README.md).
 
-The published adapter is narrow, with 16 times fewer hidden units than inputs: pi_i may vary too little between images,
-and p^k is then the same for all of them. `--adapter-reduction 0.25` gives it four times more units than inputs
-(figures: tests/README.md).
-
-Trained parameters: words 2,621,440, adapter 51,880.
-Cost, measured, of the default on one CPU thread: 17 s to train on an image (image encoder 0.9 s, text encoder 8.0 s,
-its backward pass 7.9 s) and 8 s to score one; 1.8 GiB, and more for each image of a training batch.
+Trained parameters: words 2,621,440, adapter 51,880. Cost, measured, of the default on one CPU thread: 17 s to train on
+an image (image encoder 0.9 s, text encoder 8.0 s, its backward pass 7.9 s), 8 s to score one; 1.8 GiB, and more for
+each image of a training batch.
 """
 
 import sys
@@ -81,13 +77,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (thesis, 4.3.3)"""
+    """images are resized to this width and height in pixels (thesis, 4.3.3)"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images per batch (the thesis is silent); each takes 1.3 GiB of a CPU's memory in training"""
+    """images per batch (our choice: the thesis is silent); in training each takes 1.3 GiB of memory on a CPU"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -99,11 +95,11 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 400
     """passes over the normal training images (thesis, 4.3.3)"""
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -113,42 +109,43 @@ class Args:
     model: str = "ViT-B-16-plus-240"
     """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
-    """of CLIP: a published TAG of open_clip, none (untrained), auto (laion400m_e32, else none), or a FILE"""
+    """weights of CLIP: a TAG published by open_clip, none (untrained), auto (laion400m_e32, else none), or a FILE"""
     backbone: str = "clip"
     """image encoder: clip (CLIP's own), resnet18, resnet50 (thesis, Table 4.1), mobilenet_v2"""
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk for the frozen features of the training images; 0: computed again each epoch"""
+    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
     prompt_tokens: Annotated[int, Interval(ge=1, le=75)] = 16
-    """M, learned words at each patch location (thesis, 4.3.3)"""
+    """M, number of learned words at each patch location (thesis, 4.3.3)"""
     layers: Annotated[tuple[int, ...], Interval(ge=1, le=4)] = (1, 2, 3, 4)
     """stages whose distances are summed (thesis, 4.3.4)"""
     blocks: Literal["stages", "first"] = "stages"
-    """what layers 1 to 4 are: quarters of the encoders (of 12 blocks 3, 6, 9 and 12), or their first four blocks"""
+    """what layers 1 to 4 are: stages: the ends of both encoders' quarters (blocks 3, 6, 9, 12 of 12); first: the first
+    four blocks, where the adapter still reads the last one"""
     frame: Literal["sos-eot", "bare"] = "sos-eot"
-    """words between CLIP's start and end tokens, read at the end (CoOp's code), or bare, read at the last word"""
+    """sos-eot: words between CLIP's start and end tokens, read at the end (CoOp's code); bare: read at the last word"""
     join: Literal["add", "append"] = "add"
-    """pi is added to each word (Eq. 4.2), or appended to them as one more word (4.2.1)"""
+    """add: pi is added to each word (Eq. 4.2); append: pi is one more word, after the others (4.2.1)"""
     modules: Literal["both", "prompts", "adapter"] = "both"
-    """what is trained (thesis, Figure 4.7): prompts: there is no adapter; adapter: the words stay as they start"""
+    """parts to train (thesis, Figure 4.7): prompts: without an adapter; adapter: the words keep their initial values"""
     loss: Literal["position", "layer"] = "position"
-    """1 - cos at each position, averaged (Eq. 4.5), or of a layer flattened to one vector (RD4AD's code)"""
+    """position: 1 - cos averaged over positions (Eq. 4.5); layer: of each layer as one long vector (RD4AD's code)"""
     adapter_reduction: Annotated[float, Gt(0)] = 16
     """the adapter's hidden layer is this many times narrower than its input (thesis, 4.2.2); 0.25: four times wider"""
     da_levels: Annotated[int, Ge(0)] = 3
     """K, pyramid levels of the augmentation (our choice: the thesis is silent); 0 switches it off"""
     da_sum: Literal["half", "saturate"] = "half"
-    """sum of the image I and its low frequencies S: (I + S) / 2, or min(I + S, 1)"""
+    """sum of the image I and its low frequencies S; half: (I + S) / 2; saturate: min(I + S, 1)"""
     smooth_sigma: Annotated[int, Ge(0)] = 0
-    """of the Gaussian filter on the map, in pixels; 0: none; 4: RD4AD's"""
+    """standard deviation of the map's Gaussian filter in pixels; 0: no filter; 4: as in RD4AD"""
     patches_per_step: Annotated[int, Ge(1)] = 256
-    """locations a training step, drawn at random; 256 are all of them at 256 pixels"""
+    """patch locations per training step, drawn at random; at 256 pixels 256 are all of them"""
 
 
 # ------------------------------------------------------------------------------------------------- model (thesis 4.2.2)
 class ClipRecon(nn.Module):
-    """P patch locations, M words each; D is the width of CLIP's joint space, W that of its text encoder."""
+    """P patch locations, M words each; D: width of CLIP's joint space, W: of its text encoder."""
 
     def __init__(self, args):
         super().__init__()
@@ -159,9 +156,9 @@ class ClipRecon(nn.Module):
         if args.blocks == "stages":
             self.image_blocks, text_blocks = ([ceil(k * d / 4) for k in (1, 2, 3, 4)] for d in (depth, text_depth))
         else:
-            self.image_blocks, text_blocks = sorted({1, 2, 3, 4, depth}), [1, 2, 3, 4]  # the last one for the adapter
+            self.image_blocks, text_blocks = sorted({1, 2, 3, 4, depth}), [1, 2, 3, 4]  # the last one: for the adapter
         self.text_blocks = [text_blocks[k - 1] for k in self.layers]
-        # of CLIP's 49,408 token embeddings two are used: the others, 126 MB, are dropped
+        # only two of CLIP's 49,408 token embeddings are used: the others, 126 MB, are dropped
         clip.token_embedding = nn.Embedding.from_pretrained(clip.token_embedding.weight[[SOS, EOT]].clone()).eval()
         self.cnn_encoder = None
         if args.backbone != "clip":
@@ -177,14 +174,14 @@ class ClipRecon(nn.Module):
 
     @torch.no_grad()
     def image_features(self, image):
-        """f^1 to f^4 of all four layers and, as last entry, f^last: [(B, P, D)]; constants of the image."""
+        """Return f^1 to f^4 of all four layers and, as last entry, f^last: [(B, P, D)]; frozen."""
         if self.args.da_levels:
             image = enhance(image, self.args.da_levels, self.args.da_sum)
         with torch.autocast("cuda", torch.bfloat16, enabled=image.is_cuda):
             return self.cnn_encoder(image) if self.cnn_encoder else image_features(self.clip, image, self.image_blocks)
 
     def words(self, last, prompts):
-        """The text encoder's input for each image and location (Eq. 4.2), (B, P, tokens, W); B is 1 if no adapter."""
+        """Return the text encoder's input (B, P, tokens, W), Eq. 4.2; B is 1 without an adapter."""
         words = prompts[None]  # (1, P, M, W)
         if self.adapter:
             pi = self.adapter(F.normalize(last.float(), dim=-1))[:, :, None]  # h(f^last): (B, P, D) -> (B, P, 1, W)
@@ -196,13 +193,13 @@ class ClipRecon(nn.Module):
         return words
 
     def distances(self, features, where=slice(None), whole=False):
-        """M^k (Eq. 4.3) from `image_features`, for each layer a (B, P), in [0, 2]; where: at these locations only.
+        """Return M^k (Eq. 4.3), a (B, P) in [0, 2] for each layer, from `image_features`; where: only these locations.
 
-        whole: 1 - cos of the layer as one vector of all its positions instead, a (B,) each."""
+        whole: 1 - cos of each layer as one vector over all its positions instead, a (B,) each."""
         features = [f[:, where] for f in features]
         with torch.autocast("cuda", torch.bfloat16, enabled=self.prompts.is_cuda):
             words = self.words(features[-1], self.prompts[where])
-            # no torch.no_grad here: the gradient of the words passes through the frozen encoder
+            # no torch.no_grad: the words' gradient passes through the frozen encoder
             texts = text_features(self.clip, words.flatten(0, 1), self.text_blocks)
         pairs = [(features[k - 1].float(), p.float().unflatten(0, words.shape[:2]))  # f^k, p^k: (B, P, D)
                  for k, p in zip(self.layers, texts, strict=True)]
@@ -215,7 +212,7 @@ class ClipRecon(nn.Module):
         """Anomaly map (B, H, W): S, the sum of all M^k enlarged; anomaly score (B,): its maximum."""
         self.eval()
         total = sum(self.distances(self.image_features(image))).unflatten(1, self.grid)  # sum first: Psi is linear
-        # corners not aligned, unlike RD4AD: a patch's value belongs to its middle
+        # corners not aligned, unlike RD4AD: a patch's value belongs to its centre
         anomaly_map = F.interpolate(total[:, None], image.shape[-2:], mode="bilinear")[:, 0]
         if self.args.smooth_sigma:
             anomaly_map = common.smooth(anomaly_map, self.args.smooth_sigma)
@@ -224,8 +221,8 @@ class ClipRecon(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ frozen encoders
 def text_features(clip, tokens, blocks):
-    """Run embedded texts (n, tokens, W) through the text encoder; the last token after each of `blocks` (from 1 on),
-    in CLIP's joint space: [(n, D)]."""
+    """Run embedded texts (n, tokens, W) through the text encoder; return the last token after each of `blocks` (counted
+    from 1) in CLIP's joint space: [(n, D)]."""
     x = tokens + clip.positional_embedding[: tokens.shape[1]]
     mask = clip.attn_mask[: tokens.shape[1], : tokens.shape[1]]  # causal
     features = []
@@ -237,7 +234,7 @@ def text_features(clip, tokens, blocks):
 
 
 def image_features(clip, image, blocks):
-    """Patches after each of `blocks` of the image encoder, in CLIP's joint space, no class token: [(B, P, D)]."""
+    """Return the patch tokens after each of the image encoder's `blocks`, in CLIP's joint space: [(B, P, D)]."""
     features = clip.visual.forward_intermediates(
         common.normalize(image, clip.mean, clip.std), indices=[b - 1 for b in blocks], output_fmt="NLC",
         normalize_intermediates=True, intermediates_only=True)["image_intermediates"]  # the norm is ln_post
@@ -245,13 +242,13 @@ def image_features(clip, image, blocks):
 
 
 class CNNEncoder(nn.Module):
-    """A frozen CNN in place of CLIP's image encoder: four stages on one grid, (B, P, D) each."""
+    """A frozen CNN instead of CLIP's image encoder: four stages on one grid, (B, P, D) each."""
 
     def __init__(self, backbone, weights, grid, width):
         super().__init__()
         self.grid = grid
         self.cnn = common.feature_extractor(backbone, STAGES[backbone], weights)
-        generator = torch.Generator().manual_seed(0)  # part of the architecture: the same for all seeds
+        generator = torch.Generator().manual_seed(0)  # part of the architecture: the same for all runs
         for s, feature in enumerate(self.cnn(torch.zeros(1, 3, 64, 64)).values()):
             c = feature.shape[1]
             q = torch.linalg.qr(torch.randn(max(c, width), min(c, width), generator=generator)).Q
@@ -265,7 +262,7 @@ class CNNEncoder(nn.Module):
             else:
                 feature = F.interpolate(feature, self.grid, mode="bilinear")
             patches = feature.flatten(2).mT  # (B, P, C)
-            # centred, since the cosines of features after a ReLU are all positive
+            # centred, since all cosines of features after a ReLU are positive
             features.append(F.layer_norm(patches, patches.shape[-1:]) @ self.get_buffer(f"map{s}"))
         return features
 
@@ -283,17 +280,16 @@ def down(image):
 
 
 def up(image, size):
-    """F_up of Eq. 4.8: put zeros between the pixels and blur with four times the kernel; OpenCV's pyrUp.
-
-    Beyond the border: reflected on top and left, repeated on bottom and right, as OpenCV has it."""
+    """F_up of Eq. 4.8: insert zeros between the pixels and blur with four times the kernel; OpenCV's pyrUp, including
+    its padding, reflected at the top and left, replicated at the bottom and right."""
     c = image.shape[1]
     image = F.pad(F.pad(image, (1, 0, 1, 0), "reflect"), (0, 1, 0, 1), "replicate")
     image = F.conv_transpose2d(image, 4 * binomial(c, image.device), stride=2, groups=c)
-    return image[:, :, 4 : 4 + size[0], 4 : 4 + size[1]]  # off the padding and the kernel's overhang
+    return image[:, :, 4 : 4 + size[0], 4 : 4 + size[1]]  # crops the padding and the kernel's overhang
 
 
 def enhance(image, levels, how="half"):
-    """The image plus its blurred copy (Eq. 4.9: "residual" S_K), in [0, 1] as the image is: (B, 3, H, W)."""
+    """Add the blurred copy (Eq. 4.9: "residual" S_K) to the image (B, 3, H, W); the result stays in [0, 1]."""
     low, sizes = image, []
     for _ in range(levels):
         sizes.append(low.shape[-2:])
@@ -331,7 +327,7 @@ if __name__ == "__main__":
             for features in frozen.batches(args.batch_size, shuffle=(args.seed, epoch)):
                 where = torch.randperm(len(model.prompts))[: args.patches_per_step].to(run.device)
                 distances = model.distances(features, where, whole=args.loss == "layer")
-                loss = sum(d.mean() for d in distances)  # Eq. 4.5: all layers weigh the same
+                loss = sum(d.mean() for d in distances)  # Eq. 4.5: all layers have the same weight
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -1,20 +1,19 @@
 """CLIP, zero-shot (Radford et al., ICML 2021, arXiv:2103.00020), a row of the thesis' Tables 4.1 to 4.4.
 
-A sentence per class: an image is anomalous if its feature is nearer to that of "{m} of an abnormal {o}" than to that of
-"{m} of a normal {o}". The map asks the same of each patch. Nothing is trained, nothing is random.
+One sentence per class: an image is anomalous if its feature is closer to that of "{m} of an abnormal {o}" than to that
+of "{m} of a normal {o}" (m: kind of image, o: organ). The map asks the same of each patch. Nothing is trained, nothing
+is random.
 
-Settings: the thesis gives no sentences, sizes or model for its row, and does not say where its deviations come from.
-The model is WinCLIP's, so that the two rows differ by method alone; the temperature is trained CLIP's own.
+Settings: the thesis gives no sentences, sizes or model for its row, and does not say where its standard deviations come
+from. The model is WinCLIP's, so that the two rows differ by method alone; the temperature is that of trained CLIP.
 Differences from the paper: it has no map. Ours puts the last block's patches through the class token's norm and
-projection, as AnoVL and VAND do before they train or change anything.
+projection, as AnoVL and VAND do before they train or change anything. `--prompts ensemble` averages WinCLIP's medical
+sentences for each class.
 Note: CLIP was trained through its class token only, and its patches often answer the opposite of the text. A pixel
 AUROC below 0.5 is then a property of plain CLIP, not an error; attention from values to values (MaskCLIP, CLIP Surgery,
-AnoVL) corrects it, and is another method. Scores are never inverted here.
-`--prompts ensemble` takes the mean of WinCLIP's medical sentences for each class. By default they speak of normal and
-abnormal only; `--findings named` adds what may be found (tumor, drusen), which is knowledge of the test classes.
-results.json says under `notes` what was used.
+AnoVL) corrects it, but is another method. Scores are never inverted here.
 
-Cost, measured, of the default on one CPU thread: 3 s to begin with, 0.7 s per image; 1.8 GiB for batches of eight.
+Cost, measured, of the default on one CPU thread: 3 s for the sentences, 0.7 s per image; 1.8 GiB for batches of eight.
 """
 
 import re
@@ -47,13 +46,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch; changes nothing but speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -65,49 +64,48 @@ class Args:
     predict: str | None = None
     """score this image, folder of images, NIfTI volume, DICOM series or folder of scans; zero-shot or --checkpoint"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     model: str = "ViT-B-16-plus-240"
     """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
-    """of CLIP: a published TAG of open_clip, none (untrained), auto (laion400m_e32, else none), or a FILE"""
+    """weights of CLIP: a TAG published by open_clip, none (untrained), auto (laion400m_e32, else none), or a FILE"""
     clip_size: Annotated[int, Ge(16)] = 240
-    """images are resized once more, to this many pixels squared, for CLIP: 240 are its own 15 x 15 patches"""
+    """width and height in pixels to which images are resized again for CLIP; 240: the model's own 15 x 15 patches"""
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
-    """what the sentences speak of (WORDS); auto: the benchmark of --data, generic for other folders"""
+    """what the sentences are about (see WORDS); auto: the benchmark of --data, generic for other folders"""
     prompts: Literal["plain", "ensemble"] = "plain"
     """one sentence per class, or the mean of many"""
     organ: str | None = None
-    """what the images show, in your own words, such as "knee": in place of the organ of WORDS"""
+    """what the images show, in your own words, such as "knee", instead of the organ in WORDS"""
     findings: str = "none"
-    """none: the ensemble speaks of normal and abnormal only; named: it names the findings of WORDS; or your own,
-    separated by commas; plain sentences never name any"""
+    """none: ensemble sentences only mention normal and abnormal; named: they name the findings in WORDS, such as tumor
+    or drusen (knowledge of the disease); or your own findings, separated by commas. Plain sentences never name any"""
     sentences: str | None = None
-    """in place of all these: a text FILE with a sentence a line, after "normal:" or "anomalous:\""""
+    """instead of all these: a text FILE with one sentence per line, after "normal:" or "anomalous:\""""
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
 class ZeroShot(nn.Module):
-    """P = h * w patches; D CLIP's joint width, W that of its image encoder."""
+    """P = h * w patches; D: width of CLIP's joint space, W: of its image encoder."""
 
     def __init__(self, args):
         super().__init__()
         self.clip, self.size = common.load_clip(args.model, args.clip_weights, args.clip_size), args.clip_size
-        self.register_buffer("text", torch.zeros(2, self.clip.visual.output_dim))  # of the normal, the anomalous class
+        self.register_buffer("text", torch.zeros(2, self.clip.visual.output_dim))  # normal and anomalous class
 
     @torch.inference_mode()
     def set_classes(self, classes):
-        """Take the text features of `sentences`: sentences of a state, then states of a class weigh the same."""
+        """Set the text features from `sentences`: averaged over a state's sentences, then over a class' states."""
         for i, states in enumerate(classes):
             means = [encode_text(self.clip, texts).mean(dim=0) for texts in states]  # (D,) each
             self.text[i] = F.normalize(torch.stack(means).mean(dim=0), dim=0)
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W), anomaly score (B,): the anomalous class' part of the softmax, in [0, 1]."""
+        """Anomaly map (B, H, W), anomaly score (B,): the anomalous class' softmax probability."""
         self.eval()
         encoder, small = self.clip.visual, image
         if image.shape[-1] != self.size:
@@ -119,11 +117,11 @@ class ZeroShot(nn.Module):
         feature = F.normalize(tokens @ encoder.proj, dim=-1)  # (B, 1 + P, D)
         score = (feature @ self.text.T / TAU).softmax(dim=-1)[..., 1]  # (B, 1 + P, 2) -> (B, 1 + P)
         anomaly_map = score[:, 1:].unflatten(1, encoder.grid_size)[:, None]  # (B, 1, h, w)
-        return F.interpolate(anomaly_map, image.shape[-2:], mode="bilinear")[:, 0], score[:, 0]  # 0: the class token
+        return F.interpolate(anomaly_map, image.shape[-2:], mode="bilinear")[:, 0], score[:, 0]  # the class token's
 
 
 def encode_text(clip, sentences):
-    """Features of unit length, (n, D)."""
+    """Return features of unit length, (n, D)."""
     import open_clip  # here: its import takes a second, also for --help
 
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)
@@ -135,7 +133,7 @@ def build_model(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences
-# What the sentences speak of, our own words: the kind of image, the organ's names, what may be found there.
+# What the sentences are about, in our own words: kind of image, names of the organ, possible findings.
 WORDS = {
     "brain": ("axial FLAIR MRI slice", ["brain", "head"], ["tumor", "glioma", "edema", "lesion", "mass"]),
     "liver": ("axial abdominal CT slice", ["liver", "liver parenchyma"],
@@ -162,13 +160,13 @@ TEMPLATES = ["{m} of the {s}", "a {m} of a {s}", "an image of the {s}", "a medic
 
 
 def benchmark_words(data):
-    """The row of WORDS for --data: that of a benchmark or of a folder with its name, else generic."""
+    """Return the key of WORDS for --data: a benchmark or a folder with its name, else generic."""
     name = Path(data).resolve().name.lower()
     return next((key for key, folders in common.NAMES.items() if name in folders), "generic")
 
 
 def own_sentences(file):
-    """As `sentences`, from a text file: the sentences of a class are one state."""
+    """Read `sentences` from a text file; each class has a single state."""
     try:
         lines = [line.partition(":") for line in Path(file).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
@@ -180,7 +178,7 @@ def own_sentences(file):
 
 
 def sentences(words, prompts, findings, organ=None):
-    """For the normal and for the anomalous class: a list of states, each a list of sentences."""
+    """Return, for the normal and the anomalous class, a list of states, each a list of sentences."""
     modality, organs, names = WORDS[words]
     organs = [organ] if organ else organs
     names = names if findings in ("none", "named") else [name.strip() for name in findings.split(",")]
@@ -204,9 +202,7 @@ if __name__ == "__main__":
         words = benchmark_words(args.predict or args.data) if args.words == "auto" else args.words
         classes = own_sentences(args.sentences) if args.sentences else sentences(
             words, args.prompts, args.findings, args.organ)
-        run.notes = dict(words=words, prompts=args.prompts,
-                         findings=args.findings if args.prompts == "ensemble" else "none",
-                         sentences=[sum(map(len, states)) for states in classes])
+        run.notes = dict(words=words, sentences=[sum(map(len, states)) for states in classes])
         print("sentences:", run.notes, flush=True)
         model.set_classes(classes)
         run.keep(model)

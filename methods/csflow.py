@@ -1,24 +1,25 @@
 """CS-Flow (Rudolph, Wehrbein, Rosenhahn, Wandt, WACV 2022, arXiv:2110.02855).
 
-A normalizing flow maps the deep features of a normal image, taken at three sizes of it, to standard normal noise;
-features that are unlike the normal ones end far from the origin. In its coupling blocks one half of the channels
-scales and shifts the other, after neighbouring scales have exchanged information:
+A normalizing flow maps the deep features of normal images, taken at three scales, to standard normal noise; features
+unlike the normal ones end up far from the origin. In each coupling block, one half of the channels scales and shifts
+the other, after neighbouring scales have exchanged information:
 
     image      -> CNN -> x_0 -> conv -> y_0 -> conv(y_0) + up(y_1)                up: enlarged by 2, then convolved
     image, 1/2 -> CNN -> x_1 -> conv -> y_1 -> conv(y_1) + up(y_2) + down(y_0)    down: convolved with stride 2
     image, 1/4 -> CNN -> x_2 -> conv -> y_2 -> conv(y_2) + down(y_1)
 
-Settings: thesis, Table 3.3 (clamp 3, gradients clamped to 1, Adam 2e-4 with decay 1e-5); else the official code
+Settings: thesis, Table 3.3 (clamp 3, gradients clamped to 1, Adam 2e-4 with decay 1e-5); otherwise the official code
 (marco-rudolph/cs-flow), but batches of 64, 300 epochs and 256 pixels as in BMAD's code (official: 16, 240, 768).
-Differences from the official code: torchvision's EfficientNet-B5, of the same weights as efficientnet_pytorch's but
-symmetric padding; the epoch is chosen on valid (there the last). The map is the official one, 8x8 at 256 pixels.
-Differences from anomalib 2.7: its loss multiplies the log-determinant by the batch size, betas are (0.5, 0.9), one
-permutation serves all scales, the map is the product of three scales.
+Differences from the official code: torchvision's EfficientNet-B5, with the weights of efficientnet_pytorch's but
+symmetric padding; the epoch is chosen on valid (official: the last). The map is the official one, 8x8 at 256 pixels.
+Differences from anomalib 2.7: its loss multiplies the log-determinant by the batch size, its betas are (0.5, 0.9), one
+permutation serves all scales, and its map is the product of three scales.
 
-Parameters: 275,227,288 in the flow (mobilenet_v2: 289,711,640). Cached features: 0.1 MB an image of 256 pixels.
-It starts slowly (gamma is 0, Adam's eps large): the first 100 steps at 2e-4 hardly change a score.
-Cost, measured on one busy CPU thread: 200 images of 128 pixels, mobilenet_v2, --hidden 256, batches of 8: 27 s an
-epoch, 49 ms per image to score, 2.2 GiB. With 1,024, a step of 8 images of 256 pixels: 8 s; flow and Adam: 4.4 GB.
+Parameters: 275,227,288 in the flow (mobilenet_v2: 289,711,640). Cached features: 0.1 MB per image of 256 pixels.
+Training starts slowly (gamma is 0, Adam's eps large): the first 100 steps at 2e-4 hardly change a score.
+Cost, measured on one busy CPU thread: 200 images of 128 pixels, mobilenet_v2, --hidden 256, batches of 8: 27 s per
+epoch, 49 ms per image to score, 2.2 GiB. With --hidden 1024, a step of 8 images of 256 pixels: 8 s; flow and Adam: 4.4
+GB.
 """
 
 import sys
@@ -57,13 +58,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared, a multiple of 128 (BMAD's code)"""
+    """images are resized to this width and height in pixels, a multiple of 128 (BMAD's code)"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch (BMAD's code)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -75,11 +76,11 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 300
     """passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 2e-4
@@ -91,14 +92,14 @@ class Args:
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk for the frozen features of the training images; 0: computed again each epoch"""
+    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
     hidden: Annotated[int, Ge(1)] = 1024
-    """channels inside the coupling networks (official code, config.py); 256 trains on a CPU"""
+    """channels inside the coupling networks (official code, config.py); 256 suits a CPU"""
 
 
-# A list holds the three scales s = 0, 1, 2, (B, C, h, w), (B, C, h/2, w/2), (B, C, h/4, w/4), with h = H / 32.
+# Lists hold the three scales s = 0, 1, 2: (B, C, h, w), (B, C, h/2, w/2), (B, C, h/4, w/4), with h = H / 32.
 class CrossConvolutions(nn.Module):
-    """Scale and shift of one half of the channels from the other half: (B, 2 C, ., .) for each s (paper, Fig. 4)."""
+    """Predict scale and shift of one half of the channels from the other half: (B, 2 C, ., .) per s (paper, Fig. 4)."""
 
     def __init__(self, channels, hidden, kernel):
         super().__init__()
@@ -136,7 +137,7 @@ class Coupling(nn.Module):
 
 
 def affine(x, r):
-    """exp(s) x + t for each scale, where (s, t) are the halves of r; and log|det| (B,), the sum of s."""
+    """Return exp(s) x + t for each scale, where (s, t) are the halves of r, and log|det| (B,), the sum of s."""
     y, log_det = [], 0
     for v, halves in zip(x, r, strict=True):
         s, t = halves.chunk(2, dim=1)
@@ -150,7 +151,7 @@ class CrossScaleFlow(nn.Module):
     def __init__(self, channels, hidden):
         super().__init__()
         self.couplings = nn.ModuleList(Coupling(channels, hidden, kernel) for kernel in KERNELS)
-        for k in range(len(KERNELS)):  # fixed by the block's number, not by the seed of the run (official code)
+        for k in range(len(KERNELS)):  # the block's number is the seed, not --seed (official code)
             draw = np.random.RandomState(k)
             order = np.stack([draw.permutation(channels) for _ in range(3)])
             self.register_buffer(f"order{k}", torch.from_numpy(order))  # (3, C)
@@ -170,8 +171,8 @@ class CSFlow(nn.Module):
         super().__init__()
         if backbone not in LAYERS:
             raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
-        if image_size < 128 or image_size % 128 or hidden < 1:
-            raise common.Error(f"--image-size {image_size} --hidden {hidden}: a multiple of 128, and at least 1")
+        if image_size < 128 or image_size % 128:
+            raise common.Error(f"--image-size {image_size}: give a multiple of 128")
         self.layer = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, [self.layer], weights)
         channels = self.features(torch.zeros(1, 3, image_size, image_size))[0].shape[1]
@@ -180,20 +181,20 @@ class CSFlow(nn.Module):
     @torch.no_grad()
     def features(self, image):
         image = common.normalize(image)
-        # every 2nd and every 4th pixel, not their mean: nearest neighbours, as in the official code
+        # resized by nearest neighbour, as in the official code
         return [self.backbone(image[:, :, ::step, ::step])[self.layer] for step in (1, 2, 4)]
 
     def loss(self, features):
-        """Negative log-likelihood for each dimension, without its constant: a scalar."""
+        """Return the negative log-likelihood per dimension, without its constant: a scalar."""
         z, log_det = self.flow(features)
         z = torch.cat([v.flatten(1) for v in z], dim=1)  # (B, dim)
         return (z.square().sum(1) / 2 - log_det).mean() / z.shape[1]
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): mean of z^2 over channels at the largest scale; score (B,): of z^2 / 2 over all z."""
+        """Anomaly map (B, H, W): mean z^2 over channels at the largest scale; score (B,): mean z^2 / 2 over all z."""
         self.eval()
-        z, _ = self.flow(self.features(image))  # no log|det|: how far z is from the origin tells more (official code)
+        z, _ = self.flow(self.features(image))  # only the distance of z from the origin counts (official code)
         anomaly_map = F.interpolate(z[0].square().mean(1, keepdim=True), image.shape[-2:], mode="bilinear")[:, 0]
         return anomaly_map, torch.cat([v.flatten(1) for v in z], dim=1).square().mean(1) / 2
 
@@ -209,7 +210,7 @@ if __name__ == "__main__":
     model = build_model(args).to(run.device)
     if not args.checkpoint:
         frozen = common.Features(model.features, train, args, run)
-        # eps 1e-4 matters: the loss is divided by dim, so many gradients are smaller (official code, train.py)
+        # eps 1e-4 matters: the loss is divided by dim, so many gradients are even smaller (official code, train.py)
         optimizer = torch.optim.Adam(model.flow.parameters(), args.lr, eps=1e-4, weight_decay=1e-5, fused=True)
         for epoch in run.epochs(model, optimizer):
             losses = []

@@ -1,29 +1,29 @@
 """CutPaste (Li, Sohn, Yoon, Pfister, CVPR 2021, arXiv:2104.04015).
 
 A network learns to tell normal images from images in which a patch, or a thin rotated "scar", was cut out and pasted
-at another place. What it needs to see such breaks shows real anomalies too: a Gaussian is fitted to the embeddings of
-the normal training images, and the anomaly score of an image is its Mahalanobis distance.
+elsewhere. Features that reveal such breaks also reveal real anomalies: a Gaussian is fitted to the embeddings of the
+normal training images, and the anomaly score of an image is its Mahalanobis distance.
 
-Settings: thesis, Table 3.5 (ResNet-18, frozen for the first 20 epochs; SGD 0.03; batch 64). Where it is silent, the
-thesis' code (DorisBao/BMAD, a copy of the unofficial Runinho/pytorch-cutpaste; the authors released none): ImageNet
-weights, 3-way classification, head of 512, 512 and 128 units, 256 epochs of ONE step, 192 images each.
-Initial weights, as there: ImageNet's in the backbone, PyTorch's defaults in the head.
+Settings: thesis, Table 3.5 (ResNet-18, frozen for the first 20 epochs; SGD 0.03; batch 64). Where it is silent, BMAD's
+code (DorisBao/BMAD, the thesis' benchmark), a copy of the unofficial Runinho/pytorch-cutpaste (there is no official
+code): ImageNet weights in the backbone and PyTorch's defaults in the head, 3-way classification, head of 512, 512 and
+128 units, 256 epochs of ONE step, 192 images each.
 Differences from the paper: it trains from scratch, 256 epochs of 256 steps (`--weights none --steps-per-epoch 256
 --freeze-epochs 0`), translates images at random and does not shrink the covariance.
 Differences from Runinho's code:
-- All training images are used for training; there the first 3,000 files only.
-- Images are floats: no rounding to 256 levels after each change.
-- The density is fitted before each validation, which chooses the epoch (thesis, 3.4.1); there the last step is kept.
-- The cosine schedule starts at once; there the first two steps share one learning rate.
-- Scars lie fully inside the image; there width and height are exchanged when their position is drawn.
+- All training images are used for training (Runinho: only the first 3,000 files).
+- Images are floats, not rounded to 256 levels after each change.
+- The density is fitted before each validation, which chooses the epoch (thesis, 3.4.1; Runinho: the last step).
+- The cosine schedule starts at once (Runinho: the first two steps share one learning rate).
+- Scars lie fully inside the image (Runinho swaps width and height when drawing their position).
 
-A patch pasted from black onto black changes nothing and has a wrong label, as published: the share of such images is
-noted in results.json. Images get a score but no anomaly map (thesis: NA).
+A patch pasted from black onto black changes nothing and has a wrong label, as published: results.json notes the share
+of such images. Images get a score but no anomaly map (thesis: NA).
 11.18 M parameters (ResNet-18) + 0.59 M (head, for training only).
 
-Cost, measured on one CPU thread, mobilenet_v2 at 128 pixels: 25 s for 60 steps of 12 images (36 with the pasted
-ones) and four validations, each with a fit on 200 images; 13 ms to score an image; 2.0 GiB. Published setting on an
-H100: a step of 64 images 0.05 s, their augmentation 0.34 s.
+Cost, measured on one CPU thread, mobilenet_v2 at 128 pixels: 25 s for 60 steps of 12 images (36 with the pasted ones)
+and four validations, each with a fit on 200 images; 13 ms to score an image; 2.0 GiB. Published setting on an H100: a
+step of 64 images 0.05 s, their augmentation 0.34 s.
 """
 
 import math
@@ -59,13 +59,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(32)] = 256
-    """images are resized to this many pixels squared (thesis' code); scars keep theirs, up to 31 pixels"""
+    """images are resized to this width and height in pixels (BMAD's code); scars keep their size, up to 31 pixels"""
     batch_size: Annotated[int, Ge(1)] = 64
-    """images per batch (thesis, Table 3.5); in training each comes three times: normal, CutPaste, scar"""
+    """images per batch (thesis, Table 3.5); each is used three times in training: normal, CutPaste, scar"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -77,15 +77,15 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 256
-    """epochs of `steps_per_epoch` updates (thesis' code, paper)"""
+    """epochs of --steps-per-epoch steps (BMAD's code, paper)"""
     steps_per_epoch: Annotated[int, Ge(1)] = 1
-    """updates per epoch (thesis' code); paper: 256"""
+    """steps per epoch (BMAD's code); paper: 256"""
     lr: Annotated[float, Gt(0)] = 0.03
     """SGD's learning rate at the start of its cosine schedule (thesis, Table 3.5)"""
     eval_every: Annotated[int, Ge(1)] = 10
@@ -93,7 +93,7 @@ class Args:
     freeze_epochs: Annotated[int, Ge(0)] = 20
     """epochs in which only the head is trained (thesis, Table 3.5); none if the weights are untrained"""
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-    """of SGD (Runinho)"""
+    """SGD's momentum (Runinho)"""
     weight_decay: Annotated[float, Ge(0)] = 3e-5
     """SGD's L2 penalty (Runinho)"""
     backbone: str = "resnet18"
@@ -103,7 +103,7 @@ class Args:
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
-# All settings are Runinho's. Random numbers come from PyTorch's CPU generator: a seed means the same on all devices.
+# All settings are Runinho's. Random numbers come from PyTorch's CPU generator, so a seed means the same on all devices.
 jitter = ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1)
 
 
@@ -112,18 +112,18 @@ def uniform(low, high):
 
 
 def corner(image, height, width):
-    """Top and left of a rectangle at a random place, fully inside the image (3, H, W)."""
+    """Return top and left of a rectangle at a random place, fully inside the image (3, H, W)."""
     return int(uniform(0, image.shape[1] - height)), int(uniform(0, image.shape[2] - width))
 
 
 def cut(image, height, width):
-    """A jittered copy of a random rectangle: (3, H, W) -> (3, height, width)."""
+    """Return a jittered copy of a random rectangle: (3, H, W) -> (3, height, width)."""
     top, left = corner(image, height, width)
     return jitter(image[:, top : top + height, left : left + width])
 
 
 def paste(image, patch, mask):
-    """A copy of the image with the patch (3, h, w) at a random place; only where the mask (1, h, w) is true."""
+    """Return a copy of the image with the patch (3, h, w) at a random place, where the mask (1, h, w) is true."""
     _, height, width = patch.shape
     top, left = corner(image, height, width)
     image = image.clone()
@@ -133,7 +133,7 @@ def paste(image, patch, mask):
 
 
 def cutpaste(image):
-    """A large rectangle; its area is uniform, and so is the logarithm of its aspect ratio (width / height)."""
+    """Paste a large rectangle; its area and the logarithm of its aspect ratio (width / height) are uniform."""
     area = uniform(0.02, 0.15) * image.shape[1] * image.shape[2]
     aspect = math.exp(uniform(math.log(0.3), math.log(1 / 0.3)))
     patch = cut(image, height=round(math.sqrt(area / aspect)), width=round(math.sqrt(area * aspect)))
@@ -141,7 +141,7 @@ def cutpaste(image):
 
 
 def scar(image):
-    """A thin rectangle, rotated; the corners of its bounding box are transparent."""
+    """Paste a thin, rotated rectangle; the corners of its bounding box are transparent."""
     width, height = round(uniform(2, 16)), round(uniform(10, 25))  # pixels
     patch = cut(image, height, width)
     opaque = torch.ones_like(patch[:1])
@@ -163,7 +163,7 @@ class CutPaste(nn.Module):
         super().__init__()
         if backbone not in CLASSIFIER:
             raise common.Error(f"--backbone {backbone}: known are {', '.join(CLASSIFIER)}; add yours to CLASSIFIER")
-        self.backbone = common.pretrained_network(backbone, weights)  # trained on, so a checkpoint holds its state
+        self.backbone = common.pretrained_network(backbone, weights)  # not frozen: its state is in the checkpoint
         classifier = self.backbone.get_submodule(CLASSIFIER[backbone])
         width = [m for m in classifier.modules() if isinstance(m, nn.Linear)][-1].in_features
         setattr(self.backbone, CLASSIFIER[backbone], nn.Identity())  # (B, D): average pooling is the last layer
@@ -176,16 +176,16 @@ class CutPaste(nn.Module):
         self.register_buffer("whiten", torch.eye(width))
 
     def forward(self, image):
-        """g(x) in the paper: logits of normal, CutPaste and scar, (B, 3)."""
+        """Return the paper's g(x): logits of normal, CutPaste and scar, (B, 3)."""
         return self.head(self.backbone(common.normalize(image)))
 
     def embed(self, image):
-        """f(x) in the paper: embeddings, (B, D), of length 1 (Runinho)."""
+        """Return the paper's f(x): embeddings (B, D) of length 1 (Runinho)."""
         return F.normalize(self.backbone(common.normalize(image)))
 
     @torch.no_grad()
     def fit(self, batches):
-        """The Gaussian of the embeddings of normal images as they are: no augmentation, batch norm in eval mode."""
+        """Fit a Gaussian to the embeddings of normal images, without augmentation, with batch norm in eval mode."""
         self.eval()
         e = torch.cat([self.embed(image).cpu() for image in batches]).double()  # (N, D): 2 kB an image with ResNet-18
         if not e.isfinite().all():
@@ -196,14 +196,14 @@ class CutPaste(nn.Module):
         sigma = torch.from_numpy(ledoit_wolf((e - mean).numpy(), assume_centered=True)[0])
         self.mean.copy_(mean)
         self.whiten.zero_()
-        if sigma.trace() > 1e-20:  # else all embeddings are equal: nothing has a distance
+        if sigma.trace() > 1e-20:  # else all embeddings are equal, and all distances 0
             cholesky = torch.linalg.cholesky_ex(sigma).L  # Sigma = L L^T
             inverse = torch.linalg.solve_triangular(cholesky, torch.eye(len(mean)).double(), upper=False)
             self.whiten.copy_(inverse)
 
     @torch.inference_mode()
     def predict(self, image):
-        """No anomaly map; anomaly score (B,): the Mahalanobis distance, which orders as -log p does (paper, Eq. 2)."""
+        """No anomaly map; anomaly score (B,): the Mahalanobis distance, with the ranks of -log p (paper, Eq. 2)."""
         self.eval()
         # (f - mu)^T Sigma^-1 (f - mu) = |L^-1 (f - mu)|^2
         return None, ((self.embed(image) - self.mean) @ self.whiten.T).norm(dim=1)
@@ -214,7 +214,7 @@ def build_model(args):
 
 
 def batch_of(train, step, args, device):
-    """The images of a step (0, 1, ...). Each pass over the training images has an order of its own."""
+    """Return the images of a step (0, 1, ...). Each pass over the training images has an order of its own."""
     number, position = divmod(step, max(1, len(train) // args.batch_size))
     order = np.random.default_rng((args.seed, number)).permutation(len(train))
     return train.batch(order[position * args.batch_size :][: args.batch_size], device)
@@ -231,9 +231,9 @@ if __name__ == "__main__":
         optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         freeze_epochs = args.freeze_epochs if model.backbone.weights_used["trained"] else 0
-        unchanged = []  # of each pasted image since the last validation: whether no pixel differs
+        unchanged = []  # for each pasted image since the last validation: whether no pixel changed
         for epoch in run.epochs(model, optimizer, schedule):
-            model.train()  # the backbone too: its batch norm's statistics move even while it is frozen (Runinho)
+            model.train()  # the backbone's batch norm statistics change even while it is frozen (Runinho)
             model.backbone.requires_grad_(epoch > freeze_epochs)
             losses = []
             for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):

@@ -1,37 +1,38 @@
-"""DDPM, as AnoDDPM (Wyatt, Leach, Schmon, Willcocks: AnoDDPM, CVPR Workshops 2022; it has no arXiv number).
+"""DDPM, as AnoDDPM (Wyatt, Leach, Schmon, Willcocks: AnoDDPM, CVPR Workshops 2022; not on arXiv).
 
-A diffusion model (Ho, Jain, Abbeel: DDPM, arXiv:2006.11239) learns to take noise out of normal images. A test image is
-noised a quarter of the way and denoised again: what the noise has hidden comes back as it looks in normal images, so
-the two differ where the image is anomalous. Noise with a spectrum like 1/f hides large lesions, too, white noise does
-not: AnoDDPM takes simplex noise.
+A diffusion model (Ho, Jain, Abbeel: DDPM, arXiv:2006.11239) learns to remove noise from normal images. A test image is
+noised a quarter of the way and denoised again: whatever the noise has hidden is replaced by what normal images look
+like, so the two differ where the image is anomalous. Noise with a spectrum like 1/f also hides large lesions, white
+noise does not; therefore AnoDDPM uses simplex noise.
 
-Why it is not what the thesis cites for its row "DDPM" (Wolleb et al., MICCAI 2022): that method guides the denoising by
-a classifier of healthy and diseased images, and its diffusion model sees both. The benchmarks' training images are
-normal only; training on the anomalous ones of valid would leak labels. Without the classifier its DDIM encoding and
-decoding returns the image as it is, lesion included. The thesis does not say how its row was made. AnoDDPM needs no
-labels; `--noise gauss` is the plain DDPM's reconstruction.
+Why it is not the method that the thesis cites for its row "DDPM" (Wolleb et al., MICCAI 2022): that method guides the
+denoising by a classifier of healthy and diseased images, and its diffusion model sees both. The benchmarks' training
+images are normal only; training on the anomalous ones of valid would leak labels. Without the classifier, its DDIM
+encoding and decoding returns the image as it is, lesion included. The thesis does not say how its row was produced.
+AnoDDPM needs no labels; `--noise gauss` is the plain DDPM's reconstruction.
 
 Settings: the official code (Julian-Wyatt/AnoDDPM, 3052f04, args28.json): network, schedule, 0 <= t < 800 in training,
-AdamW 1e-4, gradients cut at norm 1, averaged weights, 300,000 images, which are 40 epochs of brain, 195 of liver, 70 of
-resc, 12 of oct2017, 38 of chest and 59 of histo.
+AdamW 1e-4, gradients clipped at norm 1, averaged weights, 300,000 images (epochs: brain 40, liver 195, resc 70, oct2017
+12, chest 38, histo 59).
 Differences from the official code:
-- Perlin's gradient noise, on a cubic lattice, instead of simplex noise, with its periods and persistence.
-- A noise field is shifted and scaled to mean 0 and deviation 1, which the schedule assumes; there it is used as it
-  comes. In training each image and channel has its own, there the images of a batch share one.
-- Scoring starts at t = 250 (there 200 for the figures, 250 elsewhere), in 50 steps instead of all (--sample-steps 0),
-  with the same noise for all images, drawn from the seed: a score depends on the image only.
-- Batches of 8, in bfloat16 on a GPU; there single images. Averaged weights forget how they began (see `average`).
-- No random shift and rotation of training images. The score is the map's maximum, as elsewhere in the thesis' chapter;
-  there only single pixels are scored.
-- A step back adds noise of the posterior's variance (DDPM, Eq. 7), not beta: both suit the full chain, but beta of a
-  shortened one is much more than its last step, of t = 0, removes again.
-- Two attention heads in training and test; there one in the test, with the weights that were trained with two.
-- As there, the last weights are taken: --choose-on-valid chooses the epoch as the other methods here do.
+- Perlin's gradient noise, on a cubic lattice, replaces simplex noise, with the same periods and persistence.
+- A noise field is normalised to mean 0 and standard deviation 1, as the schedule assumes (official: used as it is). In
+  training each image and channel has its own field (official: one per batch).
+- Scoring starts at t = 250 (official: 200 for the figures, 250 elsewhere), in 50 steps instead of all (--sample-steps
+  0), with the same noise for all images, drawn from the seed: a score depends on the image only.
+- Batches of 8, in bfloat16 on a GPU (official: single images). Averaged weights forget their initial values (see
+  `average`).
+- Training images are not shifted and rotated at random. The score is the map's maximum, as for the thesis' other
+  methods; the official code only scores single pixels.
+- A step back adds noise of the posterior's variance (DDPM, Eq. 7), not beta: both suit the full chain, but the beta of
+  a shortened chain is much more than its last step, of t = 0, can remove.
+- Two attention heads in training and test (official: one in the test, with weights trained with two).
+- The last weights are taken, as in the official code; --choose-on-valid chooses the epoch as the other methods here do.
 
-Parameters: 131,649,793 with one channel, as in the official code; 32,950,401 with --base-channels 64. A forward pass
-at 256 pixels: 563 and 142 GFLOP; to score an image, 50 of them.
-Cost, measured on one busy CPU thread: 200 images of 64 pixels with --base-channels 16 --multipliers 1 1 2 2
---attention 8, batches of 2: 34 s per epoch, 0.3 s to score an image in 5 steps, 0.9 GiB. The default was not timed.
+Parameters: 131,649,793 with one channel, as in the official code; 32,950,401 with --base-channels 64. A forward pass at
+256 pixels: 563 and 142 GFLOP; scoring an image takes 50 of them.
+Cost, measured on one busy CPU thread: 200 images of 64 pixels with --base-channels 16 --multipliers 1 1 2 2 --attention
+8, batches of 2: 34 s per epoch, 0.3 s to score an image in 5 steps, 0.9 GiB. The default was not timed.
 """
 
 import copy
@@ -53,9 +54,9 @@ import common
 
 STEPS, BETAS = 1000, (1e-4, 0.02)  # T, and the linear schedule's ends (DDPM, Sec. 4)
 TRAINED_STEPS = 800  # t is drawn below this (official code: sample_distance)
-BLOCKS, HEADS = 2, 2  # residual blocks a level, attention heads (official code)
+BLOCKS, HEADS = 2, 2  # residual blocks per level, attention heads (official code)
 OCTAVES, PERIOD, PERSISTENCE = 6, 64, 0.8  # periods of 64, 32, ... 2 pixels, each 0.8 as strong as the one before
-AVERAGE = 0.9999  # of the averaged weights (official code)
+AVERAGE = 0.9999  # decay of the averaged weights (official code)
 
 
 @dataclass
@@ -71,13 +72,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (official code)"""
+    """images are resized to this width and height in pixels (official code)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch; each takes about 2.7 GiB in training in float32, half of it in bfloat16"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -89,11 +90,11 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(0)] = 0
     """passes over the normal training images; 0: as many as 300,000 images need (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
@@ -103,32 +104,32 @@ class Args:
     choose_on_valid: bool = False
     """keep the epoch that is best on valid instead of the last"""
     noise: Literal["simplex", "gauss"] = "simplex"
-    """what hides the image: octaves of smooth noise (AnoDDPM) or white noise (DDPM)"""
+    """noise that hides the image: octaves of smooth noise (AnoDDPM) or white noise (DDPM)"""
     channels: Literal[1, 3] = 1
     """1 for grey images (official code), 3 for coloured ones"""
     base_channels: Annotated[int, Ge(1)] = 128
     """channels of the U-Net's first level (official code)"""
     multipliers: Annotated[tuple[int, ...], Ge(1)] = (1, 1, 2, 2, 4, 4)
-    """channels of each level over --base-channels; a level has half the size of the one before (official code)"""
+    """channels of each level, times --base-channels; each level has half the size of the one before (official code)"""
     attention: Annotated[tuple[int, ...], Ge(1)] = (32, 16, 8)
-    """sizes in pixels at which levels have attention (official code)"""
+    """sizes in pixels of the levels with attention (official code)"""
     noise_level: Annotated[int, Interval(ge=1, le=1000)] = 250
-    """lambda: the step, of 1000, to which a test image is noised (official code: 200 or 250)"""
+    """lambda, the step of 1000 up to which a test image is noised (official code: 200 or 250)"""
     sample_steps: Annotated[int, Ge(0)] = 50
-    """steps back from there, evenly spaced; 0 takes all --noise-level of them (official code)"""
+    """number of evenly spaced denoising steps; 0: all --noise-level of them (official code)"""
     repeats: Annotated[int, Ge(1)] = 1
-    """reconstructions of an image that are averaged (official code: 1 for its figures, 5 for its pictures)"""
+    """number of reconstructions to average for each image (official code: 1 for its numbers, 5 for its pictures)"""
     sigma: Annotated[int, Ge(0)] = 0
-    """pixels: the map is smoothed by a Gaussian of this deviation; 0 leaves it as it is"""
+    """standard deviation of the map's Gaussian filter in pixels; 0: no filter"""
     score: Literal["max", "top"] = "max"
-    """of an image: the maximum of its map, or the mean of the largest hundredth, which is steadier"""
+    """score of an image: the maximum of its map, or (top) the mean of the highest 1%, which is more stable"""
 
 
 # --------------------------------------------------------------------------------------------------------------- noise
 def smooth_noise(t, channels, size, generator=None):
-    """Octaves of Perlin's 3-D gradient noise, cut at the step t (b,): (b, channels, size, size), mean 0, deviation 1.
+    """Octaves of Perlin's 3-D gradient noise, sliced at t (b,): (b, channels, size, size), mean 0, deviation 1.
 
-    Each lattice corner has a random gradient; a pixel is the weighted sum of gradient times offset from its corners."""
+    Each lattice corner has a random gradient; a pixel is the weighted sum of gradient times offset from the corner."""
     n, total = len(t) * channels, 0
     for octave in range(OCTAVES):
         period = PERIOD / 2**octave  # pixels, and steps of t
@@ -137,7 +138,7 @@ def smooth_noise(t, channels, size, generator=None):
         gradient = F.normalize(gradient, dim=1)
         place = torch.arange(size, device=t.device) / period  # in cells
         cell = place.long()
-        z = (t / period % 1).repeat_interleave(channels).view(n, 1, 1)  # in a cell: each t has its own lattice
+        z = (t / period % 1).repeat_interleave(channels).view(n, 1, 1)  # place in its cell: each t has its own lattice
         for i, j, k in itertools.product((0, 1), repeat=3):
             g_x, g_y, g_z = gradient[i][:, :, cell + j][..., cell + k]  # (n, size, size) each
             dx, dy, dz = place - cell - k, (place - cell - j)[:, None], z - i
@@ -148,7 +149,7 @@ def smooth_noise(t, channels, size, generator=None):
 
 
 def fade(offset):
-    """Perlin's weight of a corner at this distance, in cells: 1 at 0, 0 at 1, flat at both."""
+    """Perlin's weight of a corner at this offset, in cells: 1 at 0, 0 at 1, flat at both."""
     s = 1 - offset.abs()
     return s**3 * (6 * s**2 - 15 * s + 10)
 
@@ -159,7 +160,7 @@ def white_noise(t, channels, size, generator=None):
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
 class Diffusion(nn.Module):
-    """DDPM's constants and equations. The way back from step `level` - 1 visits `count` of the steps (0: all)."""
+    """DDPM's constants and equations. Denoising from step `level` - 1 visits `count` of the steps (0: all)."""
 
     def __init__(self, level, count):
         super().__init__()
@@ -178,31 +179,31 @@ class Diffusion(nn.Module):
             self.register_buffer(name, value.float(), persistent=False)
 
     def q_sample(self, x_0, t, noise):
-        """x_t of x_0 in one jump (Eq. 4); t (b,)."""
+        """Return x_t of x_0 in one jump (Eq. 4); t (b,)."""
         left, added = self.sqrt_alpha_bar[t], self.sqrt_one_minus_alpha_bar[t]
         return left.view(-1, 1, 1, 1) * x_0 + added.view(-1, 1, 1, 1) * noise
 
     def step_back(self, x_t, i, epsilon, noise):
-        """x at the visited step before the i-th, given the network's epsilon at the i-th."""
+        """Return x at the visited step before the i-th, given the network's epsilon at the i-th."""
         x_0 = (x_t - self.sqrt_one_minus_alpha_bar[self.t[i]] * epsilon) / self.sqrt_alpha_bar[self.t[i]]  # Eq. 15
         return self.weight_x_0[i] * x_0.clamp(-1, 1) + self.weight_x_t[i] * x_t + self.sigma[i] * noise  # Eq. 6, 7
 
 
 # ------------------------------------------------------------------------------------------------------------- network
 def norm(channels):
-    """32 groups at the published widths. Note: a group of one channel would remove the step, added to the channels."""
+    """Group norm, 32 groups at the published widths. Groups of one channel would remove the added time step."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def zero(layer):
-    """A layer that gives 0 at first, so that its block starts as the identity."""
+    """Set a layer to 0, so that its block starts as the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a skip, both resampled first where `resample` is given; BigGAN's, with the step added."""
+    """BigGAN's two convolutions and skip connection, both resampled first if asked for; the time step is added."""
 
     def __init__(self, c_in, c_out, c_time, resample=None):
         super().__init__()
@@ -219,7 +220,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, and a skip."""
+    """Self-attention over all positions, and a skip connection."""
 
     def __init__(self, channels):
         super().__init__()
@@ -242,7 +243,7 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """The noise in x_t (B, C, H, W) at the steps t (B,), (B, C, H, W); Dhariwal and Nichol's network."""
+    """x_t (B, C, H, W), steps t (B,) -> noise in x_t (B, C, H, W); Dhariwal and Nichol's network."""
 
     def __init__(self, channels, size, base, multipliers, attention):
         super().__init__()
@@ -291,7 +292,7 @@ class UNet(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------- method
 class AnoDDPM(nn.Module):
-    """Its `unet` has the averaged weights; the network that is trained is not part of it."""
+    """`unet` has the averaged weights; the network being trained is not part of this model."""
 
     def __init__(self, args):
         super().__init__()
@@ -299,7 +300,7 @@ class AnoDDPM(nn.Module):
         self.draw_noise = smooth_noise if args.noise == "simplex" else white_noise
         self.unet = UNet(args.channels, args.image_size, args.base_channels, args.multipliers, args.attention)
         self.diffusion = Diffusion(args.noise_level, args.sample_steps)
-        # Steps add noise but for the last one, of t[0]: that field serves the jump to t[-1].
+        # All steps add noise but the last one, of t[0]; its field is used for the jump to t[-1].
         t, generator = self.diffusion.t.clone(), torch.Generator().manual_seed(args.seed)
         t[0] = t[-1]
         fields = [self.draw_noise(t, args.channels, args.image_size, generator) for _ in range(args.repeats)]
@@ -310,7 +311,7 @@ class AnoDDPM(nn.Module):
         return 2 * (image.mean(1, keepdim=True) if self.args.channels == 1 else image) - 1
 
     def loss(self, unet, image):
-        """L_simple (DDPM, Eq. 14): how far the network's noise is from what was added."""
+        """Return L_simple (DDPM, Eq. 14): the mean squared error of the predicted noise."""
         t = torch.randint(TRAINED_STEPS, (len(image),)).to(image.device)
         noise = self.draw_noise(t, self.args.channels, self.args.image_size)
         x_t = self.diffusion.q_sample(self.scaled(image), t, noise)
@@ -320,9 +321,9 @@ class AnoDDPM(nn.Module):
 
     @torch.no_grad()
     def average(self, unet, step):
-        """Follow `unet` after its `step`-th step: the mean over about the last ninth of them, at most 10,000.
+        """Update the averaged weights after `unet`'s `step`-th step: about the last ninth of all steps, at most 10,000.
 
-        Note: with 0.9999 from the start the random first weights would still count for 1 / e after 10,000 steps."""
+        Note: with 0.9999 from the start, the initial weights would still have a weight of 1 / e after 10,000 steps."""
         decay = min(AVERAGE, step / (9 + step))
         for mean, p in zip(self.unet.parameters(), unet.parameters(), strict=True):
             mean.lerp_(p, 1 - decay)
@@ -336,11 +337,11 @@ class AnoDDPM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): the squared error, summed over channels; anomaly score (B,): its maximum (--score)."""
+        """Anomaly map (B, H, W): squared error summed over channels; anomaly score (B,): see --score."""
         self.eval()
         x_0 = self.scaled(image)
         recon = torch.cat([sum(self.reconstruct(x, fields) for fields in self.fields) / len(self.fields)
-                           for x in x_0.split(1)])  # alone: rounding depends on the batch
+                           for x in x_0.split(1)])  # one by one: rounding depends on the batch
         anomaly_map = (recon - x_0).square().sum(dim=1)
         if self.args.sigma:
             anomaly_map = gaussian_blur(anomaly_map, 8 * self.args.sigma + 1, self.args.sigma)
@@ -353,7 +354,7 @@ def build_model(args):
     return AnoDDPM(args)
 
 
-def check(args):  # for values that cannot go together
+def check(args):  # that the values fit together
     size, halvings = args.image_size, len(args.multipliers) - 1
     if halvings < 0 or min(args.multipliers) < 1:
         raise common.Error(f"--multipliers {args.multipliers}: give a whole number for each level")
@@ -366,13 +367,12 @@ def check(args):  # for values that cannot go together
         raise common.Error(f"--noise-level {args.noise_level}: 2 to {TRAINED_STEPS}, the steps that are trained")
     if args.sample_steps and not 2 <= args.sample_steps <= args.noise_level:
         raise common.Error(f"--sample-steps {args.sample_steps}: 0 for all, or 2 to --noise-level ({args.noise_level})")
-    if args.repeats < 1 or args.sigma < 0 or 4 * args.sigma >= size:
-        raise common.Error(f"--repeats {args.repeats} --sigma {args.sigma}: at least 1 reconstruction, and 0 <= sigma "
-                           f"< {size // 4}, a quarter of the image")
+    if 4 * args.sigma >= size:
+        raise common.Error(f"--sigma {args.sigma}: give less than a quarter of the image, {size // 4}")
 
 
 def whole_training(images):
-    """Epochs that show 300,000 images (official code: EPOCHS, of one image each)."""
+    """Return how many epochs show 300,000 images (official code: EPOCHS, of one image each)."""
     return math.ceil(300_000 / images)
 
 

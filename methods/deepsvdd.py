@@ -1,20 +1,20 @@
-"""DeepSVDD (Ruff et al., ICML 2018, PMLR 80:4393-4402; no arXiv version).
+"""DeepSVDD (Ruff et al., ICML 2018, PMLR 80:4393-4402; not on arXiv).
 
 A network without biases learns to map normal images close to a fixed point c; an image is as anomalous as the squared
-distance of its embedding to c. The weights start from an autoencoder's and c is the mean embedding they give, set once:
-a trained c, or a bias in any layer, would let the network answer c to every image.
+distance of its embedding to c. The weights are initialised by an autoencoder, and c is the mean embedding they give,
+set once: with a trained c, or a bias in any layer, the network could map every image to c.
 
-Settings: thesis, Table 3.2 (LeNet, Adam 1e-4, weight decay 0.5e-7, batch 200). Where it is silent, the thesis' code
-(DorisBao/BMAD): 300 + 300 epochs, ImageNet scaling, the autoencoder's rate, decay and batch. Architecture, schedule and
-the rule for c are those of the official lukasruff/Deep-SVDD-PyTorch.
+Settings: thesis, Table 3.2 (LeNet, Adam 1e-4, weight decay 0.5e-7, batch 200). Where it is silent, BMAD's code
+(DorisBao/BMAD, the thesis' benchmark): 300 + 300 epochs, ImageNet scaling, the autoencoder's rate, decay and batch.
+Architecture, schedule and the rule for c are those of the official lukasruff/Deep-SVDD-PyTorch.
 Differences from the official code:
-- The loader's 256 pixels become 32 here, antialiased, instead of in one step. Another size than 32 would be another
-  network: half of all weights belong to the last map's positions.
+- Images are resized to 256 pixels by the loader and then to 32, antialiased, not in one step. Any other size than 32
+  would give a different network: half of all weights belong to positions of the last map.
 - ImageNet scaling, as behind the thesis' numbers; `--scaling gcn` is the official one. The autoencoder's sigmoid cannot
-  reach values outside [0, 1], so that its loss stays high with ImageNet scaling; its features serve all the same.
-- A coordinate of c that is exactly zero becomes 0.1 too; there it stays zero.
-- The epoch is chosen on valid (thesis, 3.4.1); there the last one is taken.
-- A last batch of one image, which has no batch statistics, is left out; the official code stops there.
+  reach values outside [0, 1], so its loss stays high with ImageNet scaling; its features are useful all the same.
+- A coordinate of c that is exactly zero also becomes 0.1; in the official code it stays zero.
+- The epoch is chosen on valid (thesis, 3.4.1; official: the last one).
+- A last batch of a single image, which has no batch statistics, is left out (the official code stops with an error).
 
 Parameters: 0.521 M, 0.805 M with the decoder of the first stage. Cost, measured on one CPU thread: 5 ms per image and
 epoch in either stage, 1 to 3 ms to score an image, 0.9 GiB.
@@ -33,8 +33,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-SIZE = 32  # pixels squared that the network takes
-CENTER_MARGIN = 0.1  # minimum |c_i|: zero weights alone would match a coordinate that is zero (official code)
+SIZE = 32  # width and height of the network's input
+CENTER_MARGIN = 0.1  # minimum |c_i|: zero weights alone would match a coordinate of zero (official code)
 WARM_UP = 10  # epochs before the soft boundary's radius is set (official code)
 
 
@@ -51,13 +51,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (thesis, 4.3.3), and these to the network's 32"""
+    """images are resized to this width and height in pixels (thesis, 4.3.3), then to the network's 32"""
     batch_size: Annotated[int, Ge(1)] = 200
     """images per batch (thesis, Table 3.2)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -69,48 +69,48 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 300
-    """passes over the normal training images (thesis' code)"""
+    """passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (thesis, Table 3.2)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     weight_decay: Annotated[float, Ge(0)] = 0.5e-7
-    """Adam's L2 penalty (thesis, Table 3.2); official code 0.5e-6"""
+    """Adam's L2 penalty (thesis, Table 3.2; official code: 0.5e-6)"""
     milestone: Annotated[int, Ge(1)] = 50
     """epochs after which the learning rate falls to a tenth (official code)"""
     ae_epochs: Annotated[int, Ge(0)] = 300
-    """epochs of the autoencoder (thesis' code); 0 starts from random weights"""
+    """epochs of the autoencoder (BMAD's code); 0: start from random weights"""
     ae_lr: Annotated[float, Gt(0)] = 1e-5
-    """its learning rate (thesis' code); official code 1e-4"""
+    """the autoencoder's learning rate (BMAD's code; official code: 1e-4)"""
     ae_batch_size: Annotated[int, Ge(1)] = 64
-    """its images per batch (thesis' code); official code 200"""
+    """the autoencoder's images per batch (BMAD's code; official code: 200)"""
     ae_weight_decay: Annotated[float, Ge(0)] = 0.5e-6
-    """its L2 penalty (thesis' code, official code)"""
+    """the autoencoder's L2 penalty (BMAD's code, official code)"""
     ae_milestone: Annotated[int, Ge(1)] = 250
-    """epochs after which its learning rate falls to a tenth (thesis' code, official code)"""
+    """epochs after which the autoencoder's learning rate falls to a tenth (BMAD's code, official code)"""
     scaling: Literal["imagenet", "gcn"] = "imagenet"
-    """ImageNet's mean and deviation (thesis' code), or global contrast normalisation, then [0, 1] (official code)"""
+    """imagenet: mean and deviation (BMAD's code); gcn: global contrast normalisation, then [0, 1] (official code)"""
     objective: Literal["one-class", "soft-boundary"] = "one-class"
-    """mean distance to c (paper, Eq. 4; thesis' code), or a sphere that some images may leave (paper, Eq. 3)"""
+    """one-class: mean distance to c (paper, Eq. 4; BMAD's code); soft-boundary: a sphere with outliers (Eq. 3)"""
     nu: Annotated[float, Interval(gt=0, le=1)] = 0.1
-    """share of training images that may lie outside of the soft boundary (official code)"""
+    """share of training images that may lie outside the soft boundary (official code)"""
 
 
 def contrast_normalize(image):
-    """Global contrast normalisation: each image minus its mean, divided by its mean absolute value."""
+    """Global contrast normalisation: subtract each image's mean, then divide by its mean absolute value."""
     image = image - image.mean(dim=(1, 2, 3), keepdim=True)
     scale = image.abs().mean(dim=(1, 2, 3), keepdim=True)
-    return torch.where(scale > 1e-6, image / scale, 0)  # of a uniform image only rounding is left: not enlarged
+    return torch.where(scale > 1e-6, image / scale, 0)  # a uniform image's rounding is not amplified
 
 
 def normed(conv):
-    """Convolution, batch norm without scale and shift, leaky ReLU: nothing in it is a bias."""
+    """Convolution, batch norm without scale and shift, leaky ReLU: no biases."""
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels, eps=1e-4, affine=False), nn.LeakyReLU(0.01))
 
 
@@ -126,7 +126,7 @@ class Encoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """`encoder`, whose weights are drawn again, and a decoder that mirrors it; only the encoder is kept afterwards."""
+    """`encoder`, whose weights are drawn again, and a decoder that mirrors it; only the encoder is kept."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -142,24 +142,22 @@ class Autoencoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight, nn.init.calculate_gain("leaky_relu"))
 
     def loss(self, image):
-        """Squared error, summed over the values of an image (B, 3, 32, 32), averaged over images."""
+        """Squared error, summed over each image (B, 3, 32, 32), averaged over images."""
         return (self.decoder(self.encoder(image)) - image).square().sum(dim=(1, 2, 3)).mean()
 
 
 class DeepSVDD(nn.Module):
     def __init__(self, scaling, objective, nu):
         super().__init__()
-        if not 0 < nu <= 1:
-            raise common.Error(f"--nu {nu}: a share of the images, above 0 and at most 1")
         self.scaling, self.objective, self.nu = scaling, objective, nu
         self.encoder = Encoder()
-        self.register_buffer("center", torch.zeros(128))  # c: no parameter, and never set again
+        self.register_buffer("center", torch.zeros(128))  # c: a constant, not a parameter
         self.register_buffer("radius", torch.zeros(()))  # R of the soft boundary
         self.register_buffer("low", torch.zeros(()))  # range of the contrast-normalised training images
         self.register_buffer("high", torch.ones(()))
 
     def prepare(self, image):
-        """(B, 3, H, W) in [0, 1] -> (B, 3, 32, 32) as the encoder takes it."""
+        """(B, 3, H, W) in [0, 1] -> the encoder's input (B, 3, 32, 32)."""
         image = F.interpolate(image, (SIZE, SIZE), mode="bilinear", antialias=True)
         if self.scaling == "imagenet":
             return common.normalize(image)
@@ -167,7 +165,7 @@ class DeepSVDD(nn.Module):
 
     @torch.no_grad()
     def load(self, batches):
-        """Training images as `prepare` gives them, (N, 3, 32, 32); sets the range that `--scaling gcn` needs."""
+        """Return all training images after `prepare`, (N, 3, 32, 32); set the range that `--scaling gcn` needs."""
         images = torch.cat([self.prepare(image) for image in batches])
         if self.scaling == "gcn":
             self.low, self.high = images.aminmax()
@@ -176,7 +174,7 @@ class DeepSVDD(nn.Module):
 
     @torch.no_grad()
     def init_center(self, images):
-        """c: the mean embedding, in eval mode; returns how many of its coordinates were too close to zero."""
+        """Set c to the mean embedding, in eval mode; return how many of its coordinates were too close to zero."""
         self.eval()
         c = sum(self.encoder(x).sum(dim=0) for x in images.split(1000)) / len(images)  # (128,)
         small = c.abs() < CENTER_MARGIN
@@ -184,36 +182,36 @@ class DeepSVDD(nn.Module):
         return int(small.sum())
 
     def distance(self, image):
-        """||phi(x) - c||^2 of prepared images, (B,)."""
+        """Return ||phi(x) - c||^2 of prepared images, (B,)."""
         return (self.encoder(image) - self.center).square().sum(dim=1)
 
     def loss(self, distance):
-        """From distances (B,): paper, Eq. 4, or, with a soft boundary, Eq. 3; weight decay is the optimiser's."""
+        """Return the loss of distances (B,): paper, Eq. 4 or, with a soft boundary, Eq. 3, without weight decay."""
         if self.objective == "one-class":
             return distance.mean()
         return self.radius**2 + F.relu(distance - self.radius**2).mean() / self.nu
 
     def quantile(self, distance):
-        """R, which is solved for instead of learned: the (1 - nu)-quantile of a batch's distances (B,), not squared."""
+        """Return R, the (1 - nu)-quantile of a batch's distances, from their squares (B,)."""
         return torch.quantile(distance.detach().sqrt(), 1 - self.nu)
 
     @torch.inference_mode()
     def predict(self, image):
-        """No anomaly map; anomaly score (B,): the squared distance to c, less R^2 if there is a boundary."""
+        """No anomaly map; anomaly score (B,): the squared distance to c, minus R^2 with a soft boundary."""
         self.eval()
-        distance = [self.distance(self.prepare(x)) for x in image.split(1)]  # alone: equal images, equal rounding
+        distance = [self.distance(self.prepare(x)) for x in image.split(1)]  # one by one: equal images, equal rounding
         return None, torch.cat(distance) - self.radius**2
 
 
 def batches(images, batch_size):
-    """All images in random order; a batch of one has no statistics and is left out."""
+    """Yield all images in random order; a batch of one has no statistics and is left out."""
     for index in torch.randperm(len(images)).to(images.device).split(batch_size):
         if len(index) > 1:
             yield images[index]
 
 
 def adam(network, lr, weight_decay, milestone):
-    """The optimiser and the schedule that both stages share."""
+    """Return the optimiser and the schedule of a stage."""
     optimizer = torch.optim.Adam(network.parameters(), lr, weight_decay=weight_decay)
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [milestone])
 

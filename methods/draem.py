@@ -1,25 +1,23 @@
 """DRAEM (Zavrtanik, Kristan, Skocaj, ICCV 2021, arXiv:2108.07610).
 
 Textures are blended into normal images within random masks of Perlin noise. One network learns to restore the normal
-image; a second one sees the restoration next to its input and learns to segment what was blended in. In a test image
-the second network marks what the first would not have drawn like that.
+image; a second one gets the restoration together with its input and learns to segment the blended texture. In a test
+image, the second network marks the anomalous pixels.
 
-Settings: thesis, Table 3.5 (Adam 1e-4); else the official code (VitjanZ/DRAEM): data pipeline, widths, losses, initial
-weights, 700 epochs in batches of 8, learning rate x 0.2 after 80% and 90% of the epochs.
-Textures: the original has DTD's photographs; BMAD's code, which made the thesis' row, has the noise that makes the mask
-(--textures noise). results.json says what was used (notes).
-Differences from the paper, where the official code disagrees: learning rate (there x 0.1 after 400 and 600 epochs),
-opacity of the texture (0.2 to 1, there from 0.1), ten augmentations of the texture (there seven), rotation up to 90
-degrees (there 45).
-Differences from the official code: an epoch sees each image once (there: draws with replacement); the epoch is chosen
-on valid (there the last); SSIM's range is 1 (there 2 where the restoration undershoots). Textures are augmented by
-torchvision in floats, there by imgaug 0.4 on 8 bits. By more than rounding this changes
-- brightness: one factor and one offset for all channels; there the lightness in one of six colour spaces;
-- saturation: x 0.8 to 1.2; there moved by up to 50 / 255, which gives grey textures a colour;
-- autocontrast: from the minimum to the maximum; there 0 to 20% of the pixels at both ends are cut off first.
+Settings: thesis, Table 3.5 (Adam 1e-4); otherwise the official code (VitjanZ/DRAEM): data pipeline, textures, widths,
+losses, initial weights, 700 epochs in batches of 8, learning rate x 0.2 after 80% and 90% of the epochs. Differences
+from the paper, all as in the official code: learning rate (paper: x 0.1 after 400 and 600 epochs), opacity of the
+texture from 0.2 (paper: 0.1), ten augmentations of the texture (paper: seven), rotation up to 90 degrees (paper: 45).
+Differences from the official code: an epoch visits each image once (official: draws with replacement); the epoch is
+chosen on valid (official: the last); SSIM's range is 1 (official: 2 where the restoration undershoots); torchvision
+augments the textures as floats (official: imgaug 0.4, 8 bits). By more than rounding this changes
+- brightness: one factor and one offset for all channels (official: the lightness in one of six colour spaces);
+- saturation: x 0.8 to 1.2 (official: shifted by up to 50 / 255, which gives grey textures a colour);
+- autocontrast: from the minimum to the maximum (official: cuts off 0 to 20% of the pixels at both ends first).
 
-Differences from BMAD's: images in [0, 1] as in the original (there textures in [0, 1] are blended into images scaled
-with ImageNet's statistics); initial weights (there PyTorch's defaults, as in anomalib).
+Differences from BMAD's code, which produced the thesis' row: photographs as textures (BMAD: --textures noise); images
+in [0, 1] (BMAD blends textures in [0, 1] into images scaled with ImageNet's statistics); the official code's initial
+weights (BMAD: PyTorch's defaults, as in anomalib).
 
 Parameters: 69,048,579 (restoration) + 28,374,146 (segmentation), as in the official code.
 Cost, measured on one CPU thread: 200 images of 64 pixels with --width 16, batches of 8: 10 s per epoch, 13 ms per image
@@ -58,13 +56,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(64)] = 256
-    """images are resized to this many pixels squared (official code), a multiple of 32"""
+    """images are resized to this width and height in pixels (official code), a multiple of 32"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (official code); each takes 1.1 GB in training"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -76,39 +74,38 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 700
     """passes over the normal training images (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (thesis, Table 3.5)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
-    textures: str = "auto"
-    """what is blended in: a FOLDER of images, dtd (torchvision's, downloaded to <root>/dtd: 600 MB), images (the
-    training images), noise (the mask's own, as in BMAD's code), auto (dtd, else images)"""
-    width: Annotated[int, Ge(1)] = 128
+    textures: str = "dtd"
+    """textures to blend in: dtd (torchvision's, 600 MB, downloaded to <root>/dtd; official code), a FOLDER of images,
+    images (the training images) or noise (that of the mask; BMAD's code)"""
+    width: Annotated[int, Ge(2)] = 128
     """channels of the restoring network's first layer; the segmenting one has half (official code); 16 suits a CPU"""
 
 
 # ---------------------------------------------------------------------------------------- networks (paper, 3.1 and 3.2)
-def convolution(c_in, c_out):
-    return [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
-
-
-def block(c_in, c_mid, c_out):
-    return nn.Sequential(*convolution(c_in, c_mid), *convolution(c_mid, c_out))
+def block(*channels):
+    layers = []
+    for c_in, c_out in pairwise(channels):
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
 
 
 def up(c_in, c_out):
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), *convolution(c_in, c_out))
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), *block(c_in, c_out))
 
 
 def restoring_network(w):
-    """Encoder to 1/16 of the size and decoder, without skips: (B, 3, H, W) -> (B, 3, H, W)."""
+    """Encoder to 1/16 of the size, and decoder, without skip connections: (B, 3, H, W) -> (B, 3, H, W)."""
     pool = nn.MaxPool2d(2)
     return nn.Sequential(
         block(3, w, w), pool, block(w, 2 * w, 2 * w), pool, block(2 * w, 4 * w, 4 * w), pool,
@@ -118,7 +115,7 @@ def restoring_network(w):
 
 
 class SegmentingNetwork(nn.Module):
-    """U-Net to 1/32 of the size: restoration and image (B, 6, H, W) -> logits (B, 2, H, W), channel 1 anomalous."""
+    """U-Net to 1/32 of the size: restoration, image (B, 6, H, W) -> logits (B, 2, H, W), channel 1: anomalous."""
 
     def __init__(self, w):
         super().__init__()
@@ -142,18 +139,16 @@ class SegmentingNetwork(nn.Module):
 class DRAEM(nn.Module):
     def __init__(self, width):
         super().__init__()
-        if width < 2 or width % 2:
-            raise common.Error(f"--width {width}: the segmenting network has half of it, so it is even")
         self.reconstructive = restoring_network(width)
         self.discriminative = SegmentingNetwork(width // 2)
-        for module in self.modules():  # official code, train_DRAEM.py; biases as PyTorch has them
+        for module in self.modules():  # official code, train_DRAEM.py; biases keep PyTorch's default
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1, 0.02)
 
     def forward(self, image):
-        """Restoration I_r (B, 3, H, W), logits of the segmentation (B, 2, H, W)."""
+        """Return the restoration I_r (B, 3, H, W) and the segmentation's logits (B, 2, H, W)."""
         recon = self.reconstructive(image)
         return recon, self.discriminative(torch.cat([recon, image], dim=1))
 
@@ -162,7 +157,7 @@ class DRAEM(nn.Module):
         """Anomaly map M_o (B, H, W): the probability of an anomaly; score (B,): the maximum mean of a 21x21 window."""
         self.eval()
         anomaly_map = self(image)[1].softmax(dim=1)[:, 1]
-        # paper, Eq. 5; beyond the border count zeros (official code, test_DRAEM.py)
+        # paper, Eq. 5; pixels beyond the border count as zero (official code, test_DRAEM.py)
         return anomaly_map, F.avg_pool2d(anomaly_map, 21, stride=1, padding=10).amax(dim=(1, 2))
 
 
@@ -170,9 +165,8 @@ def build_model(args):
     return DRAEM(args.width)
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
 def ssim(recon, image):
-    """Structural similarity: mean over pixels and channels; Gaussian windows of 11 pixels, zeros beyond the border."""
+    """Structural similarity, averaged over pixels and channels; Gaussian windows of 11 pixels, zero padding."""
     channels = image.shape[1]
     gaussian = torch.exp(-0.5 * ((torch.arange(11, device=image.device) - 5) / 1.5) ** 2)
     window = (torch.outer(gaussian, gaussian) / gaussian.sum() ** 2).expand(channels, 1, 11, 11)
@@ -189,7 +183,7 @@ def ssim(recon, image):
 
 
 def focal_loss(logits, mask, smooth=1e-5):
-    """-(1 - p)^2 log p, p the probability of the true class, (B, 2, H, W) and (B, 1, H, W); mean over pixels."""
+    """Mean of -(1 - p)^2 log p over pixels, p: the true class' probability; (B, 2, H, W) and (B, 1, H, W)."""
     anomalous = logits.softmax(dim=1)[:, 1:]
     p = torch.where(mask, anomalous, 1 - anomalous)
     p = (1 - smooth) * p + smooth * (1 - p) + smooth  # the official code's smoothed classes, in closed form
@@ -202,7 +196,7 @@ def uniform(low, high):
     return torch.empty(1).uniform_(low, high).item()
 
 
-rotate = RandomRotation(90, InterpolationMode.BILINEAR)  # degrees; black where nothing was
+rotate = RandomRotation(90, InterpolationMode.BILINEAR)  # degrees; corners become black
 AUGMENTERS = [  # of textures (3, H, W) in [0, 1], with the ranges of the official code and imgaug's defaults
     lambda a: torch.cat([TF.adjust_gamma(channel, uniform(0.5, 2)) for channel in a.split(1)]),
     lambda a: (TF.adjust_brightness(a, uniform(0.8, 1.2)) + uniform(-30, 30) / 255).clamp(0, 1),
@@ -217,28 +211,26 @@ AUGMENTERS = [  # of textures (3, H, W) in [0, 1], with the ranges of the offici
 
 
 def perlin(rows, columns, size, device):
-    """Perlin noise (size, size) about 0: each corner of rows x columns cells has a random gradient of length 1; a pixel
-    is the weighted sum, over its four corners, of the gradient times the way from the corner to the pixel."""
+    """Perlin noise (size, size) with mean 0: each corner of rows x columns cells has a random unit gradient; a pixel is
+    the weighted sum, over the four corners of its cell, of the gradient times the offset from that corner."""
+    def weight(offset):  # of a corner: 1 at the corner, 0 one cell away, flat at both
+        s = 1 - offset.abs()
+        return s**3 * (6 * s**2 - 15 * s + 10)
+
     angle = 2 * math.pi * torch.rand(rows + 1, columns + 1).to(device)
     y, x = (torch.arange(size, device=device) / size * cells for cells in (rows, columns))  # pixels, in cells
     noise = 0
     for down, right in product((0, 1), repeat=2):
-        v, u = (y % 1 - down)[:, None], x % 1 - right  # the way, in [-1, 1]
+        v, u = (y % 1 - down)[:, None], x % 1 - right  # the offset, in [-1, 1]
         corner = angle[y.long()[:, None] + down, x.long() + right]  # (size, size)
-        noise = noise + fade(v) * fade(u) * (corner.cos() * v + corner.sin() * u)
+        noise = noise + weight(v) * weight(u) * (corner.cos() * v + corner.sin() * u)
     return math.sqrt(2) * noise
 
 
-def fade(way):
-    """Perlin's weight of a corner: 1 at it, 0 one cell away, flat at both."""
-    s = 1 - way.abs()
-    return s**3 * (6 * s**2 - 15 * s + 10)
-
-
 def simulate(image, textures):
-    """A normal image (3, H, W) -> the image I to be restored, the input I_a with an anomaly, its mask M_a (1, H, W).
+    """A normal image (3, H, W) -> the image I to restore, the input I_a with an anomaly, its mask M_a (1, H, W).
 
-    textures: a `common.Split`, or None for the noise itself. Half of the images stay without anomaly."""
+    textures: see `load_textures`. Half of the images get no anomaly."""
     size, device = image.shape[-1], image.device
     if uniform(0, 1) < 0.3:
         image = rotate(image)
@@ -246,7 +238,7 @@ def simulate(image, textures):
         return image, image, torch.zeros(1, size, size, dtype=torch.bool, device=device)
     rows, columns = (2 ** torch.randint(0, 6, (2,))).tolist()
     noise = rotate(perlin(rows, columns, size, device)[None])  # P
-    mask = noise > 0.5  # M_a; a few stay empty
+    mask = noise > 0.5  # M_a; sometimes empty
     if textures:
         texture = textures.batch(torch.randint(len(textures), (1,)).numpy(), device)[0]
     else:
@@ -258,27 +250,22 @@ def simulate(image, textures):
 
 
 def load_textures(args, train):
-    """The `Split` of images to blend in (None: the noise itself), and their source."""
-    source, folder = args.textures, Path(args.textures)
-    if source in ("dtd", "auto"):
-        folder = Path(args.root) / "dtd" / "dtd" / "images"
+    """Return the images to blend in as a `common.Split`, or None for the mask's noise."""
+    if args.textures in ("images", "noise"):
+        return train if args.textures == "images" else None
+    folder, count = Path(args.textures), 1
+    if args.textures == "dtd":
+        folder, count = Path(args.root) / "dtd" / "dtd" / "images", 5640
         try:
             DTD(args.root, download=True)
-            source = "dtd"
         except Exception as e:  # no network, a broken download, a full disk
-            problem = f"DTD is not in {folder} and could not be downloaded ({e})"
-            if source == "dtd":
-                raise common.Error(f"{problem}; unpack {DTD._URL} in {folder.parents[1]}, or take --textures FOLDER, "
-                                   "images or noise") from e
-            print(f"warning: {problem}; continuing with the TRAINING IMAGES as textures", flush=True)
-            source = "images"
-    if source in ("images", "noise"):
-        return train if source == "images" else None, source
+            raise common.Error(f"DTD is not in {folder} and could not be downloaded ({e}); unpack {DTD._URL} in "
+                               f"{folder.parents[1]}, or take --textures FOLDER, images or noise") from e
     entries = [(file, -1, None) for file in common.images_in(folder)]
-    if len(entries) < (5640 if source == "dtd" else 1):  # DTD's unpacking was interrupted, or no folder with images
+    if len(entries) < count:  # no folder with images, or DTD was not unpacked to the end
         raise common.Error(f"--textures {args.textures}: {folder} has {len(entries)} images (DTD has 5640); remove it "
                            "or give another folder, images or noise")
-    return common.Split("textures", entries, args.image_size, folder, Path(args.root) / ".cache"), source
+    return common.Split("textures", entries, args.image_size, folder, Path(args.root) / ".cache")
 
 
 if __name__ == "__main__":
@@ -289,8 +276,7 @@ if __name__ == "__main__":
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
-        textures, source = load_textures(args, train)
-        run.notes["textures"] = dict(source=source)
+        textures = load_textures(args, train)
         optimizer = torch.optim.Adam(model.parameters(), args.lr)
         milestones = [math.ceil(args.epochs * 8 / 10), math.ceil(args.epochs * 9 / 10)]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
@@ -299,7 +285,7 @@ if __name__ == "__main__":
             for batch in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)):
                 model.train()
                 samples = [simulate(image, textures) for image in batch]
-                image, corrupted, mask = (torch.stack(part) for part in zip(*samples, strict=True))
+                image, corrupted, mask = (torch.stack(part) for part in zip(*samples, strict=True))  # (B, ., H, W)
                 recon, logits = model(corrupted)
                 terms = [F.mse_loss(recon, image), 1 - ssim(recon, image), focal_loss(logits, mask)]
                 optimizer.zero_grad()

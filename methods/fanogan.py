@@ -5,16 +5,16 @@ codes of normal images (izi_f: image to z to image, and the critic's features f)
 anomalous: the score is the residual of the image and of its features.
 
 Settings: thesis, Table 3.5 (Adam, 2e-4, batches of 32, codes of length 100); networks, the rest of the training and 200
-epochs for each stage: BMAD, the thesis' code, which took them from A03ki/f-AnoGAN.
-Differences from the paper: these networks are not its residual ones (for 64 pixels, tSchlegl/f-AnoGAN) but those of
-PyTorch-GAN's DCGAN. Their critic has dropout and batch normalisation, so that the gradient penalty of an image depends
-on the other images of its batch; `--critic-norm layer` is the paper's normalisation, without dropout.
-Differences from A03ki/f-AnoGAN and BMAD:
-- x^ of the gradient penalty takes one weight an image (Gulrajani et al., 2017), not one for each of its channels.
+epochs for each stage: BMAD's code (the thesis' benchmark), which took them from A03ki/f-AnoGAN.
+Differences from the paper: the networks are those of PyTorch-GAN's DCGAN (paper: residual ones for 64 pixels,
+tSchlegl/f-AnoGAN). The critic has dropout and batch normalisation, so that the gradient penalty of an image depends on
+the other images of its batch; `--critic-norm layer` is the paper's normalisation, without dropout.
+Differences from A03ki/f-AnoGAN and BMAD's code:
+- x^ of the gradient penalty has one weight per image (Gulrajani et al., 2017), not one for each of its channels.
 - Higher scores are more anomalous (BMAD's test prints the AUROC of the opposite), and test images are never flipped.
-- The encoder's epoch is chosen on valid; they keep the last one.
-- The generator's step uses the images that the critic just saw; there the same ones are generated again, so that its
-  running statistics see them twice.
+- The encoder's epoch is chosen on valid, not the last one.
+- The generator's step uses the images that the critic was just trained on; the other two generate them again, so that
+  the generator's running statistics count them twice.
 
 Parameters at 256 pixels: generator 53.2 M (53.0 M in its linear layer), critic 0.13 M, encoder 3.4 M.
 Cost, measured: 200 images at 32 pixels, 15 + 15 epochs: 43 s on one busy CPU thread, 0.89 GiB; 4 ms per image.
@@ -32,10 +32,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-BETAS = 0.5, 0.999  # of Adam (BMAD)
-N_CRITIC = 5  # critic's steps for one of the generator (BMAD, and the paper)
-PENALTY = 10  # weight of the gradient penalty (BMAD, and the paper)
-EPS = 0.8  # of batch normalisation: PyTorch-GAN took Keras' momentum for it, and all copies of it since
+BETAS = 0.5, 0.999  # Adam's (BMAD's code)
+N_CRITIC = 5  # steps of the critic per step of the generator (BMAD's code, paper)
+PENALTY = 10  # weight of the gradient penalty (BMAD's code, paper)
+EPS = 0.8  # of batch normalisation: PyTorch-GAN used Keras' momentum as eps, and all its copies do so, too
 
 
 @dataclass
@@ -51,13 +51,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (thesis, 4.3.3): a multiple of 16, at least 32"""
+    """images are resized to this width and height in pixels (thesis, 4.3.3): a multiple of 16, at least 32"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch (thesis, Table 3.5)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -69,29 +69,29 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     gan_epochs: Annotated[int, Ge(1)] = 200
-    """stage 1, the GAN: passes over the normal training images (BMAD)"""
+    """stage 1, the GAN: passes over the normal training images (BMAD's code)"""
     epochs: Annotated[int, Ge(1)] = 200
-    """stage 2, the encoder: passes over the normal training images (BMAD)"""
+    """stage 2, the encoder: passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 2e-4
-    """Adam's learning rate, in both stages (thesis, Table 3.5)"""
+    """Adam's learning rate in both stages (thesis, Table 3.5)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     latent: Annotated[int, Ge(1)] = 100
     """length of the code z (thesis, Table 3.5)"""
     kappa: Annotated[float, Ge(0)] = 1.0
-    """weight of the features' residual, in the encoder's loss and in the score (paper)"""
+    """weight of the feature residual in the encoder's loss and in the score (paper)"""
     critic_norm: Literal["batch", "layer"] = "batch"
-    """of the critic: batch normalisation and dropout (BMAD), or layer normalisation (paper)"""
+    """normalisation in the critic: batch, with dropout (BMAD's code), or layer (paper)"""
 
 
 def augment(image):
-    """Each image (B, 3, H, W) flipped left to right or not, by chance (BMAD, and the official code)."""
+    """Flip each image (B, 3, H, W) left to right with probability 1/2 (BMAD's code, official code)."""
     flip = torch.rand(len(image), 1, 1, 1) < 0.5
     return torch.where(flip.to(image.device), image.flip(3), image)
 
@@ -114,7 +114,7 @@ class Generator(nn.Module):
 
 
 def trunk(norm="batch"):
-    """(B, 3, H, W) -> (B, 128 * H/16 * W/16): what critic and encoder have in common."""
+    """Return the layers that critic and encoder have in common: (B, 3, H, W) -> (B, 128 * H/16 * W/16)."""
     layers, channels = [], 3
     for width in (16, 32, 64, 128):
         layers += [nn.Conv2d(channels, width, 3, 2, 1), nn.LeakyReLU(0.2)]
@@ -129,7 +129,7 @@ def trunk(norm="batch"):
 class Critic(nn.Module):
     def __init__(self, image_size, norm):
         super().__init__()
-        self.features = trunk(norm)  # f of the paper
+        self.features = trunk(norm)  # f in the paper
         self.linear = nn.Linear(128 * (image_size // 16) ** 2, 1)
 
     def forward(self, x):
@@ -144,11 +144,11 @@ class FAnoGAN(nn.Module):
         self.kappa = kappa
         self.generator = Generator(image_size, latent)
         self.critic = Critic(image_size, critic_norm)
-        # tanh bounds the codes, which were normal for the GAN: none of them is far from what it knows (paper)
+        # tanh bounds the codes: the GAN was trained on standard normal ones, so none is far from these (paper)
         self.encoder = nn.Sequential(trunk(), nn.Linear(128 * (image_size // 16) ** 2, latent), nn.Tanh())
 
     def residual(self, x):
-        """izi_f of x (B, 3, H, W) in [-1, 1]: the (B,) that the encoder minimises and that is the anomaly score."""
+        """Return izi_f of x (B, 3, H, W) in [-1, 1], (B,): the encoder's loss and the anomaly score."""
         recon = self.generator(self.encoder(x))
         with torch.no_grad():
             target = self.critic.features(x)
@@ -163,7 +163,7 @@ class FAnoGAN(nn.Module):
 
 
 def gradient_penalty(critic, real, fake):
-    """Mean of (|gradient of D at x^| - 1)^2, x^ at random between a real and a generated image."""
+    """Mean of (|gradient of D at x^| - 1)^2, with x^ at random between a real and a generated image."""
     a = torch.rand(len(real), 1, 1, 1).to(real.device)
     between = (a * real + (1 - a) * fake).requires_grad_()
     gradient, = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
@@ -171,7 +171,7 @@ def gradient_penalty(critic, real, fake):
 
 
 def critic_loss(critic, real, fake):
-    """WGAN-GP: the critic's values of real images (B, 3, H, W) should be high, of generated ones low, its slope 1."""
+    """WGAN-GP: the critic's values should be high for real images (B, 3, H, W), low for fake ones; its slope 1."""
     return -critic(real).mean() + critic(fake).mean() + PENALTY * gradient_penalty(critic, real, fake)
 
 
@@ -220,5 +220,5 @@ if __name__ == "__main__":
                 optimizer_e.step()
                 losses.append(loss.detach())
             run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
-        model.requires_grad_()  # for results.json, which counts what was trained
+        model.requires_grad_()  # for results.json, which counts the trained parameters
     common.finish(run, model, (train, valid, test))

@@ -1,23 +1,23 @@
 """GANomaly (Akcay, Atapour-Abarghouei, Breckon, ACCV 2018, arXiv:1805.06725).
 
-An encoder and a decoder reconstruct the image, and a second encoder codes the reconstruction once more. Trained on
-normal images only, against a discriminator whose features the reconstruction has to match, the two codes agree there;
-how far they lie apart is the score of an image.
+An encoder and a decoder reconstruct the image, and a second encoder encodes the reconstruction again. Training uses
+normal images only and a discriminator whose features the reconstruction has to match. On normal images the two codes
+agree; their distance is the score of an image.
 
 Settings: thesis, Table 3.5 (Adam, 2e-4, betas 0.5 and 0.999, loss weights 1, 50, 1); batches of 32 and at most 100
-epochs: BMAD, the thesis' code; losses, networks, initial weights: samet-akcay/ganomaly, the official code.
+epochs: BMAD's code (the thesis' benchmark); losses, networks, initial weights: samet-akcay/ganomaly, the official code.
 Differences from the paper: the squared distance of the codes, as in the official code, not their L1 distance.
 Differences from the official code:
-- 256 pixels, as all methods here, instead of 32: the networks grow with the image (3.9 M weights at 32).
+- 256 pixels, as for all methods here, instead of 32: the networks grow with the image (3.9 M weights at 32).
 - The test uses the running statistics of batch normalisation. The official test uses those of the test batch, so that
-  its scores depend on the other images; `--instance-stats` is what that code does when it tests image by image.
+  its scores depend on the other images; `--instance-stats` does the same as that code with batches of one image.
 - The epoch is chosen on valid, not on test, and scores are not rescaled by the test set's range.
-- The discriminator gives logits, not probabilities; its loss is the same.
+- The discriminator returns logits, not probabilities; its loss is the same.
 
-Differences from BMAD and anomalib, which made the thesis' figures: the discriminator's features are matched, not its
-outputs, and codes by their squared, not their smooth L1 distance; the first convolution is padded by 1, not 4; images
-lie in [-1, 1], which the decoder's tanh can reach, not normalised as ImageNet's; initial weights are drawn from
-N(0, 0.02), which that code asks for but does not get.
+Differences from BMAD's code and anomalib, which produced the thesis' figures: matching uses the discriminator's
+features, not its outputs, and the codes' squared distance, not smooth L1; the first convolution is padded by 1, not 4;
+images lie in [-1, 1], which the decoder's tanh can reach, not normalised as ImageNet's; initial weights come from N(0,
+0.02), which that code asks for but does not get.
 
 Parameters at 256 pixels: generator 144.0 M, discriminator 44.7 M (in training only); at 64: 10.7 M and 2.8 M.
 Cost, measured: 200 images at 32 pixels, 30 epochs: 58 s on one busy CPU thread, 0.87 GiB; 3 ms per image.
@@ -37,8 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 W_ADV, W_CON, W_ENC = 1, 50, 1  # weights of the generator's losses (thesis, Table 3.5)
-BETAS = 0.5, 0.999  # of Adam (thesis, Table 3.5)
-COLLAPSED = 1e-5  # below this loss the discriminator has won, and starts again (official code)
+BETAS = 0.5, 0.999  # Adam's (thesis, Table 3.5)
+COLLAPSED = 1e-5  # below this loss the discriminator has won and is initialised again (official code)
 
 
 @dataclass
@@ -54,13 +54,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (thesis, 4.3.3): a power of two, at least 16"""
+    """images are resized to this width and height in pixels (thesis, 4.3.3): a power of two, at least 16"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images per batch (BMAD; the thesis is silent)"""
+    """images per batch (BMAD's code; the thesis is silent)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -72,27 +72,27 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 100
-    """passes over the normal training images (BMAD; the official code makes 15)"""
+    """passes over the normal training images (BMAD's code; official code: 15)"""
     lr: Annotated[float, Gt(0)] = 2e-4
-    """Adam's learning rate, of both networks (thesis, Table 3.5)"""
+    """Adam's learning rate for both networks (thesis, Table 3.5)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     latent: Annotated[int, Ge(1)] = 100
     """length of the code z (official code: nz)"""
     features: Annotated[int, Ge(1)] = 64
-    """channels of the first convolution, doubled by each further one (official code: ngf)"""
+    """channels of the first convolution, doubled by each of the following (official code: ngf)"""
     instance_stats: bool = False
-    """test with each image's own statistics of batch normalisation, not with the running ones"""
+    """in the test, use each image's own batch normalisation statistics instead of the running ones"""
 
 
 class BatchNorm(nn.BatchNorm2d):
-    instance_stats = False  # what a batch of one image gets in training mode, for any batch and without side effects
+    instance_stats = False  # normalise each image as training mode would normalise it in a batch of its own
 
     def forward(self, x):
         if self.training or not self.instance_stats:
@@ -115,7 +115,7 @@ def encoder(size, latent, width):
 
 
 def decoder(size, latent, width):
-    """(B, latent, 1, 1) -> (B, 3, size, size) in [-1, 1], the encoder backwards."""
+    """(B, latent, 1, 1) -> (B, 3, size, size) in [-1, 1], the encoder's mirror image."""
     c = width * size // 8
     layers = [nn.ConvTranspose2d(latent, c, 4, bias=False), BatchNorm(c), nn.ReLU()]  # (B, c, 4, 4)
     while c > width:
@@ -125,7 +125,7 @@ def decoder(size, latent, width):
 
 
 def initialize(module):
-    """DCGAN's initial weights (Radford et al., 2016), of one layer."""
+    """Draw DCGAN's initial weights (Radford et al., 2016) for one layer."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -134,7 +134,7 @@ def initialize(module):
 
 
 class Generator(nn.Module):
-    """G of the paper: encoder G_E, decoder G_D, and E, a second encoder with weights of its own."""
+    """G in the paper: encoder G_E, decoder G_D, and E, a second encoder with weights of its own."""
 
     def __init__(self, image_size, latent, width, instance_stats=False):
         super().__init__()
@@ -165,7 +165,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     def __init__(self, image_size, width):
         super().__init__()
-        self.features = features(image_size, width)  # f of the paper
+        self.features = features(image_size, width)  # f in the paper
         self.classifier = nn.Conv2d(width * image_size // 8, 1, 4, bias=False)
         self.apply(initialize)
 
@@ -176,15 +176,15 @@ class Discriminator(nn.Module):
 
 
 def generator_losses(generator, discriminator, x):
-    """L_adv, L_con and L_enc of images x (paper, Eq. 2 to 4), and their reconstructions (B, 3, H, W)."""
+    """Return L_adv, L_con and L_enc of images x (paper, Eq. 2 to 4), and their reconstructions (B, 3, H, W)."""
     recon, z_recon, z = generator(x)
     f_real, f_fake = discriminator(x)[0].detach(), discriminator(recon)[0]
     return F.mse_loss(f_fake, f_real), F.l1_loss(recon, x), F.mse_loss(z_recon, z), recon
 
 
 def discriminator_loss(discriminator, real, fake):
-    """Cross entropy of images (B, 3, H, W) with the labels 1 (real) and 0 (reconstruction), halved (official code)."""
-    real, fake = discriminator(real)[1], discriminator(fake.detach())[1]  # logits (B,); nothing for the generator
+    """Cross-entropy of images (B, 3, H, W) with labels 1 (real) and 0 (reconstruction), halved (official code)."""
+    real, fake = discriminator(real)[1], discriminator(fake.detach())[1]  # logits (B,); no gradient for the generator
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
@@ -212,10 +212,10 @@ if __name__ == "__main__":
                 loss_g.backward()
                 optimizer_g.step()
                 loss_d = discriminator_loss(discriminator, x, recon)
-                optimizer_d.zero_grad()  # also of what the generator's loss left there
+                optimizer_d.zero_grad()  # also clears the gradients of the generator's loss
                 loss_d.backward()
                 optimizer_d.step()
-                if loss_d < COLLAPSED:  # waits for the device
+                if loss_d < COLLAPSED:  # synchronises with the GPU
                     discriminator.apply(initialize)
                 total.append(torch.stack([loss_adv, loss_con, loss_enc, loss_d]).detach())
             adv, con, enc, d = torch.stack(total).mean(0).tolist()

@@ -1,22 +1,24 @@
 """MKD (Salehi, Sadjadi, Baselizadeh, Rohban, Rabiee, CVPR 2021, arXiv:2011.11108): multiresolution distillation.
 
-A small cloner learns from normal images to give the same features as a large pretrained source network at four depths,
-in direction and in value. What it has not seen it does not copy. Where the discrepancy comes from is told by its
-gradient at the pixels, with guided backpropagation through the cloner.
+On normal images, a small cloner learns to reproduce the features of a large pretrained source network at four depths,
+in direction and in value. On unfamiliar images it fails. The gradient of the discrepancy at the pixels, with guided
+backpropagation through the cloner, shows where it comes from.
 
-Settings: thesis, Table 3.6: VGG-16, batches of 64, Adam 1e-3, lambda 0.01. 200 epochs as in BMAD's code, which made the
-thesis' row (the official code: 51 for MNIST to 601 for MVTec AD). The cloner is the official smaller one.
-Differences from the official code (rohban-lab/Knowledge_Distillation_AD): images are normalised as ImageNet's, which
-the source was trained on (it does so for CIFAR-10 only; BMAD always); the epoch is chosen on valid (there the last is
-taken); 256 pixels (there 128, BMAD 224).
+Settings: thesis, Table 3.6: VGG-16, batches of 64, Adam 1e-3, lambda 0.01. 200 epochs as in BMAD's code, which produced
+the thesis' row (the official code: 51 for MNIST to 601 for MVTec AD). The cloner is the official smaller one.
+Differences from the official code (rohban-lab/Knowledge_Distillation_AD): images are normalised as ImageNet's, on which
+the source was trained (official: for CIFAR-10 only; BMAD: always); the epoch is chosen on valid (official: the last);
+256 pixels (official: 128; BMAD: 224).
 The official map is stretched to [0, 1] image by image, so the hottest pixels of a normal image count as much as those
-of a lesion, and a map says nothing about how anomalous its image is. `--map-norm none` leaves the smoothed gradient as
-it is, comparable across images as other methods' maps are. On the phantom (128 pixels, mobilenet_v2, 12 epochs, one
-seed) pixel AUROC was 0.80 with the official map and 0.72 without stretching. Scores of images are the same.
-Backbones other than VGG-16 are no published networks: there the source is read after the blocks of strides 4 to 32,
-and the cloner gets their widths; for mobilenet_v2, whose features are signed, also no ReLU before its pools.
+of a lesion, and a map does not tell how anomalous its image is. With `--map-norm none` maps are comparable across
+images, as for other methods. On the phantom (128 pixels, mobilenet_v2, 12 epochs, one seed) pixel AUROC was 0.80 with
+the official map and 0.72 without stretching. Image scores are the same.
+Networks with backbones other than VGG-16 are unpublished: the source's features are taken after the blocks of strides 4
+to 32, and the cloner gets their widths; with mobilenet_v2, whose features are signed, it also has no ReLU before its
+pooling layers.
+
 Parameters: cloner 343,984 (VGG-16's convolutions: 14,714,688 frozen).
-Cost, measured, of the default on one busy CPU thread: 1.0 s a training image, 1.6 s a test image with its map.
+Cost, measured, of the default on one busy CPU thread: 1.0 s per training image, 1.6 s per test image with its map.
 """
 
 import sys
@@ -32,10 +34,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers of strides 4, 8, 16 and 32, their channels, and whether these are positive: behind a ReLU.
+# The layers of strides 4, 8, 16 and 32, their channels, and whether a ReLU makes these positive.
 LAYERS = {
     "vgg16": (["features.9", "features.16", "features.23", "features.30"], [128, 256, 512, 512], True),  # max-pools
-    "resnet18": (["layer1", "layer2", "layer3", "layer4"], [64, 128, 256, 512], True),  # our choice, as the next
+    "resnet18": (["layer1", "layer2", "layer3", "layer4"], [64, 128, 256, 512], True),  # our choice, like the next
     "mobilenet_v2": (["features.3", "features.6", "features.13", "features.17"], [24, 32, 96, 320], False),
 }
 
@@ -53,13 +55,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -71,29 +73,29 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 200
-    """passes over the normal training images (BMAD)"""
+    """passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 1e-3
     """Adam's learning rate (thesis, Table 3.6)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "vgg16"
-    """source, a torchvision network: vgg16, resnet18, mobilenet_v2"""
+    """torchvision network of the source: vgg16, resnet18, mobilenet_v2"""
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
     value_weight: Annotated[float, Ge(0)] = 0.01
-    """lambda, weight of the values next to the direction (thesis, Table 3.6)"""
+    """lambda, weight of the value loss relative to the direction loss (thesis, Table 3.6)"""
     map_norm: Literal["image", "none"] = "image"
-    """anomaly maps: each image's stretched to [0, 1] up to its 99th percentile (official code), or none, see above"""
+    """image: stretch each anomaly map to [0, 1], up to its 99th percentile (official code); none: leave it as it is"""
 
 
 class Cloner(nn.Module):
-    """VGG-16's five stages, narrow but for the ends of the last four, which the source is compared with."""
+    """VGG-16's five stages, narrow except at the ends of the last four, which are compared with the source."""
 
     def __init__(self, widths, positive):
         super().__init__()
@@ -111,7 +113,7 @@ class Cloner(nn.Module):
             self.stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
 
     def forward(self, x, guided=False):
-        """(B, 3, H, W) -> (B, C, h, w) at strides 4, 8, 16, 32. guided: so is backpropagation, see MKD.localize."""
+        """(B, 3, H, W) -> (B, C, h, w) at strides 4, 8, 16, 32. guided: with guided backpropagation, see `localize`."""
         features = []
         for stage in self.stages:
             for layer in stage:
@@ -123,10 +125,10 @@ class Cloner(nn.Module):
 
 
 def discrepancy(pred, target, value_weight):
-    """Direction and value (paper, L_dir + lambda L_val) of features (B, C, h, w), summed over layers: (B,)."""
+    """Return L_dir + lambda L_val (paper) of features (B, C, h, w), summed over layers: (B,)."""
     total = 0
     for p, t in zip(pred, target, strict=True):
-        p, t = p.flatten(1), t.flatten(1)  # (B, C*h*w): one vector a layer, not one a position
+        p, t = p.flatten(1), t.flatten(1)  # (B, C*h*w): one vector per layer, not per position
         total = total + 1 - F.cosine_similarity(p, t) + value_weight * (p - t).square().mean(1)
     return total
 
@@ -140,7 +142,7 @@ class MKD(nn.Module):
         self.source = common.feature_extractor(backbone, layers, weights)
         self.cloner = Cloner(widths, positive)
         self.value_weight, self.map_norm = value_weight, map_norm
-        self.scaled_by_image = map_norm == "image"  # then no threshold fits the pixels of all images
+        self.scaled_by_image = map_norm == "image"  # then no pixel threshold fits all images
 
     def loss(self, image):
         image = common.normalize(image)
@@ -151,13 +153,13 @@ class MKD(nn.Module):
     def predict(self, image):
         """Anomaly map (B, H, W): |gradient| of the score at the pixels, smoothed; anomaly score (B,): discrepancy."""
         self.eval()
-        parts = [self.localize(part) for part in image.split(1)]  # alone: at a ReLU's kink rounding counts
+        parts = [self.localize(part) for part in image.split(1)]  # one by one: at a ReLU's kink rounding matters
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
-    @torch.enable_grad()  # the map is a gradient, also where the caller needs none
+    @torch.enable_grad()  # the map is a gradient
     def localize(self, image):
-        """See predict. The score leaves out the first of the four layers (official code, test_functions.py). Guided: a
-        ReLU of the cloner, but not of the source, passes back what is positive only."""
+        """See predict. The score leaves out the first of the four layers (official code, test_functions.py). Guided
+        backpropagation: ReLUs of the cloner, but not of the source, only pass positive gradients back."""
         image = common.normalize(image).requires_grad_()
         pred, target = self.cloner(image, guided=True), list(self.source(image).values())
         score = discrepancy(pred[1:], target[1:], self.value_weight)

@@ -1,17 +1,15 @@
 """PaDiM (Defard, Setkov, Loesch, Audigier, ICPR 2021, arXiv:2011.08785).
 
-A pretrained CNN describes each position of an image by features of three layers. At each position one Gaussian is
-fitted to these features over the normal images, in a single pass without training. A position is as anomalous as its
-Mahalanobis distance from its Gaussian.
+A pretrained CNN describes each position of an image by features of three layers. At each position, a Gaussian is
+fitted to these features over the normal images, in a single pass without training. The anomaly score of a position is
+its Mahalanobis distance from that Gaussian.
 
 Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: 100 features with resnet18, 550 with wide_resnet50_2
-(the default here; the thesis has one row of results and does not say for which of the two). Other backbones have no
-published number.
-Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (256
-is our choice for all methods; the paper crops 256 to 224, the thesis' benchmark, BMAD, resized to 224).
-Differences from xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master, the usual reimplementation: none in the
-Gaussians and distances. It holds the features of all images; here mean and covariance are updated batch by batch, so
-that memory does not grow with the number of images.
+(the default here; the thesis has one row of results and does not say which of the two it used).
+Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
+paper crops 256 to 224; the thesis' benchmark, BMAD, resized to 224).
+Differences from xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master, the usual reimplementation: mean and
+covariance are updated batch by batch, so that memory does not grow with the number of images.
 """
 
 import sys
@@ -27,15 +25,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers of strides 16, 8 and 4, and how many of all their channels are drawn at random (thesis, Table 3.4).
+# The layers of strides 16, 8 and 4, and how many of their channels are drawn at random (thesis, Table 3.4).
 LAYERS = {
     "resnet18": (["layer3", "layer2", "layer1"], 100),
-    "resnet50": (["layer3", "layer2", "layer1"], 550),
+    "resnet50": (["layer3", "layer2", "layer1"], 550),  # our choice, like mobilenet_v2: no published setting
     "wide_resnet50_2": (["layer3", "layer2", "layer1"], 550),
-    "mobilenet_v2": (["features.13", "features.6", "features.3"], 100),  # our choice: no published setting
+    "mobilenet_v2": (["features.13", "features.6", "features.3"], 100),
 }
 EPSILON = 0.01  # added to the covariance's diagonal (paper, Eq. 1)
-CHUNK = 64  # positions whose matrices are worked on at once; changes nothing but memory
+CHUNK = 64  # positions processed at once; changes nothing but memory
 
 
 @dataclass
@@ -51,13 +49,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 16
     """images per batch; changes nothing but speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -69,11 +67,11 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
@@ -86,21 +84,19 @@ class PaDiM(nn.Module):
     def __init__(self, backbone, weights, features, image_size):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
-                               f"LAYERS")
+            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.layers, published = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         shapes = [f.shape for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (1, C_l, h_l, w_l)
-        self.channels, self.grid = [c for _, c, _, _ in shapes], shapes[-1][2:]
+        self.channels, self.grid = [shape[1] for shape in shapes], shapes[-1][2:]
         total, positions, d = sum(self.channels), self.grid.numel(), published if features is None else features
         if d > total:
             raise common.Error(f"--features {d}: {backbone} has {total} channels in {', '.join(self.layers)}")
-        drawn = torch.zeros(total, dtype=torch.bool)
-        drawn[torch.randperm(total)[:d]] = True
-        self.register_buffer("drawn", drawn)  # the same channels at all positions
+        self.register_buffer("drawn", torch.zeros(total, dtype=torch.bool))
+        self.drawn[torch.randperm(total)[:d]] = True  # the same channels at all positions
         self.register_buffer("mean", torch.zeros(positions, d))  # mu, (P, d)
         self.register_buffer("lower", torch.ones(d, d, dtype=torch.bool).tril(), persistent=False)
-        self.register_buffer("factor", torch.zeros(positions, d * (d + 1) // 2))  # lower triangle of L, see `fit`
+        self.register_buffer("factor", torch.zeros(positions, d * (d + 1) // 2))  # the lower triangle of L, see `fit`
 
     def features(self, image):
         features = self.backbone(common.normalize(image))
@@ -115,7 +111,7 @@ class PaDiM(nn.Module):
 
     @torch.no_grad()
     def fit(self, batches):
-        """Mean and covariance S of each position from batches of normal images (paper, Eq. 1)."""
+        """Compute mean and covariance S of each position from batches of normal images (paper, Eq. 1)."""
         self.factor = None  # frees memory for `scatter`, 4.6 GiB with 550 features
         n, d = 0, self.mean.zero_().shape[1]
         scatter = [m.new_zeros(len(m), d, d) for m in self.mean.split(CHUNK)]  # sum of (x - mu)(x - mu)^T
@@ -124,10 +120,10 @@ class PaDiM(nn.Module):
             for x, mean, s in zip(self.embed(image).split(CHUNK), self.mean.split(CHUNK), scatter, strict=True):
                 before = x - mean[:, None]  # (CHUNK, B, d)
                 mean += before.sum(dim=1) / n
-                s.baddbmm_(before.mT, x - mean[:, None])  # exactly the sum about the new mean (Chan et al. 1979)
+                s.baddbmm_(before.mT, x - mean[:, None])  # exactly the sum around the new mean (Chan et al. 1979)
         factor = []
         while scatter:
-            cov = scatter.pop(0)  # each chunk is freed before the next factor is made
+            cov = scatter.pop(0)  # frees each chunk before the next factor is computed
             cov = (cov.cpu() if cov.device.type == "mps" else cov).double() / max(n - 1, 1)  # mps has no float64
             cov.diagonal(dim1=1, dim2=2).add_(EPSILON)
             factor.append(torch.linalg.cholesky(cov).float().to(self.mean.device)[:, self.lower])  # S = L L^T

@@ -3,20 +3,18 @@
 A memory bank holds locally averaged mid-level CNN features of normal images, reduced to a coreset that covers them
 evenly. A patch is as anomalous as its distance to the nearest patch of the bank; nothing is trained.
 
-Settings: thesis, Table 3.4: 10% of the patches kept, 9 neighbours for the re-weighting of the image score; resnet18
-or wide_resnet50_2 (the default here; the thesis has one row for both and does not say which). Features as in BMAD's
-code, which made the thesis' row: layers 2 and 3, 3x3 means, concatenated (1,536 channels).
-Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (256
-is our choice for all methods; the paper crops 256 to 224, the benchmark resized to 224).
-Differences from the official code (amazon-science/patchcore-inspection): the image score is re-weighted (paper,
-Eq. 7; the official code takes the plain maximum); distances, not squared ones; features are not pooled to 1,024
-dimensions.
+Settings: thesis, Table 3.4: 10% of the patches kept, 9 neighbours to re-weight the image score; resnet18 or
+wide_resnet50_2 (the default here; the thesis has one row for both and does not say which). Features as in BMAD's code,
+which produced the thesis' row: layers 2 and 3, 3x3 means, concatenated (1,536 channels).
+Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
+paper crops 256 to 224; the thesis' benchmark, BMAD, resized to 224).
+Differences from the official code (amazon-science/patchcore-inspection): the image score is re-weighted (paper, Eq. 7;
+the official code takes the plain maximum); distances are not squared; features are not pooled to 1,024 dimensions.
 Differences from BMAD's code: the deeper layer is upsampled bilinearly, as in the official code, not by nearest
-neighbour; one pass over the data (three epochs there triple some of its banks).
-The coreset is exactly the greedy one of the paper (Alg. 1), see `greedy_coreset`. The features of all patches would
-take 166 GB for the 26,315 images of oct2017. A first pass over the images keeps only their projections, in half
-precision (6.9 GB), on which the coreset is chosen; then these are freed, and a second pass stores the chosen patches
-(16.6 GB). Both are held on the device.
+neighbour; one pass over the data (BMAD's three epochs triple some of its banks).
+The features of all patches would take 166 GB for the 26,315 images of oct2017. Therefore a first pass over the images
+keeps only their projections, in half precision (6.9 GB), and the coreset is chosen on these; then they are freed, and a
+second pass stores the chosen patches (16.6 GB). Both are held on the device.
 """
 
 import sys
@@ -56,13 +54,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch; changes nothing but speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -74,11 +72,11 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
@@ -93,8 +91,7 @@ class PatchCore(nn.Module):
     def __init__(self, backbone, weights, ratio, neighbors):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone} is unknown: take {', '.join(LAYERS)}, or add its layers to "
-                               f"LAYERS")
+            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.layers = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         self.ratio, self.neighbors = ratio, neighbors
@@ -107,7 +104,7 @@ class PatchCore(nn.Module):
     def embed(self, image):
         """(B, 3, H, W) -> patch features (B, h, w, D) on the finer layer's grid."""
         features = self.backbone(common.normalize(image))
-        fine, coarse = (F.avg_pool2d(features[k], 3, stride=1, padding=1) for k in self.layers)  # zeros at the border
+        fine, coarse = (F.avg_pool2d(features[k], 3, stride=1, padding=1) for k in self.layers)  # zero padding
         coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear")
         return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)  # (B, D, h, w) -> (B, h, w, D)
 
@@ -119,7 +116,7 @@ class PatchCore(nn.Module):
             patches = self.embed(image).flatten(0, 2)  # (B*P, D)
             if projected is None:
                 project = random_projection(patches.shape[1]).to(device)
-                middle = patches.mean(dim=0)  # half precision is finest around zero
+                middle = patches.mean(dim=0)  # half precision is most precise around zero
                 count = len(train) * len(patches) // len(image)  # N*P
                 projected = torch.empty(count, project.shape[1], dtype=torch.half, device=device)
             projected[seen : seen + len(patches)] = (patches - middle) @ project
@@ -136,7 +133,7 @@ class PatchCore(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): smoothed distances to the bank; anomaly score (B,): the largest one, re-weighted."""
+        """Anomaly map (B, H, W): smoothed distances to the bank; anomaly score (B,): their maximum, re-weighted."""
         self.eval()
         bank, patches = self.memory_bank, self.embed(image)  # (K, D), (B, h, w, D)
         patch_score = nearest(patches.flatten(0, 2), bank).view(patches.shape[:3])  # (B, h, w)
@@ -151,16 +148,16 @@ class PatchCore(nn.Module):
 
 
 def random_projection(dim):
-    """(D, 128) with which distances change little (Johnson and Lindenstrauss); identity where D is no larger."""
+    """Return a (D, 128) that almost preserves distances (Johnson and Lindenstrauss); for small D, the identity."""
     return torch.randn(dim, PROJECTED) / PROJECTED**0.5 if dim > PROJECTED else torch.eye(dim)
 
 
 def greedy_coreset(points, count, batch=2048):
     """Farthest-first traversal (paper, Alg. 1): indices (count,) into points (n, d), from a random first one.
 
-    The paper lowers all distances after each pick. Here many picks share one pass over the points: the next picks are
-    searched for among the `batch` points farthest from all centres. As long as the farthest of these is no nearer than
-    the (batch + 1)-th point was, no other point can be farther, so each pick is the paper's."""
+    The paper updates all distances after each pick. Here many picks share one pass over the points: the next ones come
+    from the `batch` points farthest from all centres. As long as the farthest of these is no closer than the
+    (batch + 1)-th point was, no other point can be farther, so each pick is exactly the paper's."""
     n = len(points)
     chosen = torch.randint(n, (1,)).to(points.device)
     distance = torch.full((n,), torch.inf, device=points.device)  # of each point to its nearest centre
@@ -186,20 +183,20 @@ def greedy_coreset(points, count, batch=2048):
 
 def nearest(points, centers, rows=2048, columns=2048):
     """Euclidean distance of each of the points (n, d) to its nearest center (m, d): (n,)."""
-    middle = centers.mean(dim=0)  # around it |x|^2 - 2 x c + |c|^2 loses fewer digits
+    middle = centers.mean(dim=0)  # subtracted, so that |x|^2 - 2 x c + |c|^2 loses fewer digits
     result = torch.full((len(points),), torch.inf, device=points.device)
     for c in centers.split(columns):
         c = c - middle
         squared = c.square().sum(dim=1)
         for best, x in zip(result.split(rows), points.split(rows), strict=True):
             x = x.float() - middle
-            least = torch.addmm(squared, x, c.T, alpha=-2).amin(dim=1) + x.square().sum(dim=1)
-            torch.minimum(best, least, out=best)
+            minimum = torch.addmm(squared, x, c.T, alpha=-2).amin(dim=1) + x.square().sum(dim=1)
+            torch.minimum(best, minimum, out=best)
     return result.clamp(min=0).sqrt()
 
 
 def distances(points, bank):
-    """Euclidean distances (n, K) of a few points to the whole bank; in parts, as cdist copies what it is given."""
+    """Euclidean distances (n, K) of a few points to the whole bank; in parts, since cdist copies its arguments."""
     return torch.cat([torch.cdist(points, part) for part in bank.split(8192)], dim=1)
 
 

@@ -1,28 +1,31 @@
 """PatchSVDD (Yi, Yoon: Patch SVDD, ACCV 2020, arXiv:2006.16067).
 
-An encoder of patches learns two things from normal images: patches that almost coincide should lie close together (the
-SVDD of each patch is its neighbourhood, with no common centre), and of two neighbours it should be possible to say on
-which side of the first the second lies, which only an encoder that looks at the content can do. A patch is as anomalous
-as its distance to the nearest patch of the normal images, at two scales: 64 and 32 pixels.
+An encoder of patches learns two things from normal images: patches that almost coincide should lie close together (each
+patch has its neighbours as its SVDD centre, not a common one), and the embeddings of two neighbours should tell on
+which side of the first the second lies, which requires an encoder that looks at the content. A patch is as anomalous as
+its distance to the nearest patch of the normal images, at two scales: 64 and 32 pixels.
 
 Settings: thesis, Table 3.2 (D = 64, lambda = 0.9); all else: nuclearboy95/Anomaly-Detection-PatchSVDD-PyTorch
 (934d623), whose lambda is 1, 0.001 in its example.
 Differences from the official code:
 - The same numbers with less arithmetic: one pass over the whole image embeds all of its patches, since the encoder pads
   nothing and halves only once (21 times less); the four losses share one pass.
-- Nearest neighbours are exact at both scales; there by a k-d tree at 64 pixels and the approximate NGT at 32.
-- There all patches are kept, up to 1.3 million of an MVTec AD class. Here at most `--bank` of each scale are, as many
-  of each image, drawn at random: 0.33 GB a scale, where 26,315 images would need 22 GB.
-- The epoch is chosen on valid. There test is scored each epoch, the last one is kept, and 299 of the 300 train.
-- The last layer of the position classifiers, which the official code normalises in such a way that no gradient reaches
-  it, is frozen, with normalised columns, from the start.
+- Nearest neighbours are exact at both scales (official: a k-d tree at 64 pixels, the approximate NGT at 32).
+- At most `--bank` patches of each scale are kept, the same number from each image, drawn at random: 0.33 GB per scale,
+  where 26,315 images would need 22 GB. The official code keeps all, up to 1.3 million of an MVTec AD class.
+- The epoch is chosen on valid. The official code scores test in each epoch, keeps the last one, and trains in 299 of
+  the 300.
+- The last layer of the position classifiers is frozen, with normalised columns, from the start; the official code
+  normalises it in such a way that no gradient reaches it.
 
-As there: a neighbour that would leave the image is moved back into it, which makes some position labels wrong.
+As in the official code, a neighbour that would leave the image is moved back into it, which makes some position labels
+wrong.
+
 Parameters: encoder 360,832 + 41,152, position classifiers 25,864 each (of these 1,024 frozen).
-Note: until positions are learned nothing keeps patches apart. While the position losses in log.csv stay at ln 8 = 2.08,
-as in 150 steps on the phantom, the embedding says nothing; the published budget has 100,000 steps and more.
+Note: until positions are learned, nothing keeps patches apart. While the position losses in log.csv stay at ln 8 =
+2.08, as in 150 steps on the phantom, the embedding is meaningless; the published budget has 100,000 steps and more.
 Cost, measured on one busy CPU thread: 128 pixels, batches of 4, 100 steps and the bank: 71 s; 138 ms to score an image
-against 10,000 patches, 0.96 GiB. The default was not timed: 219 GFLOP a step.
+against 10,000 patches, 0.96 GiB. The default was not timed: 219 GFLOP per step.
 """
 
 import sys
@@ -42,7 +45,7 @@ import common
 DIM = 64  # D, length of an embedding (thesis, Table 3.2)
 STRIDES = {64: 16, 32: 4}  # patch size K: stride of the test patches, pixels (official code)
 DIRECTIONS = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])  # the 8 classes
-NOISE = 0.02  # deviation of the shift of each channel, and of each value, of position patches (official code)
+NOISE = 0.02  # deviation of the noise added to each channel and to each value of position patches (official code)
 
 
 @dataclass
@@ -58,13 +61,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (official code): a multiple of 16, above 64"""
+    """images are resized to this width and height in pixels (official code): a multiple of 16, above 64"""
     batch_size: Annotated[int, Ge(1)] = 64
     """pairs of each loss per batch (official code), and images per batch when scoring"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -76,29 +79,29 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 300
-    """passes over the training images, each seen `repeat` times (official code)"""
+    """passes over the normal training images, each used --repeat times (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (official code)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     repeat: Annotated[int, Ge(1)] = 100
-    """how often an epoch draws patches from each image (official code)"""
+    """number of times an epoch draws patches from each image (official code)"""
     svdd: Annotated[float, Interval(ge=0, le=1)] = 0.9
-    """lambda, weight of the two SVDD losses (thesis, Table 3.2); official code 1, in its example 1e-3"""
+    """lambda, weight of the two SVDD losses (thesis, Table 3.2; official code: 1, in its example 1e-3)"""
     bank: Annotated[int, Ge(1)] = 1_300_000
-    """at most this many normal patches of each scale to compare with, but at least one of each image (ours)"""
+    """maximum number of normal patches per scale to compare with, at least one from each image (our choice)"""
 
 
 def position_corners(count, size, patch):
-    """Upper left pixels (count, 2) of patches and of a neighbour of each, and the neighbours' directions (count,).
+    """Draw upper left pixels (count, 2) of patches and of a neighbour of each, and the neighbours' directions (count,).
 
-    A neighbour lies 3/4 K up to almost K away along each axis in which it differs."""
+    A neighbour is shifted by 3/4 K up to almost K along each axis in which it differs."""
     first = torch.randint(size - patch + 1, (count, 2))
     label = torch.randint(len(DIRECTIONS), (count,))
     offset = 3 * patch // 4 + torch.randint(patch // 4, (count, 2))
@@ -106,24 +109,24 @@ def position_corners(count, size, patch):
 
 
 def jittered_corners(count, size, patch):
-    """Upper left pixels (count, 2) of patches, and the same moved by up to K/32 along each axis, never by (0, 0)."""
+    """Draw upper left pixels (count, 2) of patches, and the same shifted by up to K/32 per axis, never by (0, 0)."""
     first = torch.randint(size - patch + 1, (count, 2))
     reach = patch // 32
     side = 2 * reach + 1
     move = torch.randint(side**2 - 1, (count,))
-    move += move >= side**2 // 2  # the middle one of the side^2 moves is none
+    move += move >= side**2 // 2  # skips the middle one of the side^2 moves, (0, 0)
     move = torch.stack([move // side, move % side], dim=1) - reach
     return first, (first + move).clamp(0, size - patch)
 
 
 def crop(image, corner, size):
-    """Of each image (B, C, H, W) the patch with this upper left pixel (B, 2): (B, C, size, size)."""
+    """Crop from each image (B, C, H, W) the patch with this upper left pixel (B, 2): (B, C, size, size)."""
     y, x = (corner[:, axis, None] + torch.arange(size) for axis in (0, 1))  # (B, size)
     return image[torch.arange(len(image))[:, None, None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
 
 
 def draw(image, patch):
-    """From images (B, 3, H, W) one pair of each kind at one scale: patches (4B, 3, K, K), directions (B,).
+    """Draw one pair of each kind per image (B, 3, H, W), at one scale: patches (4B, 3, K, K), directions (B,).
 
     The patches: first and second of the position pairs, with noise, then first and second of the SVDD pairs."""
     *position, label = position_corners(len(image), image.shape[-1], patch)
@@ -135,7 +138,7 @@ def draw(image, patch):
 
 
 def quadrants(patch):
-    """(B, C, 64, 64) -> (4B, C, 32, 32), the four of a patch one after the other, row by row."""
+    """(B, C, 64, 64) -> (4B, C, 32, 32): the four quadrants of a patch follow each other, row by row."""
     return patch.unflatten(3, (2, 32)).unflatten(2, (2, 32)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
@@ -160,7 +163,7 @@ class PatchSVDD(nn.Module):
                                    nn.Tanh())
         self.join1, self.join2 = nn.Conv2d(DIM, 128, 2), nn.Conv2d(128, DIM, 1)
         self.position64, self.position32 = PositionClassifier(), PositionClassifier()
-        self.register_buffer("mean", torch.zeros(3, image_size, image_size))  # of the training images, pixel by pixel
+        self.register_buffer("mean", torch.zeros(3, image_size, image_size))  # of the training images, at each pixel
         self.register_buffer("bank64", torch.zeros(0))  # (K, D) embeddings of normal patches
         self.register_buffer("bank32", torch.zeros(0))
 
@@ -170,12 +173,12 @@ class PatchSVDD(nn.Module):
         return super().load_state_dict(state, strict)
 
     def join(self, h, dilation=1):
-        """Embeddings (B, D, h, w) of quadrants, a patch's four `dilation` cells apart, to those of patches."""
+        """Combine embeddings (B, D, h, w) of quadrants, `dilation` cells apart in a patch, into those of patches."""
         h = F.conv2d(h, self.join1.weight, self.join1.bias, dilation=dilation)
         return torch.tanh(self.join2(F.leaky_relu(h, 0.1)))
 
     def losses(self, patches64, label64, patches32, label32):
-        """Of what `draw` gives for the two scales: position 64, position 32, SVDD 64, SVDD 32, means over the batch."""
+        """Return the losses position 64, position 32, SVDD 64, SVDD 32 of `draw`'s patches at both scales."""
         parts = quadrants(patches64)
         h = self.small(torch.cat([parts, patches32]))  # (16B + 4B, D, 1, 1)
         h64 = self.join(h[: len(parts)].view(-1, 2, 2, DIM).permute(0, 3, 1, 2))  # (4B, D, 2, 2) -> (4B, D, 1, 1)
@@ -187,7 +190,7 @@ class PatchSVDD(nn.Module):
         return *position, *svdd
 
     def embed(self, image):
-        """All patches of images (B, 3, H, W) in one pass: (B, D, h, w) of 64 pixels, 16 apart, and of 32, 4 apart.
+        """Embed all patches of images (B, 3, H, W): (B, D, h, w) of 64 pixels, 16 apart, and of 32, 4 apart.
 
         The encoder's output cell (i, j) over a whole image is the embedding of the 32x32 patch at pixel (2i, 2j)."""
         fine = torch.cat([self.small(x - self.mean)[..., ::2, ::2] for x in image.split(1)])  # one by one: memory
@@ -195,7 +198,7 @@ class PatchSVDD(nn.Module):
 
     @torch.no_grad()
     def fit_mean(self, batches):
-        """The mean of the training images at each pixel, which is taken off all images."""
+        """Compute the mean of the training images at each pixel, which is subtracted from all images."""
         total, count = 0, 0
         for image in batches:
             total, count = total + image.sum(dim=0), count + len(image)
@@ -205,7 +208,7 @@ class PatchSVDD(nn.Module):
     def fit(self, train, batch_size, device, limit):
         """Fill the banks with embeddings of the training images' patches, the same patches each time."""
         chance, banks = torch.Generator().manual_seed(0), ([], [])
-        keep = max(1, limit // len(train))  # of each image
+        keep = max(1, limit // len(train))  # patches per image
         for image in train.batches(batch_size, device):
             for bank, h in zip(banks, self.embed(image), strict=True):
                 h = h.flatten(2).mT  # (B, P, D)
@@ -219,11 +222,11 @@ class PatchSVDD(nn.Module):
     def predict(self, image):
         """Anomaly map (B, H, W): the product of the two scales' maps; anomaly score (B,): its maximum."""
         self.eval()
-        anomaly_map = torch.cat([self.localize(x) for x in image.split(1)])  # alone: rounding depends on the batch
+        anomaly_map = torch.cat([self.localize(x) for x in image.split(1)])  # one by one: rounding depends on the batch
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
 
     def localize(self, image):
-        """Anomaly map (1, H, W) of one image; where its patches almost coincide with the bank's, rounding counts."""
+        """Return the map (1, H, W) of one image; where its patches almost equal some in the bank, rounding matters."""
         anomaly_map = 1
         for (k, stride), h, bank in zip(STRIDES.items(), self.embed(image), (self.bank64, self.bank32), strict=True):
             distance = nearest(h[0].flatten(1).T, bank).view(1, *h.shape[2:])  # (1, D, h, w) -> (1, h, w)
@@ -235,9 +238,9 @@ def nearest(points, bank, rows=8192):
     """Distance of each of the points (n, D) to the nearest row of the bank (K, D): (n,).
 
     Matrix products, |a|^2 - 2ab + |b|^2, find the row; they lose digits where a and b almost coincide, so the distance
-    to it is then computed as such."""
-    middle = bank.mean(dim=0)  # what cancels is smaller around it
-    best = torch.full((len(points),), torch.inf, device=points.device)  # squared distance, less |a|^2
+    to that row is then computed from the difference."""
+    middle = bank.mean(dim=0)  # subtracted, so that fewer digits cancel
+    best = torch.full((len(points),), torch.inf, device=points.device)  # squared distance minus |a|^2
     index = torch.zeros(len(points), dtype=torch.long, device=points.device)
     for start in range(0, len(bank), rows):
         part = bank[start : start + rows] - middle
@@ -248,9 +251,9 @@ def nearest(points, bank, rows=8192):
 
 
 def spread(distance, size, patch, stride):
-    """Patches' distances (B, h, w) -> (B, size, size): each pixel the mean over the patches that cover it.
+    """Patches' distances (B, h, w) -> (B, size, size): at each pixel, the mean over the patches that cover it.
 
-    Which patches cover a pixel is decided axis by axis, so the mean is a matrix product along each."""
+    The axes are independent, so the mean is a matrix product along each."""
     h = distance.shape[-1]
     offset = torch.arange(size)[:, None] - stride * torch.arange(h)
     covers = ((offset >= 0) & (offset < patch)).to(distance)  # (size, h)
@@ -268,8 +271,6 @@ if __name__ == "__main__":
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
-        if min(args.repeat, args.bank) < 1:
-            raise common.Error("--repeat and --bank must be at least 1: an epoch needs patches, scores need a bank")
         model.fit_mean(train.batches(args.batch_size, run.device))
         optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), args.lr)
         for epoch in run.epochs(model, optimizer):

@@ -1,34 +1,33 @@
 """RD4AD (Deng, Li: Anomaly Detection via Reverse Distillation from One-Class Embedding, CVPR 2022, arXiv:2201.10703).
 
-A frozen, pretrained teacher E gives features f_E^k at three layers; a bottleneck fuses them into one small embedding
-phi, from which the student, a decoder D with the teacher's kind of blocks, has to give the same features f_D^k again.
-Trained on normal images only, neither of the two carries an anomaly through: where the features differ, a position is
-anomalous. Map of a layer (Eq. 2): M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)); anomaly map: the M^k, enlarged,
-summed and smoothed; score: its maximum.
+A frozen, pretrained teacher E extracts features f_E^k at three layers; a bottleneck fuses them into one small embedding
+phi, from which the student, a decoder D with the teacher's kind of blocks, must reproduce them: f_D^k. Trained on
+normal images only, neither of them passes an anomaly on: where the features differ, a position is anomalous. Map of
+a layer (Eq. 2): M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)).
 
     image -> teacher E:  f_E^1  f_E^2  f_E^3 --> one-class bottleneck --> phi
                            |      |      |                                 |
              student D:  f_D^1  f_D^2  f_D^3 <-----------------------------'    M^k compares f_E^k with f_D^k
 
-Settings: thesis, Table 3.6: wide_resnet50_2, Adam with learning rate 0.005 and betas 0.5 and 0.99 (the official code
-has 0.5 and 0.999). Epochs, batch and image size: hq-deng/RD4AD (6554076).
+Settings: thesis, Table 3.6: wide_resnet50_2, Adam with learning rate 0.005 and betas 0.5 and 0.99 (official code: 0.5
+and 0.999). Epochs, batch and image size: hq-deng/RD4AD (6554076).
 Differences from the paper: the loss takes the cosine of a layer's whole map as one vector, as the official code does,
-not the mean over positions; users of the paper's form report a loss of accuracy (issue 22 there).
+not the mean over positions; users of the paper's form report a loss of accuracy (issue 22 of the official code).
 Differences from hq-deng/RD4AD:
-- The epoch is chosen on valid; there every tenth is shown on the test set and the last one kept.
-- The teacher runs without gradients, and without the last stage, which nothing reads; the bottleneck lacks a layer
-  that is never called (conv4 there).
+- The epoch is chosen on valid; the official code evaluates every tenth epoch on the test set and keeps the last one.
+- The teacher runs without gradients, and without the last stage, which is not used; the bottleneck lacks a layer that
+  is never called (official name: conv4).
 
-Difference from the thesis' benchmark: its configuration multiplies the layers' maps; the official code adds them, which
-is the default here (--combine product multiplies).
-mobilenet_v2 is our choice, not published: the bottleneck fuses as in the paper, its blocks and the decoder's are
+Difference from the thesis' benchmark: its configuration multiplies the layers' maps (--combine product); the official
+code adds them.
+mobilenet_v2 is our choice, not published: the bottleneck fuses as in the paper; its blocks and the decoder's are
 inverted residuals (2 of 24, 3 of 32 and 3 of 96 channels, as in the encoder), with a convolution as shortcut where the
-grid changes, as in the ResNets. They end without ReLU, since the features to give are signed.
+grid changes, as in the ResNets. They end without ReLU, since the features to reproduce are signed.
 
-Parameters of bottleneck, decoder and frozen teacher: wide_resnet50_2 58,885,120, 24,917,504 and 24,862,528 (the sizes
-of the official ones), resnet18 11,680,000, 3,703,168 and 2,782,784, mobilenet_v2 1,545,984, 696,544 and 542,528.
-Cost, measured: mobilenet_v2, 128 pixels, batches of 8, one CPU thread: 38 s for 3 epochs of 200 images with three looks
-at valid (--eval-every 1), 20 ms to score an image, 1.2 GiB. The default was not timed.
+Parameters of bottleneck, decoder and frozen teacher: wide_resnet50_2 58,885,120, 24,917,504 and 24,862,528 (as in the
+official code), resnet18 11,680,000, 3,703,168 and 2,782,784, mobilenet_v2 1,545,984, 696,544 and 542,528.
+Cost, measured: mobilenet_v2, 128 pixels, batches of 8, one CPU thread: 38 s for 3 epochs of 200 images with three
+validations (--eval-every 1), 20 ms to score an image, 1.2 GiB. The default was not timed.
 """
 
 import sys
@@ -44,8 +43,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# Layers of strides 4, 8 and 16; their channels and the embedding's (of stride 32); the kind of block; how many blocks
-# the bottleneck has, and the decoder's stages from the coarsest to the finest (the official order: no mirror image).
+# Layers of strides 4, 8 and 16; their channels and the embedding's (of stride 32); the kind of block; the number of
+# blocks in the bottleneck and in the decoder's stages, coarsest first (the official order: no mirror image).
 BACKBONES = {
     "resnet18": (["layer1", "layer2", "layer3"], (64, 128, 256, 512), "basic", (2, 2, 2, 2)),
     "resnet50": (["layer1", "layer2", "layer3"], (256, 512, 1024, 2048), "bottleneck", (3, 3, 4, 6)),
@@ -68,13 +67,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared, a multiple of 32 (official code)"""
+    """images are resized to this width and height in pixels, a multiple of 32 (official code)"""
     batch_size: Annotated[int, Ge(1)] = 16
     """images per batch (official code)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -86,11 +85,11 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 200
     """passes over the normal training images (official code)"""
     lr: Annotated[float, Gt(0)] = 0.005
@@ -102,18 +101,18 @@ class Args:
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
     combine: Literal["sum", "product"] = "sum"
-    """of the layers' maps: sum (official code) or product (the thesis' benchmark)"""
+    """combination of the layers' maps: sum (official code) or product (the thesis' benchmark)"""
 
 
 def conv(inputs, outputs, kernel, resize=None, groups=1):
-    """resize: "down" halves the grid, "up" doubles it with a transposed convolution, whose kernel is always 2x2."""
+    """Return a convolution; resize: "down" halves the grid, "up" doubles it (transposed, 2x2)."""
     if resize == "up":
         return nn.ConvTranspose2d(inputs, outputs, 2, 2, groups=groups, bias=False)
     return nn.Conv2d(inputs, outputs, kernel, 2 if resize else 1, kernel // 2, groups=groups, bias=False)
 
 
 def with_norm(convs, activation=nn.ReLU):
-    """Convolutions, each with batch norm and, but for the last one, an activation."""
+    """Add batch norm to each convolution, and an activation to all but the last."""
     layers = []
     for c in convs:
         layers += [c, nn.BatchNorm2d(c.out_channels), activation(inplace=True)]
@@ -121,7 +120,7 @@ def with_norm(convs, activation=nn.ReLU):
 
 
 class Block(nn.Module):
-    """A residual block of the teacher's kind, which may halve or double the grid on its way."""
+    """A residual block of the teacher's kind, which may also halve or double the grid."""
 
     def __init__(self, kind, inputs, outputs, resize=None):
         super().__init__()
@@ -190,27 +189,27 @@ class RD4AD(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, image):
-        """The teacher's features and the student's: two lists of (B, C, h, w), strides 4, 8 and 16."""
+        """Return the teacher's and the student's features: two lists of (B, C, h, w), strides 4, 8 and 16."""
         with torch.no_grad():
             features = list(self.teacher(common.normalize(image)).values())
         return features, self.decoder(self.bottleneck(features))
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): the layers' maps, enlarged, combined, smoothed; anomaly score (B,): its maximum."""
+        """Anomaly map (B, H, W): layer maps enlarged, combined, smoothed; anomaly score (B,): its maximum."""
         self.eval()
         layer_maps = []
         for e, d in zip(*self(image), strict=True):
             layer_map = 1 - F.cosine_similarity(e, d, dim=1)  # (B, h, w), Eq. 2
             layer_maps.append(F.interpolate(layer_map[:, None], image.shape[-2:], mode="bilinear",
-                                            align_corners=True)[:, 0])  # corners aligned: the official code
+                                            align_corners=True)[:, 0])  # as in the official code
         layer_maps = torch.stack(layer_maps)  # (3, B, H, W)
         anomaly_map = common.smooth(layer_maps.sum(0) if self.combine == "sum" else layer_maps.prod(0))
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
 
 
 def distillation_loss(target, pred):
-    """1 - cos of teacher and student, the whole map of a layer being one vector; summed over layers, mean over images.
+    """1 - cos of teacher and student, each layer's map as one vector; summed over layers, averaged over images.
 
     target, pred: lists of (B, C, h, w)."""
     return sum(1 - F.cosine_similarity(e.flatten(1), d.flatten(1)).mean() for e, d in zip(target, pred, strict=True))
@@ -230,7 +229,7 @@ if __name__ == "__main__":
     if not args.checkpoint:
         optimizer = torch.optim.Adam([*model.bottleneck.parameters(), *model.decoder.parameters()], args.lr, BETAS)
         for epoch in run.epochs(model, optimizer):
-            model.train()  # batch norm of bottleneck and decoder: the teacher stays in eval mode
+            model.train()  # only for the batch norm of bottleneck and decoder: the teacher stays in eval mode
             losses = []
             for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)):
                 loss = distillation_loss(*model(image))

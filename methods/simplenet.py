@@ -1,21 +1,21 @@
 """SimpleNet (Zhikang Liu, Zhou, Xu, Wang, CVPR 2023, arXiv:2303.15140).
 
-A linear layer adapts patch features of a frozen CNN to the images at hand; Gaussian noise added to adapted features
-makes them anomalous; a small discriminator learns to tell the two apart. A patch is as anomalous as the discriminator
-says.
+A linear layer adapts patch features of a frozen CNN to the images at hand; Gaussian noise makes adapted features
+anomalous; a small discriminator learns to tell the two apart. A patch is as anomalous as the discriminator says.
 
-Settings: thesis, 3.4.1: "the original hyper-parameters", that is the official code (DonaldRR/SimpleNet, run.sh: noise
+Settings: thesis, 3.4.1: "the original hyper-parameters", i.e. the official code's (DonaldRR/SimpleNet, run.sh: noise
 0.015, margin 0.5, 40 x 4 passes, batches of 8); the best epoch on valid.
 Differences from the paper: the features are pooled as in the official code (see `pool`); the paper averages each
 channel's 3x3 neighbourhood.
 Differences from the official code: the epoch is chosen on valid, every tenth, not on test, every fourth; 256 pixels,
-not 329 cropped to 288 (lesions may lie at the border); features are not upsampled to the image's size, which nothing
-read, and the network stops at its third stage.
-Other backbones than the published one: the noise 0.015 presumes the scale of wide_resnet50_2's features, so it becomes
-a share of the deviation of the features of the first batch; resnet18 and mobilenet_v2, too narrow to be pooled down to
-1,536, give 3x3 means of each channel.
+not 329 cropped to 288 (lesions may lie at the border); features are not upsampled to the image's size, since nothing
+uses that, and the network stops at its third stage.
+Backbones without a published setting: the noise 0.015 presumes the scale of wide_resnet50_2's features, so it becomes a
+multiple of the standard deviation of the first batch's features; resnet18 and mobilenet_v2, too narrow for 1,536 pooled
+values, give 3x3 means of each channel.
+
 Parameters: adaptor 2,360,832, discriminator 1,576,960 (wide_resnet50_2: 24,862,528 frozen).
-Cost, measured, of the default on one busy CPU thread: 1.1 s a training image, 0.65 s a test image, 1.6 GiB.
+Cost, measured, of the default on one busy CPU thread: 1.1 s per training image, 0.65 s per test image, 1.6 GiB.
 """
 
 import sys
@@ -31,7 +31,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers of strides 8 and 16, and how many values each has after pooling.
+# The layers of strides 8 and 16, and the number of values per position after pooling.
 LAYERS = {
     "wide_resnet50_2": (["layer2", "layer3"], [768, 768]),  # run.sh: 1,536 of each, then 1,536 of both
     "resnet50": (["layer2", "layer3"], [768, 768]),
@@ -39,7 +39,7 @@ LAYERS = {
     "mobilenet_v2": (["features.6", "features.13"], [32, 96]),
 }
 NOISE = 0.015  # deviation of the noise with wide_resnet50_2 (run.sh: noise_std)
-RELATIVE_NOISE = 0.5  # with other backbones: times the deviation of their features (our choice, on valid splits)
+RELATIVE_NOISE = 0.5  # with other backbones: relative to their features' deviation (our choice, on valid splits)
 MARGIN = 0.5  # th in the paper (run.sh: dsc_margin)
 HIDDEN = 1024  # units of the discriminator (run.sh: dsc_hidden)
 
@@ -57,13 +57,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (run.sh)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -75,17 +75,17 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 160
     """passes over the normal training images (run.sh: 40 meta epochs of 4)"""
     lr: Annotated[float, Gt(0)] = 2e-4
-    """Adam's learning rate, discriminator (official code)"""
+    """Adam's learning rate for the discriminator (official code)"""
     lr_adaptor: Annotated[float, Gt(0)] = 1e-4
-    """AdamW's learning rate, adaptor (official code: a tenth of 1e-3)"""
+    """AdamW's learning rate for the adaptor (official code: a tenth of 1e-3)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "wide_resnet50_2"
@@ -93,16 +93,16 @@ class Args:
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk for the frozen features of the training images; 0: computed again each epoch"""
+    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
     noise: Annotated[float | None, Ge(0)] = None
-    """deviation of the Gaussian noise; None is 0.015 (run.sh) with wide_resnet50_2, a share of their own with others"""
+    """deviation of the Gaussian noise; None: 0.015 with wide_resnet50_2 (run.sh), else half that of the features"""
 
 
 def pool(feature, width):
-    """(B, C, h, w) -> (B, width, h, w): the 3x3 neighbourhood of each position, 9C values, averaged to `width` values.
+    """Average the 3x3 neighbourhood of each position, 9C values, to `width`: (B, C, h, w) -> (B, width, h, w).
 
-    As in the official code: the values are ordered by channel, row, column and pooled to means of equal length. With
-    9C / width = 9 such a mean is that of a channel's 3x3 neighbourhood; with 6 or 12 it may straddle two channels."""
+    As in the official code, the values are ordered by channel, row and column, and each mean takes 9C / width of them:
+    with 9, a channel's 3x3 neighbourhood; with 6 or 12 a mean may include values of two channels."""
     neighbourhoods = F.unfold(feature, 3, padding=1)  # (B, 9C, h*w)
     return neighbourhoods.unflatten(1, (width, -1)).mean(2).unflatten(2, feature.shape[-2:])
 
@@ -123,17 +123,17 @@ class SimpleNet(nn.Module):
 
     @torch.no_grad()
     def features(self, image):
-        """o: (B, 3, H, W) -> patch features (B, h, w, D) on the finer layer's grid; frozen: constants of the image."""
+        """Return the frozen patch features o on the finer layer's grid: (B, 3, H, W) -> (B, h, w, D)."""
         maps = self.backbone(common.normalize(image))
         fine, coarse = (pool(maps[k], width) for k, width in zip(self.layers, self.widths, strict=True))
         coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear")
         return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
 
     def loss(self, features, noise):
-        """Paper, Eq. 6, of features (n, D): the truncated l1 loss, zero where both kinds keep their margin."""
+        """Return the truncated l1 loss (paper, Eq. 6) of features (n, D), zero where both kinds keep their margin."""
         normal = self.adaptor(features)  # q
-        anomalous = normal + noise * torch.randn_like(normal)  # q-; the gradient reaches the adaptor through both
-        answers = self.discriminator(torch.cat([normal, anomalous]))  # one batch: batch norm must see both
+        anomalous = normal + noise * torch.randn_like(normal)  # q-; both pass gradients to the adaptor
+        answers = self.discriminator(torch.cat([normal, anomalous]))  # one batch, for joint batch statistics
         d_normal, d_anomalous = answers.chunk(2)
         return F.relu(MARGIN - d_normal).mean() + F.relu(MARGIN + d_anomalous).mean()
 

@@ -1,33 +1,34 @@
-"""UTRAD (Chen, You, Zhang, Xi, Le, Neural Networks 147:53-62, 2022; no arXiv version).
+"""UTRAD (Chen, You, Zhang, Xi, Le, Neural Networks 147:53-62, 2022; not on arXiv).
 
-The features of a pretrained CNN are the tokens of a U-shaped transformer autoencoder: attention runs inside groups of
-4x4 tokens, then among the groups, and each skip of the U is squeezed through a bottleneck, so that it cannot simply
-copy. Trained on normal images it fails to reconstruct what it never saw; the error is divided by the error that a
-second head expects at that place.
+The features of a pretrained CNN are the tokens of a U-shaped transformer autoencoder: attention runs within groups of
+4x4 tokens, then between the groups, and each skip connection of the U is squeezed through a bottleneck, so that it
+cannot simply copy. Trained on normal images, it fails to reconstruct anomalies; the error is divided by the error that
+a second head expects at that position.
 
     64x64 --> encoder --> 16x16 --> encoder --> 4x4 --> encoder --> 1 token    each group of 4x4 becomes one token
                  | skip                | skip              | skip     |        through a bottleneck
     64x64 <-- decoder <-- 16x16 <-- decoder <-- 4x4 <-- decoder <-----+        each token becomes a group of 4x4
 
-Settings: thesis, Table 3.6 (ReLU, batch 8, Adam 1e-4). Where it is silent, the thesis' code (DorisBao/BMAD): 150
-epochs, no augmentation. Structure, initialisation and score are those of the official gordon-chenmo/UTRAD.
+Settings: thesis, Table 3.6 (ReLU, batch 8, Adam 1e-4). Where it is silent, BMAD's code (DorisBao/BMAD, the thesis'
+benchmark): 150 epochs, no augmentation. Structure, initialisation and score are those of the official
+gordon-chenmo/UTRAD.
 Differences from the official code:
-- ReLU, as the thesis says; its code and the official one run GELU (`--activation gelu`).
-- Batches of 8 instead of 2, and no padding, rotation and cropping in training: as in the code of the thesis.
+- ReLU, as the thesis says (BMAD's code, official code: `--activation gelu`).
+- Batches of 8 instead of 2, and no padding, rotation and cropping in training: as in BMAD's code.
 - Images are resized to a square, not by their short side: the grid of tokens must be square.
-- The epoch is chosen on valid (thesis, 3.4.1); there it is the one of the lowest training loss.
-- |std|, which divides the error, is at least 1e-6; there nothing keeps it from zero.
-- Sizes other than 256: 4x4 tokens a group while the grid can be divided by 4; what is left is the last group (2x2 at
+- The epoch is chosen on valid (thesis, 3.4.1; official: the lowest training loss).
+- |std|, which divides the error, is at least 1e-6; nothing keeps the official one from zero.
+- Sizes other than 256: groups of 4x4 tokens as long as the grid is divisible by 4; the rest is the last group (2x2 at
   128 pixels). The scales of the score follow the groups.
 - On a GPU the transformer runs in bfloat16 (autocast): its dense layers are almost all of the cost.
 
-Kept, though it looks like an accident: both position tables are random codes that are never trained, one norm serves
-the encoders of all levels and another the decoders, and the layers of a level start with equal attention weights.
+Kept, though it looks accidental: both position tables are random codes that are never trained, one norm serves the
+encoders of all levels and another the decoders, and the layers of a level start with equal attention weights.
 
 Parameters: 91.719 M as published, of which 2.122 M are the fixed position codes, and resnet18's frozen 2.783 M.
 Short runs: dividing by the expected error does harm until it is learned (loss_std): phantom, 64 pixels, 800 steps of
-`--width 64 --layers 1 --batch-size 2 --lr 3e-3`: pixel AUROC 0.74, of the error alone 0.87.
-Cost: 275 GFLOP an image at 256 pixels (counted), three times that in training. Measured, one thread of a busy machine:
+`--width 64 --layers 1 --batch-size 2 --lr 3e-3`: pixel AUROC 0.74; with the error alone 0.87.
+Cost: 275 GFLOP per image at 256 pixels (counted), three times that in training. Measured, one thread of a busy machine:
 200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`, 4 epochs: 176 s, 1.5 GiB; 81 ms per image.
 """
 
@@ -70,13 +71,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (thesis, 4.3.3); a multiple of 16"""
+    """images are resized to this width and height in pixels (thesis, 4.3.3), a multiple of 16"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -88,13 +89,13 @@ class Args:
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(1)] = 150
-    """passes over the normal training images (thesis' code, official code)"""
+    """passes over the normal training images (BMAD's code, official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (thesis, Table 3.6); runs of a few hundred steps need 3e-3"""
     eval_every: Annotated[int, Ge(1)] = 10
@@ -104,17 +105,17 @@ class Args:
     weights: str = "imagenet"
     """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk for the frozen features of the training images; 0: computed again each epoch"""
+    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
     activation: Literal["relu", "gelu"] = "relu"
-    """of the transformers (thesis, Table 3.6); the thesis' and the official code ran gelu"""
+    """activation in the transformers (thesis, Table 3.6; BMAD's code, official code: gelu)"""
     width: Annotated[int, Ge(1)] = 512
-    """d, channels of a token; four times as many in the feed-forward layers (official code)"""
+    """d, channels of a token; the feed-forward layers have four times as many (official code)"""
     layers: Annotated[int, Ge(1)] = 4
     """transformer layers of each encoder and decoder (official code)"""
 
 
 class Level(nn.Module):
-    """One level of the U: P x P groups of S x S tokens with d channels each, a sequence for each group."""
+    """One level of the U: P x P groups of S x S tokens with d channels, each group a sequence."""
 
     def __init__(self, side, width, layers, activation, encoder_norm, decoder_norm):
         super().__init__()
@@ -130,16 +131,16 @@ class Level(nn.Module):
         self.side = side
 
     def down(self, x):
-        """Tokens (B, P*S, P*S, d) -> one token for each group (B, P, P, d), and the skip (B*P*P, S*S, d)."""
+        """Encode: tokens (B, P*S, P*S, d) -> one per group (B, P, P, d), and the skip connection (B*P*P, S*S, d)."""
         b, h, w, d = x.shape
         s = self.side
         x = x.view(b, h // s, s, w // s, s, d).transpose(2, 3).reshape(-1, s * s, d)
         x = F.dropout(x + self.position, DROPOUT, self.training)
-        x = self.encoder(F.pad(x, (0, 0, 1, 0)))  # the token in front that gathers the group starts from zero
+        x = self.encoder(F.pad(x, (0, 0, 1, 0)))  # the first token, zero as input, gathers the group
         return x[:, 0].view(b, h // s, w // s, d), self.bottleneck(x[:, 1:])
 
     def up(self, x, skip):
-        """The way back: (B, P, P, d) and the skip (B*P*P, S*S, d) -> (B, P*S, P*S, d)."""
+        """Decode: (B, P, P, d) and the skip connection (B*P*P, S*S, d) -> (B, P*S, P*S, d)."""
         b, p, q, d = x.shape
         s = self.side
         memory = torch.cat([x.reshape(-1, 1, d), skip], dim=1)  # (B*P*P, 1 + S*S, d)
@@ -156,8 +157,8 @@ class UTRAD(nn.Module):
             raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
         if image_size < 16 or image_size % 16:
             raise common.Error(f"--image-size {image_size}: the tokens need a multiple of 16; take 256, 128 or 64")
-        if width < HEADS or width % HEADS or layers < 1:
-            raise common.Error(f"--width {width} must be a multiple of {HEADS} and --layers {layers} at least 1")
+        if width % HEADS:
+            raise common.Error(f"--width {width}: give a multiple of {HEADS}")
         self.backbone = common.feature_extractor(backbone, LAYERS[backbone], weights)
         channels, grid = self.features(torch.zeros(1, 3, image_size, image_size)).shape[1:3]
         sides, rest = [], grid
@@ -183,12 +184,12 @@ class UTRAD(nn.Module):
 
     @torch.no_grad()
     def features(self, image):
-        """F: (B, 3, H, W) -> (B, C, h, h), deeper layers repeated to the first one's grid; frozen."""
+        """Return the frozen features F, all repeated to the finest grid: (B, 3, H, W) -> (B, C, h, h)."""
         first, *deeper = self.backbone(common.normalize(image)).values()
         return torch.cat([first, *(F.interpolate(f, first.shape[-2:]) for f in deeper)], dim=1)  # nearest
 
     def forward(self, features):
-        """F (B, C, h, h) -> its reconstruction (B, C, h, h), and the error to expect, up to its sign (B, 1, h, h)."""
+        """F (B, C, h, h) -> its reconstruction (B, C, h, h) and, up to its sign, the expected error (B, 1, h, h)."""
         with torch.autocast("cuda", torch.bfloat16, enabled=features.is_cuda):
             x = F.dropout(self.embed(features) + self.position, DROPOUT, self.training)
             x, skips = x.permute(0, 2, 3, 1).contiguous(), []  # (B, h, h, d)
@@ -197,8 +198,8 @@ class UTRAD(nn.Module):
                 skips.append(skip)
             for level in reversed(self.levels):
                 x = level.up(x, skips.pop())
-        x = x.permute(0, 3, 1, 2)  # in float32 again, since the last layer is a norm
-        return self.recon(x), self.std(x.detach())  # or the tokens would learn to be wrong in a predictable way
+        x = x.permute(0, 3, 1, 2)  # float32 again, since the last layer is a norm
+        return self.recon(x), self.std(x.detach())  # else the tokens would learn predictable errors
 
     @torch.inference_mode()
     def predict(self, image):
@@ -213,7 +214,7 @@ class UTRAD(nn.Module):
 
 
 def losses(features, recon, std):
-    """Mean squared error of the reconstruction, and of the expected error against the true one, at each token."""
+    """Return the mean squared errors of the reconstruction and of the expected error, over all tokens."""
     error = (recon - features).detach().norm(dim=1, keepdim=True)
     return F.mse_loss(recon, features), F.mse_loss(std, error)
 
@@ -229,7 +230,7 @@ if __name__ == "__main__":
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
-        optimizer = torch.optim.Adam(model.parameters(), args.lr, BETAS)  # the frozen ones get no gradient
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, BETAS)  # frozen parameters get no gradient
         frozen = common.Features(lambda image: [model.features(image)], train, args, run)
         for epoch in run.epochs(model, optimizer):
             logged = []

@@ -1,23 +1,20 @@
 """WinCLIP (Jeong, Zou, Kim, Zhang, Ravichandran, Dabeer, CVPR 2023, arXiv:2303.14814), zero-shot and with K images.
 
-CLIP knows from captions how normal and anomalous things look. Its image encoder is shown small windows of the image,
-2x2 and 3x3 patches, one at a time. A window is anomalous if its feature is nearer to the mean of sentences about the
-anomalous state than to that of sentences about the normal one. With `--shots K` (the paper's WinCLIP+) it is also
-compared with all windows of K normal images, which the seed draws from the training images. Nothing is trained.
+CLIP knows from captions how normal and anomalous things look. Its image encoder looks at small windows of the image,
+2x2 and 3x3 patches, one at a time. A window is anomalous if its feature is closer to the mean of sentences about the
+anomalous state than to that of sentences about the normal one. With `--shots K` (the paper's WinCLIP+), it is also
+compared with all windows of K normal images. Nothing is trained.
 
-Settings: the windows, the temperature and the way scores are combined are those of anomalib 2.7 and
-zqhang/Accurate-WinCLIP-pytorch, which agree; there is no official code. The thesis gives no shots, prompts or sizes for
-its rows. Without shots nothing is random: seeds give the same scores.
-Differences from the paper: medical sentences instead of industrial ones (`--prompts original`: the paper's). By default
-they speak of normal and abnormal only. `--findings named` adds what may be found (tumor, drusen): that is knowledge of
-the test classes, which the paper does not use and the thesis does not mention. results.json says under `notes` what was
-used, and which images were the references. Maps have 256 pixels like those of all methods here; CLIP sees 240.
-Differences from anomalib 2.7: sentences are normalised before they are averaged, and states weigh the same, however
-many sentences they have. Its windows are right only with an open_clip from before mid-2024; with today's it lets each
-token attend to other windows instead of its own, and all windows get the same feature.
+Settings: windows, temperature and combination of scores are those of anomalib 2.7 and zqhang/Accurate-WinCLIP-pytorch,
+which agree (no official code; the thesis gives no shots, prompts or sizes). Without shots, all seeds score the same.
+Differences from the paper: medical sentences instead of industrial ones; `--findings named` adds knowledge of the test
+classes, which the paper does not use and the thesis does not mention.
+Differences from anomalib 2.7: sentences are normalised before they are averaged, and each state has the same weight,
+however many sentences it has. anomalib's windows are right only with an open_clip from before mid-2024; with later ones
+each token attends to other windows instead of its own, and all windows get the same feature.
 
-Cost, measured, of the default on one CPU thread of a busy machine: 20 s for the sentences, 8 s for each reference and
-each image to score; 2.0 GiB with four images per batch.
+Cost, measured, of the default on one busy CPU thread: 20 s for the sentences, 8 s per reference and per scored image;
+2.0 GiB with four images per batch.
 """
 
 import re
@@ -35,9 +32,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-SCALES = (2, 3)  # k, windows of k x k patches, stride 1
+SCALES = (2, 3)  # k: windows of k x k patches, stride 1
 TAU = 0.07  # temperature of the softmax over the two classes; trained CLIP's own is 0.01
-FLOOR = 1e-6  # minimum of a score: harmonic means divide by it
+FLOOR = 1e-6  # minimum score, since harmonic means divide by it
 
 
 @dataclass
@@ -53,13 +50,13 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this many pixels squared (our choice for all methods; the benchmark used 224)"""
+    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch; changes nothing but speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of 16-bit images that is white, 4095 for 12 bits"""
+    """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images that thresholds come from, where valid has no normal ones"""
+    """share of the training images held out to set thresholds, if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
     """use at most this many images of each split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
@@ -71,35 +68,34 @@ class Args:
     predict: str | None = None
     """score this image, folder of images, NIfTI volume, DICOM series or folder of scans; zero-shot or --checkpoint"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that the threshold of the decision should leave below it"""
+    """share of normal images that should lie below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices, or the mean of the five highest"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also write each image's anomaly map at its own size, in float32"""
+    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     model: str = "ViT-B-16-plus-240"
     """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
-    """of CLIP: a published TAG of open_clip, none (untrained), auto (laion400m_e32, else none), or a FILE"""
+    """weights of CLIP: a TAG published by open_clip, none (untrained), auto (laion400m_e32, else none), or a FILE"""
     clip_size: Annotated[int, Ge(16)] = 240
-    """images are resized once more, to this many pixels squared, for CLIP: 240 are its own 15 x 15 patches"""
+    """width and height in pixels to which images are resized again for CLIP; 240: the model's own 15 x 15 patches"""
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
-    """what the sentences speak of (WORDS); auto: the benchmark of --data, generic for other folders"""
+    """what the sentences are about (see WORDS); auto: the benchmark of --data, generic for other folders"""
     prompts: Literal["medical", "original"] = "medical"
-    """sentences: our medical ones, or the paper's industrial ones about the organ"""
+    """medical: our own sentences; original: the paper's industrial ones, applied to the organ"""
     organ: str | None = None
-    """what the images show, in your own words, such as "knee": in place of the organ of WORDS"""
+    """what the images show, in your own words, such as "knee", instead of the organ in WORDS"""
     findings: str = "none"
-    """none: medical sentences speak of normal and abnormal only; named: they name the findings of WORDS; or your own
-    findings, separated by commas (knowledge of the disease)"""
+    """none: medical sentences only mention normal and abnormal; named: they name the findings in WORDS, such as tumor
+    or drusen (knowledge of the disease); or your own findings, separated by commas"""
     sentences: str | None = None
-    """in place of all these: a text FILE with a sentence a line, after "normal:" or "anomalous:\""""
+    """instead of all these: a text FILE with one sentence per line, after "normal:" or "anomalous:\""""
     shots: Annotated[int, Ge(0)] = 0
-    """K, normal training images to compare with, drawn by --seed; 0 is WinCLIP, more is WinCLIP+ (paper: 1, 2, 4)"""
+    """K, normal training images to compare with, drawn by --seed; 0: WinCLIP, more: WinCLIP+ (paper: 1, 2, 4)"""
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
 class WinCLIP(nn.Module):
-    """P = h * w patches; n windows of k x k of them; D CLIP's joint width, W that of its image encoder; K shots."""
+    """P = h * w patches; n windows of k x k patches; D: width of CLIP's joint space, W: of its image encoder."""
 
     def __init__(self, args):
         super().__init__()
@@ -108,31 +104,29 @@ class WinCLIP(nn.Module):
         self.grid, patches = encoder.grid_size, encoder.grid_size[0] * encoder.grid_size[1]
         if min(self.grid) < max(SCALES):
             raise common.Error(f"--clip-size {args.clip_size}: windows need {max(SCALES)} x {max(SCALES)} patches")
-        if args.shots < 0:
-            raise common.Error(f"--shots {args.shots}: give the number of normal images to compare with, 0 for none")
-        self.register_buffer("text", torch.zeros(2, encoder.output_dim))  # of the normal and the anomalous class
+        self.register_buffer("text", torch.zeros(2, encoder.output_dim))  # normal and anomalous class
         self.register_buffer("memory1", torch.zeros(args.shots * patches, encoder.ln_post.normalized_shape[0]))
         number = torch.arange(1, patches + 1.0).view(1, 1, *self.grid)
         for k in SCALES:
-            window = F.unfold(number, k)[0].T.long()  # (n, k * k): the tokens of each window
+            window = F.unfold(number, k)[0].T.long()  # (n, k * k): each window's tokens
             self.register_buffer(f"window{k}", F.pad(window, (1, 0)), persistent=False)  # token 0 is the class token
             self.register_buffer(f"memory{k}", torch.zeros(args.shots * len(window), encoder.output_dim))  # paper: R
 
     @torch.inference_mode()
     def set_classes(self, classes):
-        """Take the text features of `sentences`: sentences of a state, then states of a class weigh the same."""
+        """Set the text features from `sentences`: averaged over a state's sentences, then over a class' states."""
         for i, states in enumerate(classes):
             means = [encode_text(self.clip, texts).mean(dim=0) for texts in states]  # (D,) each
             self.text[i] = F.normalize(torch.stack(means).mean(dim=0), dim=0)
 
     @torch.inference_mode()
     def set_references(self, image):
-        """Take K normal images (K, 3, H, W) to compare with."""
+        """Set the memory from K normal images (K, 3, H, W)."""
         for k, feature in self.features(image)[1].items():
             self.get_buffer(f"memory{k}").copy_(feature.flatten(0, 1))
 
     def features(self, image):
-        """Of unit length: the image's (B, D), and {k: (B, n, D) of the k x k windows, 1: (B, P, W) of the patches}."""
+        """Return unit-length features: (B, D) of the image, {1: (B, P, W) of patches, k: (B, n, D) of windows}."""
         if image.shape[-1] != self.size:
             image = F.interpolate(image, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         encoder = self.clip.visual
@@ -140,25 +134,25 @@ class WinCLIP(nn.Module):
         tokens = torch.cat([encoder.class_embedding.expand(len(image), 1, -1), patches], dim=1)
         tokens = encoder.ln_pre(tokens + encoder.positional_embedding)  # (B, 1 + P, W)
         whole = encoder.ln_post(encoder.transformer(tokens))
-        features = {1: F.normalize(whole[:, 1:], dim=-1)}  # not projected: no text is compared, as in both repositories
+        features = {1: F.normalize(whole[:, 1:], dim=-1)}  # not projected: not compared with text
         for k in SCALES:
             window = self.get_buffer(f"window{k}")  # (n, 1 + k * k)
-            # a sequence of its own for each window, whose patches keep the positions they have in the image
+            # each window is a sequence of its own; its patches keep their positions in the image
             x = encoder.transformer(tokens[:, window].flatten(0, 1))[:, 0]  # (B * n, 1 + k * k, W) -> (B * n, W)
             x = F.normalize(encoder.ln_post(x) @ encoder.proj, dim=-1)
             features[k] = x.unflatten(0, (len(image), len(window)))
         return F.normalize(whole[:, 0] @ encoder.proj, dim=-1), features
 
     def text_score(self, feature):
-        """ascore_0 of features (..., D) (paper, Eq. 1): the anomalous class' part of the softmax, in (0, 1)."""
+        """Return ascore_0 (paper, Eq. 1) of features (..., D): the anomalous class' softmax probability."""
         return (feature @ self.text.T / TAU).softmax(dim=-1)[..., 1].clamp(min=FLOOR)
 
     def memory_score(self, feature, k):
-        """Of features (B, n, D): half the cosine distance to the nearest of the memory (paper, Eq. 4), in (0, 1]."""
+        """Return half the cosine distance of features (B, n, D) to the nearest in the memory (paper, Eq. 4)."""
         return ((1 - (feature @ self.get_buffer(f"memory{k}").T).amax(dim=-1)) / 2).clamp(min=FLOOR)  # (B, n, K*n)
 
     def on_patches(self, score, k):
-        """(B, n) -> (B, h, w): the harmonic mean of the scores of the windows that cover a patch."""
+        """(B, n) -> (B, h, w): for each patch, the harmonic mean over the windows that cover it."""
         def total(x):
             return F.fold(x[:, None].expand(-1, k * k, -1), self.grid, k)[:, 0]  # (B, n) -> (B, h, w)
 
@@ -166,10 +160,10 @@ class WinCLIP(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W), anomaly score (B,); both of WinCLIP or, with shots, of WinCLIP+."""
+        """Anomaly map (B, H, W), anomaly score (B,); those of WinCLIP+ with shots."""
         self.eval()
         whole, features = self.features(image)
-        score = self.text_score(whole)  # (B,); also the third scale of the map, the same everywhere
+        score = self.text_score(whole)  # (B,); also the third scale of the map, constant over the image
         windows = sum(1 / self.on_patches(self.text_score(features[k]), k) for k in SCALES)
         anomaly_map = (len(SCALES) + 1) / (windows + 1 / score[:, None, None])  # (B, h, w), harmonic over the scales
         if self.shots:
@@ -181,7 +175,7 @@ class WinCLIP(nn.Module):
 
 
 def encode_text(clip, sentences):
-    """Features of unit length, (n, D)."""
+    """Return features of unit length, (n, D)."""
     import open_clip  # here: its import takes a second, also for --help
 
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)
@@ -193,7 +187,7 @@ def build_model(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences
-# What the sentences speak of, our own words: the kind of image, the organ's names, what may be found there.
+# What the sentences are about, in our own words: kind of image, names of the organ, possible findings.
 WORDS = {
     "brain": ("axial FLAIR MRI slice", ["brain", "head"], ["tumor", "glioma", "edema", "lesion", "mass"]),
     "liver": ("axial abdominal CT slice", ["liver", "liver parenchyma"],
@@ -215,7 +209,7 @@ ANOMALOUS = ["abnormal {o}", "diseased {o}", "{o} with {f}", "{o} showing {f}", 
 TEMPLATES = ["{m} of the {s}", "a {m} of a {s}", "an image of the {s}", "a medical image of a {s}",
              "a close-up {m} of the {s}", "a low-contrast {m} of the {s}", "a bright {m} of the {s}",
              "a noisy {m} of the {s}"]
-# The paper's, for `--prompts original`: {a} is a, then the.
+# The paper's, for `--prompts original`; {a} stands for "a" and "the".
 PAPER_NORMAL = ["{o}", "perfect {o}", "flawless {o}", "unblemished {o}", "{o} without flaw", "{o} without defect",
                 "{o} without damage"]
 PAPER_ANOMALOUS = ["damaged {o}", "{o} with flaw", "{o} with defect", "{o} with damage"]
@@ -226,13 +220,13 @@ PAPER_TEMPLATES = ["a cropped photo of {a} {s}.", "a close-up photo of {a} {s}."
 
 
 def benchmark_words(data):
-    """The row of WORDS for --data: that of a benchmark or of a folder with its name, else generic."""
+    """Return the key of WORDS for --data: a benchmark or a folder with its name, else generic."""
     name = Path(data).resolve().name.lower()
     return next((key for key, folders in common.NAMES.items() if name in folders), "generic")
 
 
 def own_sentences(file):
-    """As `sentences`, from a text file: the sentences of a class are one state."""
+    """Read `sentences` from a text file; each class has a single state."""
     try:
         lines = [line.partition(":") for line in Path(file).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
@@ -244,7 +238,7 @@ def own_sentences(file):
 
 
 def sentences(words, prompts, findings, organ=None):
-    """For the normal and for the anomalous class: a list of states, each a list of sentences."""
+    """Return, for the normal and the anomalous class, a list of states, each a list of sentences."""
     modality, organs, names = WORDS[words]
     organs = [organ] if organ else organs
     names = names if findings in ("none", "named") else [name.strip() for name in findings.split(",")]
@@ -272,9 +266,7 @@ if __name__ == "__main__":
         words = benchmark_words(args.predict or args.data) if args.words == "auto" else args.words
         classes = own_sentences(args.sentences) if args.sentences else sentences(
             words, args.prompts, args.findings, args.organ)
-        run.notes = dict(words=words, prompts=args.prompts,
-                         findings=args.findings if args.prompts == "medical" else "none",
-                         sentences=[sum(map(len, states)) for states in classes])
+        run.notes = dict(words=words, sentences=[sum(map(len, states)) for states in classes])
         print("sentences:", run.notes, flush=True)
         model.set_classes(classes)
         if args.shots:

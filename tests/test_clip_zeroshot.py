@@ -100,10 +100,9 @@ def run_zeroshot(*arguments):
 
 
 @pytest.mark.parametrize("arguments, notes", [
-    ([], dict(words="phantom", prompts="plain", findings="none", sentences=[1, 1])),
-    (["--prompts", "ensemble"], dict(words="phantom", prompts="ensemble", findings="none", sentences=[64, 32])),
-    (["--prompts", "ensemble", "--findings", "named"],
-     dict(words="phantom", prompts="ensemble", findings="named", sentences=[144, 272]))])
+    ([], dict(words="phantom", sentences=[1, 1])),
+    (["--prompts", "ensemble"], dict(words="phantom", sentences=[64, 32])),
+    (["--prompts", "ensemble", "--findings", "named"], dict(words="phantom", sentences=[144, 272]))])
 @pytest.mark.slow
 def test_notes_say_what_was_used_and_nothing_is_trained(arguments, notes, phantom, tmp_path):
     run_zeroshot("--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT, *arguments)

@@ -185,8 +185,7 @@ def test_training_lowers_the_loss_and_tells_other_correlations_apart():
     assert float(unlike.median()) > 1.3 * float(held_out.median())
 
 
-@pytest.mark.parametrize("arguments", [("vgg16", 8, 128), ("mobilenet_v2", 8, 200), ("mobilenet_v2", 8, 64),
-                                       ("mobilenet_v2", 0, 128)])
+@pytest.mark.parametrize("arguments", [("vgg16", 8, 128), ("mobilenet_v2", 8, 200), ("mobilenet_v2", 8, 64)])
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(common.Error, match="^--[^\n]*$"):
         csflow.CSFlow(arguments[0], "none", *arguments[1:])

@@ -249,7 +249,7 @@ def test_averaged_weights_forget_their_start_and_then_move_slowly():
 
 @pytest.mark.parametrize("wrong", [dict(image_size=40), dict(image_size=8, multipliers=(1,)), dict(base_channels=12),
                                    dict(noise_level=801), dict(noise_level=1), dict(sample_steps=251),
-                                   dict(sample_steps=1), dict(multipliers=()), dict(repeats=0),
+                                   dict(sample_steps=1), dict(multipliers=()),
                                    dict(sigma=64), dict(base_channels=0)])
 def test_arguments_that_cannot_go_together_are_refused(wrong):
     with pytest.raises(common.Error, match=f"--{next(iter(wrong)).replace('_', '-')}[^\n]*$"):

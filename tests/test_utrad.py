@@ -210,7 +210,6 @@ def test_an_expected_error_of_zero_gives_a_finite_score(monkeypatch):
     (("resnet34", "none", 64, 16, 1, "relu"), "--backbone resnet34"),
     (("mobilenet_v2", "none", 72, 16, 1, "relu"), "--image-size 72"),
     (("mobilenet_v2", "none", 64, 20, 1, "relu"), "--width 20"),
-    (("mobilenet_v2", "none", 64, 16, 0, "relu"), "--layers 0"),
 ])
 def test_bad_arguments_are_refused(arguments, named):
     with pytest.raises(common.Error, match=named):

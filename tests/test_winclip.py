@@ -236,10 +236,9 @@ def test_a_kept_model_gives_the_same_scores_when_it_is_loaded_from_python(phanto
 
 
 @pytest.mark.parametrize("arguments, notes", [
-    ([], dict(words="phantom", prompts="medical", findings="none", sentences=[64, 32])),
-    (["--words", "chest", "--findings", "named"], dict(words="chest", prompts="medical", findings="named",
-                                                       sentences=[144, 272])),
-    (["--prompts", "original"], dict(words="phantom", prompts="original", findings="none", sentences=[154, 88]))])
+    ([], dict(words="phantom", sentences=[64, 32])),
+    (["--words", "chest", "--findings", "named"], dict(words="chest", sentences=[144, 272])),
+    (["--prompts", "original"], dict(words="phantom", sentences=[154, 88]))])
 def test_notes_say_what_was_used_and_a_checkpoint_keeps_its_own_sentences(arguments, notes, phantom, tmp_path):
     run_winclip("--root", phantom, "--out", tmp_path, "--device", "cpu", "--maps", 0, *SHORT, *arguments)
     first = json.loads((tmp_path / "phantom/winclip/seed0/results.json").read_text())
