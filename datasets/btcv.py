@@ -16,7 +16,7 @@ The rule (lits.py shares steps 2 to 4):
    from 1 to 149 are then lifted to 30 to 149 (x to floor(30 + 0.8 x)). --no-equalize skips this step (the thesis
    provides both versions); give lits.py the same flag.
 4. Slices are 512x512 as in the source, seen from below (the patient's right on the left) for any affine. A label on the
-   volume's grid takes the volume's orientation whatever its own affine; a note tells if the two differ.
+   volume's grid takes the volume's orientation whatever its own affine; a note is printed if they differ.
 
 A .nii.gz is checked by its checksum. A .nii has none, so damage is noticed only if the file is cut off or its header is
 wrong.
