@@ -19,7 +19,7 @@ The rule, for patches of 256x256 pixels at level 0:
    polygons (_2, Exclusion). A normal patch lies completely outside all polygons.
 4. Patches are drawn at random, seeded by slide; those of one slide do not overlap. Each training slide gives 32. Valid
    has 100 normal and 100 tumour patches, test 1,000 and 1,000, spread over the slides as evenly as possible, with at
-   most 100 per class and slide. Patches of a slide that turns out to be damaged are replaced from the other slides.
+   most 100 per class and slide. Patches of a slide that turns out to be damaged come from other slides.
 
 A smaller source is divided in the same proportions of slides, separately for those with and without tumour; the last by
 number are valid. --slides FILE (CSV: case,split) assigns the test slides to valid and test instead.
@@ -86,7 +86,7 @@ def find_slides(raw):
 
 
 def plan(slides, fixed=None):
-    """Return {slide: split} from {slide: has an annotation}. fixed: {test slide: split}, or None."""
+    """Return {slide: split} from {slide: true if annotated}. fixed: {test slide: split}, or None."""
     splits = {slide: "train" for slide in slides if slide.startswith("normal")}
     tests = sorted(slides.keys() - splits.keys(), key=lambda slide: (slide in VALID, slide))
     groups = [[s for s in tests if (s in TUMOUR or bool(slides[s])) == tumour] for tumour in (False, True)]
@@ -229,7 +229,7 @@ def inside(polygon, xs, ys):
 
 
 def outline(polygon, shape):
-    """Return bool `shape` for the grid of centres: True if the patch meets the polygon's outline or nearly does."""
+    """Return bool `shape` for the grid of centres: True if the patch meets the polygon's outline (or by 4 pixels)."""
     found, steps = np.zeros(shape, bool), np.roll(polygon, -1, axis=0) - polygon
     parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # points at most 8 pixels apart, the outline within 4
     part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)
