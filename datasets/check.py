@@ -16,7 +16,7 @@ deviation of that difference. Brightness, contrast and gamma hardly change it.
 
 Similarities of copies of 50 solar cells and 50 brain MR images (lowest; the lower of both medians): mirrored 0.994;
 0.999, JPEG of quality 80 0.982; 0.991, of 60 0.967; 0.982, at 70% of the size and back 0.981; 0.990, gamma 0.6 or 1.6
-0.992; 0.996, contrast 0.5 or 1.5 0.985; 0.992, inverted 0.989; 0.996. All of mirrored, 70%, gamma 1.6 and JPEG of 60:
+0.992; 0.996, contrast 0.5 or 1.5 0.985; 0.992, inverted 0.989; 0.996. Mirrored, 70%, gamma 1.6 and JPEG of 60 combined
 0.955; 0.981, so some of these are called near-duplicates, as are JPEG copies of almost flat images. Images that are not
 copies (median; highest): the ten closest pairs of solar cells, each from one silicon block, 0.950; 0.962, adjacent MR
 slices 1 mm apart 0.851; 0.931, 2 mm apart 0.663; 0.834. The gap at 0.965 is narrow: slices interpolated between thicker
