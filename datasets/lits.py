@@ -16,7 +16,7 @@ The rule:
    --patients FILE (CSV: case,split, with the case's number) defines the division instead.
 
 Published: valid 93 + 73, test 833 + 660, i.e. 733 of the 7,190 slices with tumour in the 131 cases. The thesis does not
-say which cases these are. Cases 1 to 10 are inferred: public lists of the published valid images (MVFA-AD, CVPR 2024)
+say which ones these are. Cases 1 to 10 are inferred: public lists of the published valid images (MVFA-AD, CVPR 2024)
 name slices of these ten only, and 734 slices of these ten have tumour. The published split is by slice (the authors'
 liver.py), with the same patients in valid and test. Here a patient is in one split only, so the slices of ten whole
 patients hardly add up to the published counts; the actual counts are printed before the images are written.
