@@ -1,8 +1,8 @@
 """phantom: a benchmark that needs no download, made from the brain MR volume that every nibabel installation contains.
 
-Images are slices of one volunteer's brain (an axial volume of 128x96x24 voxels that nibabel distributes as test data),
-deformed and with other grey values each time, with painted lesions. This is a demonstration for first runs and tests,
-no real benchmark: results on it say nothing about patients.
+Each image is a slice of one volunteer's brain (an axial volume of 128x96x24 voxels that nibabel distributes as test
+data), deformed, with changed grey values and painted lesions. It is a demonstration for first runs and tests, not a
+benchmark: results on it say nothing about patients.
 
 The rule for an image, with a random generator of its own:
 1. Cut a slice at a random depth and tilt; mirror it or not; scale, rotate and elastically deform it.
