@@ -128,7 +128,7 @@ def answer(name, score, normal, threshold):
 
 
 def save_maps(run, index, image, anomaly_map, decision, row):
-    """Write the picture of an image (3, H, W), its mask if there is a pixel threshold, and the map (S, S) at H x W."""
+    """Write the picture of an image (3, H, W), its mask if there is a pixel threshold, and the resized map (S, S)."""
     name = f"{index:05}_{common.plain(row['path'].rsplit('.', 1)[0])}"
     title = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
     common.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
