@@ -315,8 +315,8 @@ class Preparation:
     """Prepare a benchmark, or part of it, from one source; end the program if that is already done."""
 
     def __init__(self, source, benchmark, splits, args, files, memory):
-        """source: name of the script; splits: the splits of `benchmark` that it writes; files: paths of the source,
-        nested, whose names, sizes and times are recorded; memory: GiB that one process needs for the largest case."""
+        """source: name of the script; splits: the splits of `benchmark` that it writes; files: files of the
+        source in nested containers, whose names, sizes and times are recorded; memory: GiB per process."""
         self.source, self.splits, self.args, self.memory = source, splits, args, memory
         self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
         self.part, self.record = self.work / "part", self.folder / f"{source}.json"
