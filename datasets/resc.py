@@ -18,7 +18,7 @@ The rule:
    by --seed; the others are test. --patients FILE (CSV: case,split) defines the division instead.
 4. Pixels are written unchanged, in grey.
 
-A patient may have several cubes: the patient is the part of a cube's name before _Macular
+A patient may have several cubes, in all parts: the patient is the part of a cube's name before _Macular
 (P0077_MacularCube512x128_...). A cube with another name counts as one patient, train_<cube> or valid_<cube> in the
 column `case`. PNG files are checked by their checksums. A BMP has none: damage is noticed only if the file is cut off
 or its header is wrong.
