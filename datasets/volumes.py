@@ -1,6 +1,6 @@
 """Read scans (NIfTI volumes and DICOM series) slice by slice, and write their anomaly maps in the format of the scan.
 
-As a script, write the axial slices of a folder of scans as training images, <to>/scan0001-<name>/0042.png and so on.
+As a script it writes the axial slices of a folder of scans as training images, <to>/scan0001-<name>/0042.png and so on.
 These names tell a method that is trained on them with `--data` which slices belong to the same scan.
 
 The preparation scripts use `Volume`, `open_dicom` and `stretched`; predict.py uses `find_scans`. In shapes, D is the
@@ -266,7 +266,7 @@ class DicomScan:
                 image, source = pydicom.Dataset(), pydicom.Dataset()
                 for key in [key for key in SHARED if key in one.header]:
                     image.add(one.header[key])
-                # The same class and modality as the source: viewers overlay few others on a series.
+                # The class and modality of the source: viewers overlay few other kinds of series.
                 image.SOPClassUID = one.header.get("SOPClassUID") or pydicom.uid.SecondaryCaptureImageStorage
                 image.SOPInstanceUID, image.SeriesInstanceUID = pydicom.uid.generate_uid(), series
                 image.SeriesNumber, image.InstanceNumber = one.series_number + number, i + 1
