@@ -449,7 +449,7 @@ def text_of(row, name, scale=100, digits=2):
 
 
 def thesis_cell(row, metric):
-    """Return the thesis' value and our difference to it; a question mark if the value is suspect."""
+    """Return the thesis' value and ours minus it in brackets; a question mark if the thesis' value is suspect."""
     if row[f"{metric}_thesis_mean"] is None:
         return Cell("-")
     mean, deviation = 100 * row[f"{metric}_thesis_mean"], 100 * row[f"{metric}_thesis_std"]
@@ -661,7 +661,7 @@ def training_figure(data, rows, runs):
 
 # ------------------------------------------------------------------------------------------------------- image browser
 def browser(data, runs, scores):
-    """Return the data with which the page shows the test images of a benchmark; None if no run kept any.
+    """Return the data that the page needs to show the test images of a benchmark; None if no run kept any.
 
     Use the first seed with maps of each method, else its first seed. Leave out methods with other images."""
     shared, methods = None, {}
