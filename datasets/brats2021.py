@@ -6,7 +6,7 @@ challenge's citations (Baid et al. 2021, arXiv:2107.02314). 1,251 cases, 13 GB c
 depth. Only FLAIR and the segmentation are read.
 
 The rule:
-1. Axial slices 60 to 99 (40) of each FLAIR volume are used. A slice with labels above 0 (its mask) is anomalous.
+1. Axial slices 60 to 99 (40) of each FLAIR volume are used. Slices with labels above 0 (the mask) are anomalous.
 2. Each slice is scaled by its own minimum and maximum to 8 bits, 240x240, seen from below (the patient's right on the
    left) for any affine. --colormap bone writes slices as the benchmark's code did: colour images by matplotlib's colour
    map `bone`, with rows from the patient's right to the left (the transpose of the above).
