@@ -91,7 +91,7 @@ def equalize(image):
     """Apply step 3 of the rule. image: (H, W) uint8, not all 0."""
     counts = np.bincount(image.ravel(), minlength=256)
     counts[0] = 0
-    table = 255 * counts.cumsum() // counts.sum()  # integers, so that all machines round alike
+    table = 255 * counts.cumsum() // counts.sum()  # integers, so that all machines round equally
     lifted = np.where((table > 0) & (table < 150), 30 + table * 4 // 5, table)
     return lifted.astype(np.uint8)[image]
 
