@@ -246,7 +246,7 @@ if __name__ == "__main__":
             findings.append(("notice" if split == "valid" or alone else "error", "no images", name + made))
         n = min(args.limit or len(chosen), len(chosen))
         classes[name] = [chosen[i * len(chosen) // n] for i in range(n)]  # evenly spread over the files
-    # A run looks for the record of all files; a record of a part of them (--limit) has another name.
+    # A run looks for the record of all files; the record of a subset (--limit) has another name.
     entries = sum((classes if args.limit else listed).values(), [])
     record = Path(args.root) / ".cache" / f"{common.fingerprint(entries, base)}.check.json"
 
