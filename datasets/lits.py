@@ -7,8 +7,8 @@ several. Some segmentations have lost the orientation in their volume's header (
 step 4 of btcv.py.
 
 The rule:
-1. Every axial slice with liver (label above 0) of the cases 1 to 10 is used. A slice with tumour (label 2, its mask) is
-   anomalous. --all-cases uses every case of the source, --patients FILE the cases that it lists.
+1. Every axial slice with liver (label above 0) of the cases 1 to 10 is used. Slices with tumour (label 2) are anomalous
+   and have it as mask. --all-cases uses every case of the source, --patients FILE the cases that it lists.
 2. Window, mask, equalisation and orientation are those of btcv.py; give it the same --equalize.
 3. Whole patients go to valid so that its slices add up to the published 93 normal and 73 anomalous (the same shares of
    a smaller source), or come closest to it. Valid has normal and anomalous slices if any choice allows it. Patients are
