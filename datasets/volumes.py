@@ -258,7 +258,7 @@ class DicomScan:
             self._save(Path(folder, f"{self.name}_mask"), "anomaly mask", 2000, maps, 0, 1, lambda m: m >= pixel)
 
     def _save(self, folder, description, number, maps, intercept, slope, stored):
-        """Write a derived series, one file per slice. stored(map): the integers before slope and intercept."""
+        """Write a derived series, one file per slice. stored: converts a map to integers for slope and intercept."""
         series = pydicom.uid.generate_uid()
         with common.atomic(folder) as tmp:
             tmp.mkdir()
