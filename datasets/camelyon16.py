@@ -91,7 +91,7 @@ def plan(slides, fixed=None):
     tests = sorted(slides.keys() - splits.keys(), key=lambda slide: (slide in VALID, slide))
     groups = [[s for s in tests if (s in TUMOUR or bool(slides[s])) == tumour] for tumour in (False, True)]
     if not splits or not groups[1]:
-        raise common.Error(f"{len(splits)} normal training slides, {len(tests)} test slides, of them {len(groups[1])} "
+        raise common.Error(f"{len(splits)} normal training slides, {len(tests)} test slides, {len(groups[1])} of them "
                            "with tumour; train and test need at least one")
     if fixed:
         return splits | fixed
