@@ -104,8 +104,8 @@ def listed(free, groups):
 
 
 def slices_of(free, split, label):
-    """Return the slices of a patient: all free ones, or those of the rule that show tumour. In small cohorts
-    it can be that none of these does; then return all slices with tumour."""
+    """Return the slices of a patient: all free ones, or those of the rule that show tumour. If none of these
+    does, as can happen in small cohorts, return all slices with tumour."""
     tumour = [z for z in range(FIRST, LAST + 1) if z not in free]
     return ([z for z in SLICES[split] if z in tumour] or tumour) if label else free
 
