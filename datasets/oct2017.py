@@ -10,9 +10,9 @@ are read, and in them only images named after their class.
 
 The rule:
 1. Train is train/NORMAL. CNV, DME and DRUSEN are anomalous.
-2. The test part (250 images per class) is divided by class and patient. In an order given by --seed, a patient goes to
-   valid with all images unless a class of valid would then exceed 8 images (for a source of another size, the
-   corresponding share, at least one). The other patients are test.
+2. The test part (250 images per class) is divided by class and patient. Patients are tried in an order given by
+   --seed: a patient's images go to valid unless a class of valid would then exceed 8 images (for a source of another
+   size, the corresponding share, at least one). The other patients are test.
 3. If a copy already has this part in a folder `val` (Kaggle's: 8 per class, and 242 per class in test), it is valid.
 4. Pixels are written unchanged, in grey.
 
