@@ -1,18 +1,18 @@
-"""The report over runs: `python report.py runs` prints a table for each benchmark and writes <runs>/report/.
+"""Report on runs: `python report.py runs` prints a table for each benchmark and writes <runs>/report/.
 
 Reads every finished <runs>/<data>/<method>/seed<k>/ (results.json, scores.csv, curves.csv, log.csv, lesions.csv,
-browser/). Writes index.html (which reads the test images from the run folders as they come into view), report.md,
-report.tex, report.csv (raw means and deviations), pvalues.csv and the figures as SVG. What the thesis prints
-(methods/published.csv) is next to a figure only where all runs of the row have the published settings, trained weights
+browser/). Writes index.html (which loads the test images from the run folders when they come into view), report.md,
+report.tex, report.csv (unrounded means and standard deviations), pvalues.csv and the figures as SVG. Results of the
+thesis (methods/published.csv) are shown next to a row only if all its runs have the published settings, trained weights
 and the published number of images.
 
-Intervals and tests of image AUROC tell what other test images would change, given these trained networks; what other
-seeds would change is the standard deviation. An AUROC is the mean over images of their placement, the share of the
-other class that an image is ranked right against; placements averaged over seeds have the seeds' mean AUROC as their
-mean, so intervals and tests are of the very figure in the table. No scores of different seeds are mixed.
-Intervals: the percentiles of a bootstrap that draws the normal and the anomalous placements again, with replacement.
-p-values: DeLong's paired test (1988). Where file names tell patients (datasets/check.py), patients are drawn instead of
-images, and the test is Obuchowski's (1997), which is DeLong's with the images of a patient taken together."""
+Intervals and tests of image AUROC describe the variation over test images, given the trained networks; the standard
+deviation describes the variation over seeds. An AUROC is the mean placement of the images, where the placement is the
+share of the other class that an image is ranked correctly against. Placements averaged over seeds have the mean AUROC
+of the seeds as their mean, so intervals and tests refer to the value in the table. Scores of different seeds are never
+mixed. Intervals: percentiles of a bootstrap that resamples the normal and the anomalous placements with replacement.
+p-values: DeLong's paired test (1988). If file names identify patients (datasets/check.py), patients are resampled
+instead of images, and the test is Obuchowski's (1997): DeLong's with the images of a patient taken together."""
 
 import csv
 import fcntl
@@ -40,7 +40,7 @@ import common
 sys.path.insert(1, str(Path(__file__).with_name("datasets")))
 from check import PUBLISHED
 
-METRICS = {  # results.json's names and the tables' headings
+METRICS = {  # {name in results.json: column heading}
     "image_auroc": "Image AUROC", "image_ap": "Image AP", "pixel_auroc": "Pixel AUROC", "pixel_ap": "Pixel AP",
     "aupro": "PRO", "dice": "Dice", "dice_valid": "Dice (valid)",
 }
@@ -54,21 +54,21 @@ SIZES = {"pro_small": "Small", "pro_medium": "Medium", "pro_large": "Large"}  # 
 COSTS = {"train_seconds": "Training, s", "ms": "Test, ms/image", "ram_gib": "Peak RAM, GiB",
          "gpu_gib": "Peak GPU memory, GiB"}
 MARKS = {
-    "u": "untrained weights: shows that the code runs, no more",
-    "l": "a limit on the images of each split and class",
+    "u": "untrained weights: this only shows that the code runs",
+    "l": "limited number of images per split and class",
     "c": "settings other than the published ones",
-    "d": "settings that differ between the seeds of the row",
+    "d": "settings differ between the seeds of the row",
 }
-NOT_COMPARED = {  # rows of the thesis that are something else than our script or metric: printed without a difference
+NOT_COMPARED = {  # the thesis uses another method or metric than our script: shown without a difference
     "ddpm": "ddpm is AnoDDPM; the thesis cites another method (Wolleb et al. 2022)",
-    "winclip": "winclip: the thesis gives no sentences and no size; ours are our own",
-    "clip_zeroshot": "clip_zeroshot: the thesis gives no sentences and no size; ours are our own",
-    "dice": "Dice: Table 3.11 uses the threshold that is best for F1 on the test set (MKD: each map scaled by itself); "
-            "ours use half of the range of all maps (Dice, Eq. 3.3) or the best threshold on valid (Dice (valid))",
+    "winclip": "winclip: the thesis gives neither sentences nor image size; ours are our own",
+    "clip_zeroshot": "clip_zeroshot: the thesis gives neither sentences nor image size; ours are our own",
+    "dice": "Dice: Table 3.11 uses the threshold with the best F1 on the test set (MKD: each map scaled by itself); "
+            "ours is half of the range of all maps (Dice, Eq. 3.3) or the best threshold on valid (Dice (valid))",
 }
 IMAGES = {name: [(train, normal, anomalous)] for name, (train, _, _, normal, anomalous) in PUBLISHED.items()}
-IMAGES["histo"].append((5088, 1026, 1008))  # the paper's counts, and those of the authors' coordinates
-OURS = {  # variants of clip_recon that the thesis' Tables 4.1 to 4.4 have: its name, the method, what was changed
+IMAGES["histo"].append((5088, 1026, 1008))  # counts in the paper, and in the authors' coordinates
+OURS = {  # variants of clip_recon in the thesis' Tables 4.1 to 4.4: (name there, method, changed settings)
     "base": ("clip_recon", "clip_recon", {}),
     "da-levels 0": ("clip_recon (ViT, no DA)", "clip_recon", dict(da_levels=0)),
     "backbone resnet18": ("clip_recon (ResNet-18, DA)", "clip_recon", dict(backbone="resnet18")),
@@ -78,29 +78,29 @@ NUMBER = (int, float)
 NEEDED = dict(method=str, metrics=dict, counts=dict, train_seconds=NUMBER, test_ms_per_image=(*NUMBER, type(None)),
               notes=dict, peak_memory_gib=dict, weights=list, args=dict, changed=dict, device=str, decision=dict,
               versions=dict, threads=int, commit=str, finished=str, images=str)  # of results.json
-DRAWS = 2000  # of the test images, for the intervals
+DRAWS = 2000  # bootstrap samples of the test images
 RATES = np.concatenate([np.linspace(0, 0.1, 61), np.linspace(0.1, 1, 91)[1:]])  # false positive rates of the curves
 LEVELS = [f"fpr_{0.015 * i:.3f}" for i in range(1, 21)]  # columns of lesions.csv
-LABELLED, HUES = 5, 8  # curves that get a name and a colour; how many colours there are
+LABELLED, HUES = 5, 8  # number of curves with a name and a colour; number of colours
 
 TEMPLATES = Path(__file__).with_name(".report")
 ENV = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True,
                          autoescape=lambda name: name.endswith((".html", ".svg")), undefined=jinja2.StrictUndefined)
-DRAW, WORDS = ENV.get_template("figures.svg").module, ENV.get_template("words.txt").module  # their macros
+DRAW, WORDS = ENV.get_template("figures.svg").module, ENV.get_template("words.txt").module  # the macros in them
 
 
 @dataclass
 class Args:
     runs: Annotated[str, tyro.conf.Positional] = "runs"
-    """the folder that the runs were written to (their --out)"""
+    """folder of the runs (their --out)"""
     table: bool = False
-    """print the rows of the README's table of results, and write nothing"""
+    """only print the rows of the README's table of results"""
 
 
 # ----------------------------------------------------------------------------------------------------- reading the runs
 def read_runs(folder, root):
-    """({(data, method): [results, ...]} of all finished runs, seeds in order, {(data, method): {seed: its state}} of
-    the others). Each of the former knows its folder."""
+    """Read {(data, method): [results, ...]} of all finished runs, sorted by seed, and {(data, method): {seed: state}}
+    of the others."""
     runs, others = defaultdict(list), defaultdict(dict)
     places = [p for p in Path(folder).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name)]
     for place in sorted(places, key=lambda p: (p.parts[:-1], int(p.name[4:]))):
@@ -109,12 +109,12 @@ def read_runs(folder, root):
             runs[data, method].append(read_run(place / "results.json", root))
         elif not (place / "predict.json").exists():
             others[data, method][seed] = state_of(place)
-    shown = {data for data, _ in runs} | set(sum(common.NAMES.values(), []))  # the others are folders of --predict
+    shown = {data for data, _ in runs} | set(sum(common.NAMES.values(), []))  # other folders are from --predict
     return dict(sorted(runs.items())), {key: found for key, found in others.items() if key[0] in shown}
 
 
 def read_run(file, root):
-    """The results.json of a finished run of the report over the folder `root`."""
+    """Read results.json of a finished run; links are relative to the folder `root`."""
     try:
         results = common.read_results(file)
         if wrong := [k for k, kind in NEEDED.items() if not isinstance(results[k], kind)]:
@@ -131,14 +131,14 @@ def read_run(file, root):
         check_line(results), as_published(None, results["method"], [results], {}), marks([results], {""})
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
         what = f"no {e}" if isinstance(e, KeyError) else e
-        raise common.Error(f"{file} is not a run's results ({what}); remove it, or run that method again") from e
+        raise common.Error(f"{file} holds no results of a run ({what}); remove it, or run that method again") from e
     results |= dict(folder=file.parent, link=quote(f"../{file.parent.relative_to(root).as_posix()}/"))
     results["metrics"] |= read_lesions(file.with_name("lesions.csv"))
     return results
 
 
 def state_of(folder):
-    """What is known of a run without results. Training holds a lock on the folder."""
+    """Return the state of a run without results, in words. Training holds a lock on the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -151,7 +151,7 @@ def state_of(folder):
 
 
 def read_ablation(folder):
-    """{(data, variant): [results, ...]} of `bash run_all.sh ablation`; a variant is named by its flag and value."""
+    """Read {(data, variant): [results, ...]} of `bash run_all.sh ablation`; flag and value name a variant."""
     found = {}
     for variant in sorted(Path(folder).glob("ablation/*"), key=lambda variant: (variant.name != "base", variant.name)):
         for (data, _), results in read_runs(variant, folder)[0].items():
@@ -160,13 +160,13 @@ def read_ablation(folder):
 
 
 def read_published():
-    """{(method, benchmark, metric): its row of methods/published.csv}, the cells without a number left out."""
+    """Read {(method, benchmark, metric): row} from methods/published.csv, without the rows that have no number."""
     with open(Path(__file__).parent / "methods/published.csv", newline="") as f:
         return {(r["method"], r["benchmark"], r["metric"]): r for r in csv.DictReader(f) if r["mean"]}
 
 
 def read_columns(file, **kinds):
-    """The columns of a CSV file, whose names and types (str or float) are `kinds`; ends with one line if it differs."""
+    """Read the columns of a CSV file; `kinds` gives their names and types (str or float). `Error` if they differ."""
     try:
         with open(file, newline="") as f:
             rows = csv.reader(f)
@@ -185,7 +185,7 @@ def read_columns(file, **kinds):
 
 
 def read_log(file):
-    """[{name: number}, ...] of log.csv, the empty cells left out; [] if there is none."""
+    """Read [{name: number}, ...] from log.csv without the empty cells; [] if the file does not exist."""
     try:
         with open(file, newline="") as f:
             return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
@@ -196,14 +196,14 @@ def read_log(file):
 
 
 def read_lesions(file):
-    """PRO of the smallest, middle and largest third of the lesions (`SIZES`), from their overlaps at 20 false positive
-    rates to 30%, and the largest area in pixels of the first two thirds; {} without such a file."""
+    """Return the PRO of the smallest, middle and largest third of the lesions (`SIZES`) from their overlaps at 20 false
+    positive rates up to 30%, and the largest area in pixels of the first two thirds; {} if the file does not exist."""
     if not file.exists():
         return {}
     kinds = dict(path=str, lesion=str, area=float, overlap=str) | dict.fromkeys(LEVELS, float)
     _, _, area, _, *overlap = read_columns(file, **kinds)
-    overlap = np.array([np.zeros(len(area)), *overlap])  # (21, L), from a false positive rate of 0 on
-    pro = (overlap[1:] + overlap[:-1]).mean(axis=0) / 2  # (L,), the trapezoids' area divided by 0.3
+    overlap = np.array([np.zeros(len(area)), *overlap])  # (21, L), starting at a false positive rate of 0
+    pro = (overlap[1:] + overlap[:-1]).mean(axis=0) / 2  # (L,), trapezoidal rule divided by 0.3
     edges = np.quantile(area, [1 / 3, 2 / 3])
     third = np.searchsorted(edges, area)
     found = {name: float(pro[third == i].mean()) if (third == i).any() else None for i, name in enumerate(SIZES)}
@@ -212,12 +212,12 @@ def read_lesions(file):
 
 @dataclass
 class Scores:
-    """A method's scores on the N test images, of S seeds."""
+    """Scores of a method with S seeds on the N test images."""
     anomalous: np.ndarray  # (N,)
     scores: np.ndarray  # (S, N)
     placements: np.ndarray  # (S, N)
     paths: tuple
-    patients: np.ndarray | None  # (N,), a number a patient; None where the names don't tell
+    patients: np.ndarray | None  # (N,), patient numbers; None if the names do not give them
 
     @property
     def share(self):
@@ -225,9 +225,9 @@ class Scores:
 
 
 def read_scores(results, known):
-    """`Scores` from scores.csv; None where one is missing, the seeds have other images, or one class is missing.
+    """Read `Scores` from scores.csv; None if a file or a class is missing, or if the images differ between seeds.
 
-    known: {(paths, labels): ...}, so that equal ones are one."""
+    known: {(paths, labels): ...}, so that equal lists of images are the same object."""
     scores, placements, seen = [], [], set()
     for r in results:
         if not (file := r["folder"] / "scores.csv").exists() or "test" not in r["counts"]:
@@ -243,29 +243,29 @@ def read_scores(results, known):
         placements.append(placement(anomalous, values))
         auroc, told = placements[-1][anomalous].mean(), r["metrics"]["image_auroc"]
         if told is None or abs(auroc - told) > 1e-6:
-            raise common.Error(f"{file} gives image AUROC {auroc:.6f}, results.json next to it says {told}; run it "
-                               f"again")
+            raise common.Error(f"{file} gives image AUROC {auroc:.6f}, but results.json {told}; run that "
+                               f"method again")
     return Scores(anomalous, np.array(scores), np.array(placements), paths, patients)
 
 
 def patients_of(paths):
-    """(N,): which patient each image is of, as far as names tell that of all images; else None."""
+    """Return the patient number of each image (N,) if all file names give a patient, else None."""
     patients = [common.patient(path) for path in paths]
     return np.unique(patients, return_inverse=True)[1] if all(patients) else None
 
 
 # --------------------------------------------------------------------------------------------- intervals and tests
 def placement(anomalous, scores):
-    """(N,): the share of the other class that each image is ranked right against, ties half (DeLong et al. 1988)."""
+    """Return (N,), the share of the other class ranked correctly against each image, ties half (DeLong et al. 1988)."""
     rank, share = rankdata(scores), np.empty(len(scores))
-    for these in (anomalous, ~anomalous):  # of the others, ranked below
+    for these in (anomalous, ~anomalous):  # share of the other class that is ranked below
         share[these] = (rank[these] - rankdata(scores[these])) / (~these).sum()
     return np.where(anomalous, share, 1 - share)
 
 
-@lru_cache(maxsize=4)  # methods with the same images share the draws
+@lru_cache(maxsize=4)  # methods with the same images share the samples
 def resample(units, stream):
-    """(units, DRAWS): how often each unit is in each of DRAWS draws with replacement. stream: one for each class."""
+    """Return (units, DRAWS): how often each unit occurs in each bootstrap sample. stream: random stream of a class."""
     rng, times = np.random.default_rng([stream, units]), np.empty((units, DRAWS), np.float32)
     for i in range(DRAWS):
         times[:, i] = np.bincount(rng.integers(units, size=units), minlength=units)
@@ -273,10 +273,9 @@ def resample(units, stream):
 
 
 def interval(anomalous, share, patients=None):
-    """(low, high), 95%, of the AUROC that the placements `share` (N,) average to: percentiles of a bootstrap.
+    """Return the 95% interval (low, high) of the AUROC, the mean of the placements `share` (N,), from a bootstrap.
 
-    None where a class has one image (or patient) or all draws are alike (perfect separation): these tell nothing of the
-    error."""
+    (None, None) if a class has one image (or patient), or if all samples are equal (perfect separation)."""
     auroc = -share[anomalous].mean()
     for stream, these in enumerate((anomalous, ~anomalous)):
         unit = np.arange(these.sum()) if patients is None else patients[these]
@@ -285,29 +284,29 @@ def interval(anomalous, share, patients=None):
         drawn = resample(len(unit), stream) if patients is None else resample(patients.max() + 1, 2)
         total, count = (np.bincount(unit, weights, len(drawn)).astype(np.float32)
                         for weights in (share[these], None))
-        with np.errstate(invalid="ignore"):  # a draw of patients without one class
+        with np.errstate(invalid="ignore"):  # a sample of patients without one class
             auroc = auroc + (total @ drawn) / (count @ drawn)  # the mean over each class is the AUROC
     low, high = np.nanquantile(auroc.clip(0, 1), [0.025, 0.975])
     return (float(low), float(high)) if high - low > 1e-6 else (None, None)
 
 
 def p_value(anomalous, first, second, patients=None):
-    """Two-sided, that two methods' placements (N,) on the same images have the same AUROC."""
+    """Return the two-sided p-value of equal AUROC of two methods from their placements (N,) on the same images."""
     difference = first - second
     delta = difference[anomalous].mean()
-    if min(anomalous.sum(), (~anomalous).sum()) < 2 or abs(delta) < 1e-12:  # one image of a class tells nothing
+    if min(anomalous.sum(), (~anomalous).sum()) < 2 or abs(delta) < 1e-12:  # one image per class has no variance
         return 1.0
     if patients is None:
         var = sum(difference[c].var(ddof=1) / c.sum() for c in (anomalous, ~anomalous))
     else:
         part = sum(np.bincount(patients[c], difference[c] - delta, patients.max() + 1) / c.sum()
-                   for c in (anomalous, ~anomalous))  # of each patient
+                   for c in (anomalous, ~anomalous))  # (patients,)
         var = (part**2).sum() * len(part) / (len(part) - 1)
     return math.erfc(abs(delta) / math.sqrt(2 * var)) if var > 0 else 0.0
 
 
 def holm(p_values):
-    """Which tests of {pair: p} hold at 5% all together (Holm 1979: the least p at 5%/n, the next at 5%/(n - 1) ...)."""
+    """Return the pairs of {pair: p} that differ at 5% (Holm 1979: smallest p at 5%/n, next at 5%/(n - 1), ...)."""
     held = set()
     for i, (pair, p) in enumerate(sorted(p_values.items(), key=lambda kv: kv[1])):
         if p > 0.05 / (len(p_values) - i):
@@ -318,14 +317,14 @@ def holm(p_values):
 
 @dataclass
 class Comparison:
-    """All pairs of a benchmark's methods that have the images that most of them have."""
-    auroc: dict  # {method: image AUROC}, falling
+    """All pairs of methods on a benchmark that were scored on the same images, those of most methods."""
+    auroc: dict  # {method: image AUROC}, descending
     p_values: dict  # {(better, worse): p}
     held: set  # the pairs that differ at 5%, after Holm's correction for all pairs
     left_out: list
 
     def alike(self, best):
-        """The methods that are not told from `best`, and itself."""
+        """Return `best` and the methods that are not distinguished from it."""
         return {m for m in self.auroc if m == best or not {(best, m), (m, best)} & self.held}
 
 
@@ -350,18 +349,18 @@ def marks(results, changed):
 
 
 def check_line(results):
-    """What datasets/check.py said of the run's images, in words."""
+    """Return the summary of datasets/check.py for the images of the run."""
     return results["check"]["summary"] if results["check"] else "not run on these images"
 
 
 def as_published(data, method, results, changed):
-    """Whether all these runs have the thesis' method, settings (with what its table says is `changed`) and number of
-    images, and what they resolved was published: trained weights, DRAEM's textures."""
+    """Return True if all runs have the thesis' method, settings (with `changed`, given by its table) and number of
+    images, and their automatic choices are the published ones: trained weights, DRAEM's textures."""
     def counts(r):
         test = r["counts"].get("test", dict(normal=None, anomalous=None))
         return r["counts"]["train"]["normal"], test["normal"], test["anomalous"]
 
-    def resolved(r):  # auto means the published weights if they are trained
+    def resolved(r):  # auto stands for the published weights if they are trained
         trained = all(w["trained"] for w in r["weights"])
         textures = r["notes"].get("textures", {}).get("source", "dtd") == "dtd"
         return trained and textures and {k: v for k, v in r["changed"].items() if v != "auto"} == changed
@@ -371,7 +370,7 @@ def as_published(data, method, results, changed):
 
 
 def flags(changed):
-    """{argument: value} as flags; lists as they are typed."""
+    """Return {argument: value} as flags in the form of the command line."""
     return [f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}"
             for k, v in changed.items()]
 
@@ -381,13 +380,13 @@ def benchmark_of(data):
 
 
 def rows_of(runs, scores, published):
-    """One dict a benchmark and method: names, marks, seeds, mean and standard deviation (n - 1) of each metric, each
-    seed's image AUROC, the interval, and what the thesis prints."""
+    """Return one dict per benchmark and method: names, marks, seeds, mean and standard deviation (n - 1) of each
+    metric, image AUROC of each seed, interval, and results of the thesis."""
     rows = []
     for (data, method), results in runs.items():
         changed = {" ".join(flags(r["changed"])) for r in results}
         row = dict(data=data, method=method, marks=marks(results, changed), seeds=len(results),
-                   folder=results[0]["link"].rsplit("/", 2)[0],  # from the report's
+                   folder=results[0]["link"].rsplit("/", 2)[0],  # relative to the report
                    changed=" | ".join(sorted(changed)), check=" | ".join(sorted({check_line(r) for r in results})),
                    device=" | ".join(sorted({f"{r['device']}, {r['threads']} threads" for r in results})))
         for name in [*METRICS, *DECISIONS, *SIZES, *COSTS]:
@@ -413,12 +412,12 @@ def rows_of(runs, scores, published):
 
 
 def fair(row):
-    """Whether its networks were trained and no image was left out."""
+    """Return True if the networks were trained and no image was left out."""
     return not {"u", "l"} & set(row["marks"])
 
 
 def best_of(rows, metric):
-    """The row with the highest figure, of fair rows where there are any; None without."""
+    """Return the row with the highest value, fair rows first; None if no row has a value."""
     known = [r for r in rows if r[metric] is not None]
     return max(known, key=lambda r: (fair(r), r[metric]), default=None)
 
@@ -427,13 +426,13 @@ def best_of(rows, metric):
 @dataclass
 class Cell:
     text: str
-    value: float | None = None  # what sorts the column
+    value: float | None = None  # sort key of the column
     bold: bool = False
     signs: str | list = ""  # keys of MARKS
     link: str = ""
     title: str = ""
     shade: float | None = None  # in [0, 1]
-    span: list | None = None  # low, point and high, each in [0, 1]: an interval that is drawn
+    span: list | None = None  # low, point and high of a drawn interval, in [0, 1]
 
     def __str__(self):
         return self.text + "".join(f" ({k})" for k in self.signs)
@@ -450,7 +449,7 @@ def text_of(row, name, scale=100, digits=2):
 
 
 def thesis_cell(row, metric):
-    """The printed figure and ours less it; a question mark where the figure is suspect."""
+    """Return the thesis' value and ours minus it in brackets; a question mark if the thesis' value is suspect."""
     if row[f"{metric}_thesis_mean"] is None:
         return Cell("-")
     mean, deviation = 100 * row[f"{metric}_thesis_mean"], 100 * row[f"{metric}_thesis_std"]
@@ -469,13 +468,13 @@ def interval_cell(row, rows):
 
 
 def marks_of_all(rows):
-    """The marks that all rows have, where there are several rows: these are said once."""
+    """Return the marks that all of several rows have; they are printed once."""
     return [k for k in MARKS if len(rows) > 1 and all(k in r["marks"] for r in rows)]
 
 
 def table(name, rows, metrics, caption, alike=()):
-    """Methods x metrics. alike: the methods to set bold in image AUROC; elsewhere the highest figure is bold. A column
-    without a single figure is left out."""
+    """Return a table of methods x metrics without empty columns. alike: methods to set in bold for image AUROC; in
+    other columns the highest value is bold."""
     once = marks_of_all(rows)
     columns = {"Method": [Cell(r["method"], signs="".join(k for k in r["marks"] if k not in once)) for r in rows],
                "Seeds": [Cell(str(r["seeds"]), r["seeds"]) for r in rows]}
@@ -498,26 +497,26 @@ def table(name, rows, metrics, caption, alike=()):
 
 
 def tables_of(rows, alike):
-    text = "Percent, mean ± standard deviation over seeds. Bold: the highest"
-    text += ", in image AUROC also what the test does not distinguish from it." if alike else "."
-    decided = ("Percent: sensitivity where the test's own specificity is 90 and 95%; then at the threshold from normal "
-               "validation scores, (F1) at that of the best F1 on valid.")
+    text = "Percent, mean ± standard deviation over seeds. Bold: the highest value"
+    text += ", for image AUROC also all methods not distinguished from it." if alike else "."
+    decided = ("Percent: sensitivity at 90 and 95% specificity on test; then at the threshold from normal validation "
+               "scores, or (F1) at the threshold with the best F1 on valid.")
     tables = [table("results", rows, METRICS, text, alike), table("decisions", rows, DECISIONS, decided)]
     if known := [r for r in rows if r["lesions"]]:
-        text = ("PRO to 30%, percent, of the {lesions} lesions in three equal parts: small to {small_to:.0f}, medium "
-                "to {medium_to:.0f} pixels, at the size that the methods ran at.")
+        text = ("PRO to 30%, percent, of the {lesions} lesions in three equal groups: small up to {small_to:.0f}, "
+                "medium up to {medium_to:.0f} pixels, at the methods' image size.")
         tables.append(table("sizes", known, SIZES, text.format(**known[0])))
     seeds = sorted({k for r in rows for k in r if re.fullmatch(r"seed\d+", k)}, key=lambda k: int(k[4:]))
     devices = "; ".join(sorted({r["device"] for r in rows}))
     tables += [table("seeds", [dict.fromkeys(seeds) | r for r in rows],
-                     {k: f"Seed {k[4:]}" for k in seeds} | dict(image_auroc_std="Deviation"),
-                     "Image AUROC of each seed, percent; each leads to its run."),
+                     {k: f"Seed {k[4:]}" for k in seeds} | dict(image_auroc_std="Standard deviation"),
+                     "Image AUROC of each seed, percent; links lead to the runs."),
                table("costs", rows, COSTS, f"Mean ± standard deviation over seeds, on {devices}.")]
     return [t for t in tables if len(t.header) > 2]
 
 
 def overview(rows, others, metric):
-    """Methods x benchmarks of one metric, by mean rank; runs that are missing or not finished are named."""
+    """Return methods x benchmarks for one metric, by mean rank, with the state of missing or unfinished runs."""
     known = {(r["data"], r["method"]): r for r in rows if r[metric] is not None}
     names, seeds, lines = sorted({data for data, _ in known}), max(r["seeds"] for r in rows), []
     for method in sorted({m for _, m in known} | {m for _, m in others if metric == "image_auroc"}):
@@ -538,15 +537,15 @@ def overview(rows, others, metric):
         mean, part = np.mean(ranks or [999]), len(ranks) < len(names)
         text = f"{mean:.1f}" + f" (of {len(ranks)})" * part if ranks else "-"
         lines.append([*line, Cell(text, mean + 100 * part)])
-    text = f"{METRICS[metric]}, percent, mean ± standard deviation over seeds; (1 of {seeds}): of so many seeds."
+    text = f"{METRICS[metric]}, percent, mean ± standard deviation over seeds; (1 of {seeds}): finished seeds."
     return Table(metric, text, ["Method", *names, "Mean rank"], sorted(lines, key=lambda line: line[-1].value))
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
-# Each function returns the `Frame` of a figure's panels and their SVG texts, which .report/figures.svg draws.
+# Each function returns the `Frame` of a figure's panels and the SVG of each panel, drawn by .report/figures.svg.
 @dataclass
 class Frame:
-    """Where a panel draws: the ranges of its data, its size and margins in pixels."""
+    """Coordinates of a panel: ranges of the data, size and margins in pixels."""
     x: tuple
     y: tuple
     width: int = 330
@@ -570,14 +569,14 @@ class Frame:
 
     @staticmethod
     def ticks(low, high, count=7):
-        """Round numbers within a range, about `count` of them."""
+        """Return about `count` round numbers within a range."""
         step = 10 ** math.floor(math.log10((high - low) / count or 1))
         step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count)
         return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def summary_figure(rows, alike):
-    """Methods by falling image AUROC: mean, 95% interval, the seeds, the thesis' figure."""
+    """Draw methods by descending image AUROC: mean, 95% interval, the seeds, the thesis' value."""
     rows = sorted((r for r in rows if r["image_auroc"] is not None), key=lambda r: -r["image_auroc"])
     seeds = {r["method"]: [v for k, v in r.items() if re.fullmatch(r"seed\d+", k)] for r in rows}
     names = ("image_auroc", "image_auroc_low", "image_auroc_high", "image_auroc_thesis_mean")
@@ -588,29 +587,29 @@ def summary_figure(rows, alike):
 
 
 def roc(anomalous, placements):
-    """Mean true positive rate of the seeds at RATES. A normal image's placement is 1 - (rates above it)."""
+    """Return the true positive rate at RATES, averaged over seeds."""
     curves = []
     for share in placements:  # (N,)
-        # an anomalous image is found at the false positive rate 1 - its placement: the curve counts these
+        # an anomalous image is detected from the false positive rate 1 - placement on
         rate = np.sort(1 - share[anomalous])
         curves.append(np.searchsorted(rate, RATES + 1e-9, side="right") / len(rate))
     return np.mean(curves, axis=0)
 
 
 def pixel_curves(results):
-    """Mean (tpr, pro), at RATES, of the runs that have a curves.csv; None if none has."""
+    """Return the mean (tpr, pro) at RATES of the runs with a curves.csv; None if no run has one."""
     curves = []
     for r in results:
         if (file := r["folder"] / "curves.csv").exists():
             fpr, tpr, pro = read_columns(file, fpr=float, tpr=float, pro=float)
             if (np.diff(fpr) < 0).any():
-                raise common.Error(f"{file} is no curve, its fpr falls; run that method again")
+                raise common.Error(f"{file} is not a curve, its fpr decreases; run that method again")
             curves.append([np.interp(RATES, fpr, y) for y in (tpr, pro)])
     return np.mean(curves, axis=0) if curves else None
 
 
 def curves_figure(data, rows, runs, scores):
-    """Image ROC, pixel ROC and PRO (to 30%), means over seeds; the best methods named on their lines."""
+    """Draw image ROC, pixel ROC and PRO (to 30%), means over seeds, with labels on the best methods' lines."""
     curves = [{}, {}, {}]
     for method in [r["method"] for r in rows]:
         if s := scores[data, method]:
@@ -632,7 +631,7 @@ def curves_figure(data, rows, runs, scores):
 
 
 def name_lines(frame, lines, named):
-    """{method: (x, y)}: below its line, where the name covers no other one and the other named lines are far."""
+    """Return {method: (x, y)} for labels below the lines, away from other labels and from other labelled lines."""
     points = {m: [(frame.px(x), frame.py(y)) for x, y in zip(*lines[m], strict=True)] for m in named}
     places = {}
     for method in named:
@@ -647,7 +646,7 @@ def name_lines(frame, lines, named):
 
 
 def training_figure(data, rows, runs):
-    """First loss and image AUROC on valid of each method's first seed, at the epochs that were validated."""
+    """Draw the first loss and the image AUROC on valid of each method's first seed, at the validated epochs."""
     panels, frame = [], Frame((0, 1), (0, 100), 200, 118, 30, 22, 10, 20)
     for method in [r["method"] for r in rows]:
         log, chosen = read_log(runs[data, method][0]["folder"] / "log.csv"), runs[data, method][0]["epoch"]
@@ -662,9 +661,9 @@ def training_figure(data, rows, runs):
 
 # ------------------------------------------------------------------------------------------------------- image browser
 def browser(data, runs, scores):
-    """What the page needs to show the test images of a benchmark; None where no run left any.
+    """Return the data that the page needs to show the test images of a benchmark; None if no run kept any.
 
-    Of each method the first seed that has maps, or the first one; methods with other images are left out."""
+    Use the first seed with maps of each method, else its first seed. Leave out methods with other images."""
     shared, methods = None, {}
     for method, results in [(method, results) for (d, method), results in runs.items() if d == data]:
         r = next((r for r in results if (r["folder"] / "browser").is_dir()), results[0])
@@ -689,7 +688,7 @@ def browser(data, runs, scores):
 
 # --------------------------------------------------------------------------------------------------------- the report
 def settings_of(rows, results):
-    """Lines "these methods: their changed settings", what all share in one; of paths the last part."""
+    """Return lines "methods: changed settings", one for all shared settings; paths are cut to their last part."""
     having, shared = defaultdict(dict), defaultdict(list)  # {flag: {method: None}}, {methods: [flag, ...]}
     for r in results:
         for flag in flags(r["changed"]):
@@ -700,7 +699,7 @@ def settings_of(rows, results):
 
 
 def section_of(title, data, rows, runs, scores, others):
-    """A benchmark's part of the report, or that of its variants of clip_recon."""
+    """Return the section of a benchmark or of its variants of clip_recon."""
     rows = [r for r in rows if r["data"] == data]
     results = [r for row in rows for r in runs[data, row["method"]]]
     compared, best = compare(data, scores), best_of(rows, "image_auroc")
@@ -721,7 +720,7 @@ def section_of(title, data, rows, runs, scores, others):
 
 
 def readme_table(rows, published):
-    """The rows of the README's table of results: the thesis' image AUROC and ours, benchmark by benchmark."""
+    """Print the rows of the README's table of results: the thesis' image AUROC and ours for each benchmark."""
     names, ours = [n for n in common.NAMES if n != "phantom"], {(r["method"], benchmark_of(r["data"])): r for r in rows}
     methods = sorted({m for m, _, _ in published if " " not in m} | {m for m, name in ours if name in names})
     print(WORDS.readme_table(methods, names, published, ours).strip())
@@ -740,17 +739,17 @@ def print_section(section):
 
 
 def tex(text):
-    """Text for LaTeX: its special characters and signs."""
+    """Escape special characters and signs for LaTeX."""
     special = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
                                                   "^": r"\textasciicircum{}", "±": r"$\pm$", "<": "$<$", ">": "$>$"}
-    return "".join(special.get(c, c) for c in str(text)).replace("--", "-{}-")  # no en dash
+    return "".join(special.get(c, c) for c in str(text)).replace("--", "-{}-")  # prevents an en dash
 
 
 def write_figure(frame, panels, file):
-    """All panels in one SVG that other programs can read: a light page's colours in place of the variables."""
+    """Write all panels to one SVG for other programs: CSS variables are replaced by the colours of a light page."""
     across = min(len(panels), 1000 // frame.width)
     text = ENV.get_template("figure.svg").render(frame=frame, panels=panels, across=across)
-    colours = dict(reversed(re.findall(r"(--[\w-]+): ([^;]+);", text)))  # of equal names the first is kept
+    colours = dict(reversed(re.findall(r"(--[\w-]+): ([^;]+);", text)))  # the first of equal names wins
     file.write_text(re.sub(r"var\((--[\w-]+)\)", lambda found: colours[found[1]], text), encoding="utf-8")
 
 
@@ -758,10 +757,10 @@ if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     target = Path(args.runs) / "report"
     if target.exists() and not (target / "index.html").exists():
-        raise common.Error(f"{target} is no report of before, and would be replaced; move it away")
+        raise common.Error(f"{target} is not an earlier report and would be overwritten; move it away")
     (runs, others), variants = read_runs(args.runs, args.runs), read_ablation(args.runs)
     if not runs and not variants:
-        raise common.Error(f"no finished runs in {args.runs}: expected <data>/<method>/seed<k>/results.json there")
+        raise common.Error(f"no finished runs in {args.runs}: expected <data>/<method>/seed<k>/results.json in it")
     rows, sections, known, published = [], [], {}, read_published()
     for these, states, what in ((runs, others, ""), (variants, {}, ": variants of clip_recon")):
         scores = {key: read_scores(results, known) for key, results in these.items()}

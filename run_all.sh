@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Every method on every benchmark found under data/, five seeds, with the published settings; then the report.
-#   bash run_all.sh                        everything: finished runs are kept, interrupted ones resume
-#   DATA="brain liver" METHODS="padim patchcore" SEEDS="0 1" bash run_all.sh    a part of it
-#   JOBS=4 bash run_all.sh                 four runs at a time, dealt out over the GPUs (CUDA_VISIBLE_DEVICES, or all)
-#   bash run_all.sh --list                 only prints the commands, one a line
+# Run every method on every benchmark under data/ with five seeds and the published settings, then write the report.
+#   bash run_all.sh                        run everything: finished runs are kept, interrupted ones resume
+#   DATA="brain liver" METHODS="padim patchcore" SEEDS="0 1" bash run_all.sh    run a part of it
+#   JOBS=4 bash run_all.sh                 four runs in parallel, spread over the GPUs (CUDA_VISIBLE_DEVICES, or all)
+#   bash run_all.sh --list                 only print the commands, one per line
 #   sbatch --array=1-480 run_all.sh        Slurm: array task n runs line n of the list
-#   bash run_all.sh ablation [--list]      clip_recon's variants (thesis, Figures 4.6 to 4.8, 'Ours' of Tables 4.1 to 4.4,
-#                                          and other readings of chapter 4): runs/ablation/<variant>/
-#   bash run_all.sh setup                  only makes .venv and installs requirements.txt
-# Each benchmark is checked once, by datasets/check.py; what it says is in the report.
-# Where data/ holds no benchmark it makes the phantom and runs a short demonstration there (flags: methods/demo.txt).
-# DEMO=1 runs the short budgets on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" gives their weights.
+#   bash run_all.sh ablation [--list]      variants of clip_recon (thesis, Figures 4.6 to 4.8, 'Ours' in Tables 4.1 to
+#                                          4.4, and other readings of chapter 4) in runs/ablation/<variant>/
+#   bash run_all.sh setup                  only create .venv and install requirements.txt
+# datasets/check.py checks each benchmark once; its summary is in the report.
+# If data/ holds no benchmark, the phantom is written and used for a short demonstration (flags: methods/demo.txt).
+# DEMO=1 runs the short demonstration on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" sets its weights.
 # FLAGS="--device cuda:1" adds flags to every command.
-# A failing run is named at the end, does not stop the rest, and makes the exit status 1. Linux and macOS (bash 3.2).
+# A failed run does not stop the others; it is named at the end, with exit status 1. Linux and macOS (bash 3.2).
 set -fu
 usage() { echo "error: $1; see the head of run_all.sh" >&2; exit 2; }
 number() {
     case "$2" in "" | 0?* | *[!0-9]* | ??????????*) false ;; *) [ "$2" -ge "$3" ] ;; esac || usage "$1=$2: $3 or more"
 }
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1 # Slurm runs a copy of this script from elsewhere
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1 # Slurm runs a copy of this script in another folder
 python=.venv/bin/python ablation=
 [ "${1:-}" = ablation ] && ablation=variants METHODS=clip_recon && shift
 case "$#${1:-}" in
@@ -31,7 +31,7 @@ number SLURM_ARRAY_TASK_ID "${SLURM_ARRAY_TASK_ID:-1}" 1 && number JOBS "${JOBS:
 for method in $METHODS; do [ -f "methods/$method.py" ] || usage "METHODS: there is no methods/$method.py"; done
 for seed in ${SEEDS:=}; do number SEEDS "$seed" 0; done
 
-# Of several tasks that start at once one makes .venv, and the phantom: a lock, through Python as macOS has no flock.
+# Lock: only one of several parallel tasks makes .venv and the phantom. It needs Python because macOS has no flock.
 if [ -z "${LOCK:-}" ]; then
     lock='import fcntl, os, sys; f = os.open("requirements.txt", os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX)
 os.set_inheritable(f, True); os.environ["LOCK"] = str(f); os.execvp("bash", ["bash", *sys.argv[1:]])'
@@ -58,7 +58,7 @@ fi
 eval "exec $LOCK<&-"
 : "${SEEDS:=$([ "$DATA" = phantom ] && echo 0 || echo 0 1 2 3 4)}" "${NET:=--backbone mobilenet_v2 --weights auto}"
 
-variants() { # of clip_recon, a line each
+variants() { # of clip_recon, one per line
     printf -- '%s\n' --base --prompt-tokens\ {8,24,32} --layers\ {1,2,3,4,'1 2','1 2 3','2 3 4','3 4'} \
         --da-levels\ {0,1,2,4} --modules\ {prompts,adapter} '--frame bare' '--join append' '--loss layer' \
         '--blocks first' '--da-sum saturate' '--smooth-sigma 4' --adapter-reduction\ {4,1,0.25} --backbone\ resnet{18,50}
@@ -67,7 +67,7 @@ list() {
     local data method seed variant demo out extra
     for data in $DATA; do
         for method in $METHODS; do
-            extra= && [ "$method $data" = "ddpm histo" ] && extra="--channels 3" # the only coloured benchmark
+            extra= && [ "$method $data" = "ddpm histo" ] && extra="--channels 3" # the only benchmark with colour images
             demo=$([ "$data" = phantom ] || [ -n "${DEMO:-}" ] && sed -n "s/^$method //p" methods/demo.txt)
             ${ablation:-echo} | while read -r variant; do
                 out=${variant#--} out=${ablation:+--out runs/ablation/${out// /_}}
@@ -79,7 +79,7 @@ list() {
         done
     done
 }
-one() { # slot, line: runs one line of the list, and notes it in the file $failed if it fails
+one() { # slot, line: run one line of the list; if it fails, add it to the file $failed
     local words=($2) out=runs flags=${2#* * } name
     [ "${words[6]:-}" = --out ] && out=${words[7]}
     name=$(basename "${words[3]}")/$(basename -s .py "${words[1]}")/seed${words[5]}
@@ -90,7 +90,7 @@ one() { # slot, line: runs one line of the list, and notes it in the file $faile
     done
     return "${PIPESTATUS[0]}"
 }
-# The user's GPUs, else all; none are dealt out where FLAGS names the device or Slurm does it.
+# GPUs from CUDA_VISIBLE_DEVICES, else all; none if FLAGS names the device or Slurm assigns GPUs.
 gpus=()
 case " ${FLAGS:-} " in *" --device "*) ;; *)
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || IFS=', ' read -r -a gpus <<< "${CUDA_VISIBLE_DEVICES:-$(
@@ -107,8 +107,8 @@ elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     [ -n "$line" ] || usage "the list has $(list | wc -l) lines, none $SLURM_ARRAY_TASK_ID"
     one 0 "$line"
 else
-    for data in $DATA; do $python datasets/check.py --data "$data" >&2; done # errors are shown, and the runs go on
-    mkfifo "$work/slots" && exec 8<> "$work/slots" # a pool: each job takes a slot's number and puts it back
+    for data in $DATA; do $python datasets/check.py --data "$data" >&2; done # print errors and continue
+    mkfifo "$work/slots" && exec 8<> "$work/slots" # a pool: each job takes the number of a slot and returns it
     for ((slot = 0; slot < JOBS; slot++)); do echo $slot >&8; done
     while read -r line; do
         read -r slot <&8

@@ -1,29 +1,29 @@
 """brain: the brain MR benchmark from BraTS2021 (training set of the RSNA-ASNR-MICCAI challenge 2021).
 
-Where: synapse.org (Task 1, training data) after registration, or its copy on Kaggle; free for research, with the
-challenge's citations (Baid et al. 2021, arXiv:2107.02314). 1,251 cases, 13 GB packed.
+Source: synapse.org (Task 1, training data) after registration, or its copy on Kaggle; free for research, with the
+challenge's citations (Baid et al. 2021, arXiv:2107.02314). 1,251 cases, 13 GB compressed.
 --raw: the folder that holds the cases, BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz (or .nii), at any
 depth. Only FLAIR and the segmentation are read.
 
 The rule:
-1. of each FLAIR volume the 40 axial slices 60 to 99; a slice with any label above 0 is anomalous, that being its mask;
-2. each slice scaled by its own minimum and maximum to 8 bits, 240x240, seen from below (the patient's right on the
-   left), whatever the affine of the file. --colormap bone writes them as the benchmark's code did: through matplotlib's
-   colour map `bone`, rows from the patient's right to the left (the transpose of the above), as colour images;
-3. the 424 patients of train, 162 of test-normal and 39 of valid-normal are the published ones (brats2021_published.csv,
-   the lists in data_processing/brain of github.com/DorisBao/BMAD), with all their tumour-free slices. Patients of a
-   source that lacks one of these are ranked by how many of their 40 slices are free of tumour (most first; ties by
-   name), which is how the lists were made, and go to train, test-normal and valid-normal in this order;
-4. the remaining 626 show tumour in every slice: the first 11 by name are valid-anomalous with slices 60, 70, 80, 90,
-   the other 615 test-anomalous with slices 60, 68, 76, 84, 92. Which 11 the published ones are nobody can tell: the
-   benchmark's code took the first of a Python set of names, whose order differs from run to run.
+1. Axial slices 60 to 99 (40) of each FLAIR volume are used. Slices with labels above 0 (the mask) are anomalous.
+2. Each slice is scaled by its own minimum and maximum to 8 bits, 240x240, seen from below (the patient's right on the
+   left) for any affine. --colormap bone writes slices as the benchmark's code did: colour images by matplotlib's colour
+   map `bone`, with rows from the patient's right to the left (the transpose of the above).
+3. The 424 patients of train, 162 of test-normal and 39 of valid-normal are the published ones (brats2021_published.csv,
+   the lists in data_processing/brain of github.com/DorisBao/BMAD), with all their tumour-free slices. If the source
+   lacks one of them, patients are ranked by their number of tumour-free slices among the 40 (most first, ties by name),
+   as for the published lists, and go to train, test-normal and valid-normal in this order.
+4. The remaining 626 show tumour in every slice: the first 11 by name are valid-anomalous with slices 60, 70, 80, 90,
+   the other 615 test-anomalous with slices 60, 68, 76, 84, 92. The published 11 are unknown: the benchmark's code took
+   the first of a Python set of names, whose order differs from run to run.
 
-A cohort of another size is divided in the same shares, at least one patient in each part (and only patients with
-tumour-free slices in the normal ones, if there are three); of fewer than five, those of valid and test give both kinds
-of slices. --split FILE (CSV: case,split,label) fixes it instead.
-The validation part of the challenge has no segmentations and is passed over. A .nii.gz is read to its checksum; damage
-inside a .nii, which has none, cannot be seen, unless the file is cut off or its header is wrong.
-Published: train 7,500; valid 39 + 44; test 640 + 3,075 (the thesis calls that 1:1; about 0.4 GB).
+A cohort of another size is divided in the same proportions, at least one patient for each part (and only patients with
+tumour-free slices for the normal parts, if there are three). Of fewer than five patients, those of valid and test give
+normal and anomalous slices. --split FILE (CSV: case,split,label) defines the parts instead.
+The challenge's validation part has no segmentations and is skipped. A .nii.gz is checked by its checksum. A .nii has
+none: damage is noticed only if the file is cut off or its header is wrong.
+Published: train 7,500; valid 39 + 44; test 640 + 3,075 (which the thesis calls 1:1; about 0.4 GB).
 """
 
 import re
@@ -43,23 +43,23 @@ from prepare import common
 FIRST, LAST = 60, 99
 GROUPS = [("train", 0), ("test", 0), ("valid", 0), ("valid", 1), ("test", 1)]  # in the order of the ranking
 PATIENTS = [424, 162, 39, 11, 615]
-SLICES = dict(valid=range(60, 100, 10), test=range(60, 100, 8))  # of anomalous patients
+SLICES = dict(valid=range(60, 100, 10), test=range(60, 100, 8))  # for anomalous patients
 PUBLISHED = {("train", 0): 7500, ("valid", 0): 39, ("valid", 1): 44, ("test", 0): 640, ("test", 1): 3075}
 LISTS = Path(__file__).with_name("brats2021_published.csv")
 LOOKED_FOR = "cases like BraTS2021_00000/BraTS2021_00000_flair.nii.gz"
-MEMORY = 0.2  # GiB that a process takes: a case of 240x240x155, unpacked
+MEMORY = 0.2  # GiB per process: an unpacked case of 240x240x155
 
 
 @dataclass
 class Args(prepare.Args):
     split: Path | None = None
-    """CSV file with the columns case,split,label that says which patients go where, instead of the published lists"""
+    """CSV file with the columns case,split,label that assigns the patients, instead of the published lists"""
     colormap: Literal["grey", "bone"] = "grey"
-    """bone: coloured and turned as the published images"""
+    """bone: coloured and transposed like the published images"""
 
 
 def find_cases(raw):
-    """{case: [flair file, seg file or None]}, by name."""
+    """Return {case: [flair file, seg file or None]}, sorted by case."""
     files = {}
     for file in common.files_in(raw):
         if match := re.fullmatch(r"BraTS2021_(\d+)_(flair|seg)" + prepare.VOLUME, file.name, re.IGNORECASE):
@@ -68,28 +68,28 @@ def find_cases(raw):
 
 
 def tumour_free(files, folder):
-    """The slices without tumour, of those that the rule reads; FLAIR is read, too, so that only usable cases are
-    divided."""
+    """Return the tumour-free slices of those that the rule uses. FLAIR is also read, so that only usable cases are
+    assigned to splits."""
     flair, label = prepare.volume_and_label(files)
     flair.axial(FIRST, LAST + 1)
     return (FIRST + np.flatnonzero(~(label.axial(FIRST, LAST + 1) > 0).any(axis=(1, 2)))).tolist()
 
 
 def plan(free, groups=None):
-    """{case: (split, {label: slices})} from {case: tumour-free slices}; groups: {case: (split, label)} of those cases
-    that a list fixes, the others being anomalous."""
+    """Return {case: (split, {label: slices})} from {case: tumour-free slices}. groups: {case: (split, label)} of the
+    cases in a list; all others are anomalous."""
     ranked, planned = sorted(free, key=lambda case: (-len(free[case]), case)), {}
     if groups:
         rest = [case for case in ranked if case not in groups]
         groups = groups | {case: ("valid" if i < PATIENTS[3] else "test", 1) for i, case in enumerate(rest)}
         return listed(free, groups)
-    small = len(free) < len(GROUPS)  # then a patient of test or valid gives both normal and anomalous slices
+    small = len(free) < len(GROUPS)  # then a patient of test or valid gives normal and anomalous slices
     parts = [("train", [0]), ("test", [0, 1]), ("valid", [0, 1])] if small else [(s, [y]) for s, y in GROUPS]
     patients = [PATIENTS[0], PATIENTS[1] + PATIENTS[4], PATIENTS[2] + PATIENTS[3]] if small else PATIENTS
     if len(free) == 4:
-        ranked[2:] = ranked[:1:-1]  # the one with the fewest free slices to test, which has two patients
+        ranked[2:] = ranked[:1:-1]  # test has two patients, one of them with the fewest free slices
     counts, normal = prepare.shares(len(free), patients), sum(map(bool, free.values()))
-    if not small and 3 <= normal < sum(counts[:3]):  # so that each normal part gets patients with normal slices
+    if not small and 3 <= normal < sum(counts[:3]):  # each normal part needs patients with normal slices
         counts = prepare.shares(normal, PATIENTS[:3]) + prepare.shares(len(free) - normal, PATIENTS[3:])
     for (split, labels), count in zip(parts, counts, strict=True):
         for case in ranked[len(planned) : len(planned) + count]:
@@ -98,20 +98,20 @@ def plan(free, groups=None):
 
 
 def listed(free, groups):
-    """`plan` of the cases in groups, {case: (split, label)}."""
+    """Return the plan for the cases in groups, {case: (split, label)}."""
     return {case: (split, {label: slices_of(free[case], split, label)})
             for case, (split, label) in groups.items() if case in free}
 
 
 def slices_of(free, split, label):
-    """The slices that a patient gives: all free ones, or those of the rule that show tumour (any, if none of these
-    does, as happens in small cohorts)."""
+    """Return the slices of a patient: all free ones, or those of the rule that show tumour. If none of these
+    does, as can happen in small cohorts, return all slices with tumour."""
     tumour = [z for z in range(FIRST, LAST + 1) if z not in free]
     return ([z for z in SLICES[split] if z in tumour] or tumour) if label else free
 
 
 def read_groups(file, cases):
-    """{case: (split, label)} from a list of patients."""
+    """Read {case: (split, label)} from a list of patients."""
     groups = {}
     for row in prepare.read_list(file, ["case", "split", "label"]):
         case, group = row["case"], (row["split"], {"0": 0, "1": 1}.get(row["label"]))
@@ -125,7 +125,7 @@ def read_groups(file, cases):
 
 
 def write_case(item, folder):
-    """The slices of one case as PNG; their manifest rows."""
+    """Write the slices of one case as PNG and return their manifest rows."""
     case, files, (split, slices), colormap = item
     flair, label = prepare.volume_and_label(files)
     flair, tumour = flair.axial(FIRST, LAST + 1), label.axial(FIRST, LAST + 1) > 0  # (40, H, W)
@@ -141,8 +141,8 @@ def write_case(item, folder):
 
 
 def bone(image):
-    """(H, W) floats as (H, W, 3) uint8, as matplotlib.pyplot.imsave colours them."""
-    import matplotlib  # here: it takes a while, and only this look needs it
+    """Convert (H, W) floats to (H, W, 3) uint8 with the colours of matplotlib.pyplot.imsave."""
+    import matplotlib  # here: it takes a while, and only --colormap bone needs it
 
     low, high = image.min(), image.max()
     return matplotlib.colormaps["bone"]((image - low) / ((high - low) or 1), bytes=True)[..., :3]
@@ -159,15 +159,15 @@ if __name__ == "__main__":
     groups = read_groups(args.split or LISTS, cases) if args.split or not lacking else None
     preparation = prepare.Preparation("brats2021", "brain", ["train", "valid", "test"], args, cases, MEMORY)
     if groups is None:
-        print(f"note: {len(lacking)} of the {len(published)} patients of the published lists are not in the source; "
+        print(f"note: {len(lacking)} of the {len(published)} patients in the published lists are not in the source; "
               "patients are ranked instead")
     free = preparation.map(tumour_free, cases, "looking for tumour")
     if len(free) < 3:
         raise common.Error(f"{len(free)} usable cases; train, valid and test need one each")
     planned = listed(free, groups) if args.split else plan(free, groups)
     if groups and not args.split:
-        print("note: train, valid normal and test normal are the published patients; which of the others are valid "
-              "anomalous nobody can reproduce: the first by name are")
+        print("note: train, valid normal and test normal are the published patients; those of valid anomalous "
+              "cannot be reproduced, so the first by name are used")
     counts = Counter()
     for split, slices in planned.values():
         counts.update({(split, label): len(chosen) for label, chosen in slices.items()})

@@ -1,34 +1,34 @@
 """histo: the histopathology benchmark from Camelyon16 (whole-slide images of lymph nodes, with and without metastases).
 
-Where: camelyon17.grand-challenge.org/Data names the copies (AWS Registry of Open Data, GigaDB); public domain, CC0 1.0.
-Of its 700 GB only the normal training slides, the test slides and the test annotations are read.
+Source: camelyon17.grand-challenge.org/Data links to the copies (AWS Registry of Open Data, GigaDB); CC0 1.0, public
+domain. Of its 700 GB only the normal training slides, the test slides and the test annotations are read.
 --raw: the folder that holds, at any depth, normal_001.tif ... normal_160.tif (training/normal), test_001.tif ...
-test_130.tif (testing/images) and test_001.xml ... (testing/lesion_annotations, unpacked). A test slide without XML is
-one without tumour; the 49 with tumour are known, and one of those without its XML is named as damaged. Where the list
-of checksums that the copies contain (checksums.md5) is there, too, the files are checked by it, which reads all of
-them once; without it, damage inside the JPEG data of a slide or in the numbers of an XML cannot be seen.
+test_130.tif (testing/images) and test_001.xml ... (testing/lesion_annotations, unpacked). A test slide without XML has
+no tumour. The 49 slides with tumour are known; if the XML of one of them is missing, the slide is reported as damaged.
+If the folder also holds the copies' list of checksums (checksums.md5), all files are read once and compared with it.
+Without the list, damage inside the JPEG data of a slide or in the numbers of an XML is not noticed.
 
 The rule, for patches of 256x256 pixels at level 0:
-1. train are the normal training slides, 159 without normal_086 (it shows tumour; the source has withdrawn it). Of the
-   test slides 13, 5 of them with tumour, are valid, and the other 115 test, without test_049 (a duplicate, withdrawn)
-   and test_114 (not all of its tumour is annotated);
-2. tissue is where the colour (maximum minus minimum of R, G, B) is above Otsu's threshold, on the level nearest to
-   1:32; unlike saturation it is small in black, unscanned areas too. The centre of a patch is a multiple of 64 pixels,
-   and at least half of the patch is tissue;
-3. a tumour patch has its centre inside a tumour polygon (groups _0, _1, Tumor, metastases) and outside the excluded
-   ones (_2, Exclusion); a normal patch lies wholly outside every polygon;
-4. patches are drawn at random, seeded by slide; those of one slide do not overlap. Each training slide gives 32; valid
-   is 100 normal and 100 tumour patches, test 1,000 and 1,000, as evenly from the slides as they allow, and at most 100
-   of a class from one. Those of a slide that turns out to be damaged are taken from the others.
+1. Train is the normal training slides except normal_086 (it shows tumour; the source has withdrawn it), 159 in all. Of
+   the test slides, 13 (5 with tumour) are valid and the other 115 are test, except test_049 (a duplicate, withdrawn)
+   and test_114 (not all of its tumour is annotated).
+2. Tissue is where the colour (maximum minus minimum of R, G, B) is above Otsu's threshold, on the level nearest to
+   1:32. Unlike saturation, this colour is also small in black, unscanned areas. The centre of a patch is a multiple of
+   64 pixels, and at least half of the patch is tissue.
+3. The centre of a tumour patch is inside a tumour polygon (groups _0, _1, Tumor, metastases) and outside the excluded
+   polygons (_2, Exclusion). A normal patch lies completely outside all polygons.
+4. Patches are drawn at random, seeded by slide; those of one slide do not overlap. Each training slide gives 32. Valid
+   has 100 normal and 100 tumour patches, test 1,000 and 1,000, spread over the slides as evenly as possible, with at
+   most 100 per class and slide. Patches of a slide that turns out to be damaged come from other slides.
 
-A smaller source is divided in the same shares of slides, those with tumour and those without for themselves; the last
-by number are valid. --slides FILE (CSV: case,split) says instead which test slides are valid and which test.
+A smaller source is divided in the same proportions of slides, separately for those with and without tumour; the last by
+number are valid. --slides FILE (CSV: case,split) assigns the test slides to valid and test instead.
 
---coords FOLDER takes a list of patch centres instead: lines slide,x_center,y_center in files named train_good,
-valid_good, valid_bad, test_good and test_bad (.txt or .csv; normal and tumor mean good and bad). The authors' own is
+--coords FOLDER uses a list of patch centres instead: lines slide,x_center,y_center in files named train_good,
+valid_good, valid_bad, test_good and test_bad (.txt or .csv; normal and tumor mean good and bad). The authors' list is
 data_processing/histopathology/coords of github.com/DorisBao/BMAD: train 5,088, valid 117 + 105, test 1,026 + 1,008
-(none of test_125), where the thesis counts round numbers. The slides of each split, the grid of 64 pixels, that patches
-do not overlap and the 32 of the rule above are as in that list.
+(none from test_125), where the thesis gives round numbers. The rule above agrees with that list in the slides of each
+split, the grid of 64 pixels, patches that do not overlap, and 32 patches per training slide.
 Published: train 5,088; valid 100 + 100; test 1,000 + 1,000 (about 0.9 GB).
 """
 
@@ -49,8 +49,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
 from prepare import common
 
-SIZE, STEP = 256, 64  # pixels of a patch, and of the grid that its centre lies on
-LEAST_COLOUR = 15  # of 255: below it an Otsu threshold only divides the noise of an empty slide
+SIZE, STEP = 256, 64  # pixels: size of a patch, spacing of the grid of its centre
+LEAST_COLOUR = 15  # of 255: a lower Otsu threshold would only split an empty slide's noise
 LEFT_OUT = {"normal_086", "test_049", "test_114"}
 VALID = {f"test_{n}" for n in (113, 116, 117, 120, 121, 122, 123, 124, 126, 127, 128, 129, 130)}
 TUMOUR = {f"test_{n:03}" for n in (
@@ -59,25 +59,25 @@ TUMOUR = {f"test_{n:03}" for n in (
 TUMOUR_GROUPS, EXCLUDED_GROUPS = {"_0", "_1", "tumor", "metastases"}, {"_2", "exclusion"}
 PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # at most, of each class
 PUBLISHED = {("train", 0): 5088, ("valid", 0): 100, ("valid", 1): 100, ("test", 0): 1000, ("test", 1): 1000}
-MEMORY = 0.4  # GiB that a process takes: the tissue of a slide of 100,000x200,000, and OpenSlide's cache
+MEMORY = 0.4  # GiB per process: the tissue of a slide of 100,000x200,000, and OpenSlide's cache
 LOOKED_FOR = "slides like training/normal/normal_001.tif and testing/images/test_001.tif"
 
 
 @dataclass
 class Args(prepare.Args):
     slides: Path | None = None
-    """CSV file with the columns case,split that says which test slides are valid and which test; others are left out"""
+    """CSV file with the columns case,split that assigns test slides to valid and test; others are left out"""
     coords: Path | None = None
-    """folder with a published list of patch centres, which are then taken instead of drawn ones"""
+    """folder with a published list of patch centres to use instead of drawing patches"""
 
 
 # --------------------------------------------------------------------------------------------------- slides and splits
 def find_slides(raw):
-    """{slide: [image file, annotation file or None]}, by name."""
+    """Return {slide: [image file, annotation file or None]}, sorted by slide."""
     files = {}
     for file in common.files_in(raw):
         match = re.fullmatch(r"(normal|test)_(\d+)\.(tiff?|xml)", file.name, re.IGNORECASE)
-        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks bear slides' names
+        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks, named like slides
             continue
         kind = "annotation" if match[3].lower() == "xml" else "slide"
         prepare.note_file(files, f"{match[1].lower()}_{int(match[2]):03}", kind, file)
@@ -86,12 +86,12 @@ def find_slides(raw):
 
 
 def plan(slides, fixed=None):
-    """{slide: split} from {slide: whether it is annotated}; fixed: the splits of the test slides."""
+    """Return {slide: split} from {slide: true if annotated}. fixed: {test slide: split}, or None."""
     splits = {slide: "train" for slide in slides if slide.startswith("normal")}
     tests = sorted(slides.keys() - splits.keys(), key=lambda slide: (slide in VALID, slide))
     groups = [[s for s in tests if (s in TUMOUR or bool(slides[s])) == tumour] for tumour in (False, True)]
     if not splits or not groups[1]:
-        raise common.Error(f"{len(splits)} normal training slides, {len(tests)} test slides, of them {len(groups[1])} "
+        raise common.Error(f"{len(splits)} normal training slides, {len(tests)} test slides, {len(groups[1])} of them "
                            "with tumour; train and test need at least one")
     if fixed:
         return splits | fixed
@@ -102,7 +102,7 @@ def plan(slides, fixed=None):
 
 
 def share_out(total, available, seed):
-    """{slide: count}: `total` (or all) of `available` {slide: count}, as evenly as that allows."""
+    """Return {slide: count}: spread `total` over the slides as evenly as `available`, {slide: count}, allows."""
     taken, rng = dict.fromkeys(available, 0), np.random.default_rng(seed)
     while left := min(total, sum(available.values())) - sum(taken.values()):
         more = sorted(slide for slide in taken if taken[slide] < available[slide])
@@ -112,7 +112,7 @@ def share_out(total, available, seed):
 
 
 def choose(splits, found, seed):
-    """{slide: [(split, label, x, y)]} from {slide: split} and {slide: [normal, tumour] centres in the order drawn}."""
+    """Return {slide: [(split, label, x, y)]} from {slide: split} and {slide: [normal, tumour] centres as drawn}."""
     patches = {slide: [("train", 0, *c) for c in found[slide][0]] for slide in found if splits[slide] == "train"}
     for split in ("valid", "test"):
         for label in (0, 1):
@@ -124,7 +124,7 @@ def choose(splits, found, seed):
 
 
 def share(splits, found, args):
-    """`choose`; where that leaves valid without a class, because slides are damaged, with the others divided again."""
+    """Return `choose`. If damaged slides leave valid without a class, assign the other slides to splits again."""
     patches = choose(splits, found, args.seed)
     kinds = {label for chosen in patches.values() for split, label, *_ in chosen if split == "valid"}
     if args.slides or kinds == {0, 1}:
@@ -133,7 +133,7 @@ def share(splits, found, args):
 
 
 def read_coords(folder):
-    """`choose` from the published lists in the folder --coords."""
+    """Read the result of `choose` from the published lists in the folder --coords."""
     patches, lists = {}, set()
     for file in sorted(Path(folder).glob("*")):
         match = re.fullmatch(r"(train|valid|test)_(?:(good|normal)|bad|ungood|tumou?r)\.(txt|csv)", file.name.lower())
@@ -160,18 +160,18 @@ def read_coords(folder):
 # ---------------------------------------------------------------------------------------------- tissue and annotations
 @contextmanager
 def opened(file):
-    """The slide; Damaged where it cannot be opened or read."""
+    """Open a slide; raise `Damaged` if it cannot be opened or read."""
     try:
         with openslide.OpenSlide(file) as slide:
             yield slide
     except prepare.Damaged:
         raise
-    except Exception as e:  # OpenSlide's own, and what follows from a damaged header
+    except Exception as e:  # OpenSlide's errors, and others due to a damaged header
         raise prepare.Damaged(f"{file} is not a readable slide ({e}); download it again") from e
 
 
 def on_tissue(slide, file):
-    """bool (rows, columns) of the grid of centres: is at least half of the patch there tissue?"""
+    """Return bool (rows, columns) for the grid of centres: True if at least half of the patch is tissue."""
     level = min(range(slide.level_count), key=lambda k: abs(math.log2(slide.level_downsamples[k] / 32)))
     scale, (width, height) = slide.level_downsamples[level], slide.level_dimensions[level]
     if not 8 <= scale <= 128:
@@ -182,7 +182,7 @@ def on_tissue(slide, file):
         rgb = np.asarray(strip)  # (up to 512, width, 3)
         colour[top : top + 512] = rgb.max(axis=2) - rgb.min(axis=2)
         counts += np.bincount(colour[top : top + 512].ravel(), minlength=256)
-    tissue = np.zeros((height + 1, width + 1), np.int32)  # then summed over all that is above and to the left
+    tissue = np.zeros((height + 1, width + 1), np.int32)  # becomes the sum over all pixels above and to the left
     tissue[1:, 1:] = colour > max(otsu(counts), LEAST_COLOUR)
     for axis in (0, 1):
         tissue.cumsum(axis, out=tissue)
@@ -194,7 +194,7 @@ def on_tissue(slide, file):
 
 
 def otsu(counts):
-    """The value that divides a histogram into two classes of maximum variance between them; the lower class has it."""
+    """Return Otsu's threshold: it maximises the variance between the two classes and belongs to the lower one."""
     below, sums = counts.cumsum(), (counts * np.arange(len(counts))).cumsum()
     above = below[-1] - below
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -203,12 +203,12 @@ def otsu(counts):
 
 
 def read_annotation(file):
-    """[(group, polygon)] of an ASAP file; polygon: (n, 2) x and y at level 0."""
+    """Read [(group, polygon)] from an ASAP file; polygon: (n, 2), x and y at level 0."""
     try:
         found = [(annotation.get("PartOfGroup", "").lower(),
                   np.array([(float(c.get("X")), float(c.get("Y"))) for c in annotation.iter("Coordinate")]))
                  for annotation in ElementTree.parse(file).iter("Annotation")]
-    except Exception as e:  # also of unknown encodings, and of numbers that are none
+    except Exception as e:  # also for unknown encodings and invalid numbers
         raise prepare.Damaged(f"{file} is not a readable ASAP annotation ({e}); download it again") from e
     found = [(group, polygon) for group, polygon in found if len(polygon) > 2]
     if not any(group in TUMOUR_GROUPS for group, _ in found):
@@ -218,9 +218,9 @@ def read_annotation(file):
 
 
 def inside(polygon, xs, ys):
-    """bool (len(ys), len(xs)): is the point inside the polygon? By the even-odd rule, exactly."""
+    """Return bool (len(ys), len(xs)): True if the point is inside the polygon (exact even-odd rule)."""
     found = np.zeros((len(ys), len(xs)), bool)
-    (x0, y0), (x1, y1) = polygon.T, np.roll(polygon, -1, axis=0).T  # from each corner to the next
+    (x0, y0), (x1, y1) = polygon.T, np.roll(polygon, -1, axis=0).T  # edges from each corner to the next
     for row in np.flatnonzero((ys >= y0.min()) & (ys <= y0.max())):
         cut = (y0 <= ys[row]) != (y1 <= ys[row])
         crossings = x0[cut] + (ys[row] - y0[cut]) / (y1[cut] - y0[cut]) * (x1[cut] - x0[cut])
@@ -229,12 +229,12 @@ def inside(polygon, xs, ys):
 
 
 def outline(polygon, shape):
-    """bool `shape`, the grid of centres: does the patch there meet the polygon's outline (or come within 4 pixels)?"""
+    """Return bool `shape` (grid of centres): True if the patch is within 4 pixels of the outline."""
     found, steps = np.zeros(shape, bool), np.roll(polygon, -1, axis=0) - polygon
-    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # points at most 8 pixels apart are within 4 of it all
+    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # points at most 8 pixels apart, the outline within 4
     part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)
     points = np.repeat(polygon, parts, axis=0) + np.repeat(steps / parts[:, None], parts, axis=0) * part[:, None]
-    first = np.ceil((points - SIZE - 4) / STEP).astype(int)  # of the patches over a point, by column and row
+    first = np.ceil((points - SIZE - 4) / STEP).astype(int)  # of the patches that cover a point, as column and row
     last = np.floor((points + 4) / STEP).astype(int)
     for dy in range(SIZE // STEP + 1):
         for dx in range(SIZE // STEP + 1):
@@ -244,9 +244,9 @@ def outline(polygon, shape):
     return found
 
 
-# ----------------------------------------------------------------------------------------------- what is done per slide
+# ---------------------------------------------------------------------------------------------------- work on one slide
 def draw(free, most, rng):
-    """Up to `most` centres (x, y) from a bool grid, in random order, whose patches do not overlap."""
+    """Draw up to `most` centres (x, y) from a bool grid at random; their patches do not overlap."""
     free, centres = free.copy(), []
     for place in rng.permutation(np.flatnonzero(free)):
         row, column = divmod(int(place), free.shape[1])
@@ -259,13 +259,13 @@ def draw(free, most, rng):
 
 
 def near(row, column):
-    """The places on the grid whose patches overlap with that at (row, column)."""
+    """Return the slices of the grid whose patches overlap with the patch at (row, column)."""
     apart = SIZE // STEP - 1
     return tuple(slice(max(0, place - apart), place + apart + 1) for place in (row, column))
 
 
 def find_patches(item, folder):
-    """The centres [normal, tumour] of a slide's patches, in the order in which they are taken."""
+    """Return the centres [normal, tumour] of a slide's patches, in the order in which they are used."""
     slide, (file, annotation), seed = item
     if annotation is None and slide in TUMOUR:
         raise prepare.Damaged(f"{file} shows tumour but has no annotation {slide}.xml; unpack lesion_annotations.zip")
@@ -273,8 +273,8 @@ def find_patches(item, folder):
     with opened(file) as image:
         tissue, size = on_tissue(image, file), image.dimensions
     for _, polygon in polygons:
-        if not ((polygon >= -SIZE) & (polygon <= np.add(size, SIZE))).all():  # nor where a number is NaN
-            raise prepare.Damaged(f"{annotation} has points outside of {file}; download both again")
+        if not ((polygon >= -SIZE) & (polygon <= np.add(size, SIZE))).all():  # also true for NaN
+            raise prepare.Damaged(f"{annotation} has points outside {file}; download both again")
     ys, xs = (SIZE // 2 + STEP * np.arange(n) for n in tissue.shape)
     tumour, excluded, touched = (np.zeros(tissue.shape, bool) for _ in range(3))
     for group, polygon in polygons:
@@ -295,17 +295,17 @@ def find_patches(item, folder):
 
 
 def write_patches(item, folder):
-    """The patches of one slide as PNG; their manifest rows."""
+    """Write the patches of one slide as PNG and return their manifest rows."""
     slide, file, patches = item
     if file is None:
-        raise prepare.Damaged(f"there is no {slide}.tif, which --coords names; download it")
+        raise prepare.Damaged(f"no {slide}.tif, which --coords lists; download it")
     with opened(file) as image:
         width, height = image.dimensions
         for *_, x, y in patches:
             if not (SIZE // 2 <= x <= width - SIZE // 2 and SIZE // 2 <= y <= height - SIZE // 2):
                 raise prepare.Damaged(f"{file} is {width}x{height}; no patch has its centre at {x},{y} as in --coords")
         corners = [(x - SIZE // 2, y - SIZE // 2) for *_, x, y in patches]
-        # All are read before the first is written: a damaged slide leaves nothing behind.
+        # Read all patches before writing the first, so that a damaged slide leaves no files.
         images = [np.asarray(image.read_region(corner, 0, (SIZE, SIZE)).convert("RGB")) for corner in corners]
     return [prepare.save(folder, split, label, f"{slide}_{x}_{y}", patch, case=slide, x=x, y=y)
             for (split, label, x, y), patch in zip(patches, images, strict=True)]
@@ -314,7 +314,7 @@ def write_patches(item, folder):
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     if args.slides and args.coords:
-        raise common.Error("--coords says which slide is in which split; leave out --slides")
+        raise common.Error("--coords already assigns slides to splits; leave out --slides")
     raw = prepare.raw_folder(args, LOOKED_FOR)
     slides = find_slides(raw) or prepare.wrong_folder(raw, LOOKED_FOR)
     if not args.coords:

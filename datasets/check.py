@@ -1,26 +1,26 @@
-"""What to run first on new data: are all files usable, and is a picture or a patient in two splits?
+"""Check new data before the first run: are all files usable, and is an image or a patient in two splits?
 
-Prints one line per kind of finding. Errors (exit code 1): the same picture, or one patient, in two splits; masks that
-are missing, all black, or of another size than their image; files that cannot be read. Notices (exit code 0): counts
-other than the published ones, near-duplicates, mixed sizes or formats, odd masks, names that may be of one patient.
-Below <root>/.cache it writes a record of these files (JSON), which runs on them quote, and a picture (PNG) with samples
-and the closest pairs.
+Prints one line per kind of finding. Errors (exit code 1): the same image, or one patient, in two splits; masks that are
+missing, all black, or of another size than their image; files that cannot be read. Notices (exit code 0): counts other
+than the published ones, near-duplicates, mixed sizes or formats, odd masks, names that may belong to one patient. Two
+files are written below <root>/.cache: a record of the check (JSON), which runs on the same files quote, and a picture
+(PNG) with samples and the closest pairs.
 
-How pictures are compared: by their texture, the difference of an image from its own blur, divided by the local standard
+Images are compared by their texture: the difference of an image from its own blur, divided by the local standard
 deviation of that difference. Brightness, contrast and gamma hardly change it.
 1. The textures of all images at 32x32 pixels are correlated, in eight orientations, also inverted. For each image the
    best match in another split goes to step 2. (A copy was the best match in each of 750 trials.)
 2. Both images are read again at half their size (64 to 256 pixels), aligned by shifting, and one gets the tone curve of
-   the other. Their similarity is the correlation of the textures: fine details and noise tell a copy from a second
-   photograph. From 0.965 (SAME) on it is the same picture, from 0.75 (NEAR) on a near-duplicate.
+   the other. Their similarity is the correlation of the textures: fine details and noise distinguish a copy from a
+   second photograph. A similarity of at least 0.965 (SAME) means the same image, at least 0.75 (NEAR) a near-duplicate.
 
-Measured on 50 solar cells and 50 brain MR images, each copied (lowest; the lower of both medians): mirrored 0.994;
+Similarities of copies of 50 solar cells and 50 brain MR images (lowest; the lower of both medians): mirrored 0.994;
 0.999, JPEG of quality 80 0.982; 0.991, of 60 0.967; 0.982, at 70% of the size and back 0.981; 0.990, gamma 0.6 or 1.6
-0.992; 0.996, contrast 0.5 or 1.5 0.985; 0.992, inverted 0.989; 0.996. Mirrored, at 70%, gamma 1.6 and JPEG of 60
-together: 0.955; 0.981, so a few of these are called near-duplicates, as are JPEG copies of almost flat images. What is
-not a copy (median; highest): the ten closest pairs of solar cells, of one silicon block each, 0.950; 0.962, adjacent MR
-slices, 1 mm apart, 0.851; 0.931, 2 mm apart 0.663; 0.834. The gap at 0.965 is narrow: slices interpolated between
-thicker ones can be above it (0.961; 0.981), a copy that was cropped, enlarged or shifted is below it. So look at the
+0.992; 0.996, contrast 0.5 or 1.5 0.985; 0.992, inverted 0.989; 0.996. Mirrored, 70%, gamma 1.6 and JPEG of 60 combined
+0.955; 0.981, so some of these are called near-duplicates, as are JPEG copies of almost flat images. Images that are not
+copies (median; highest): the ten closest pairs of solar cells, each from one silicon block, 0.950; 0.962, adjacent MR
+slices 1 mm apart 0.851; 0.931, 2 mm apart 0.663; 0.834. The gap at 0.965 is narrow: slices interpolated between thicker
+ones can be above it (0.961; 0.981), and a copy that was cropped, enlarged or shifted is below it. So look at the
 picture.
 """
 
@@ -47,30 +47,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 SAME, NEAR = 0.965, 0.75
-COMPARED = 3000  # best matches of two splits that are compared further: keeps a check within minutes
+COMPARED = 3000  # best matches of two splits that go to step 2, so that a check takes minutes
 CLASSES = ["train normal", "valid normal", "valid anomalous", "test normal", "test anomalous"]
 PUBLISHED = {  # numbers of images (README, Benchmarks)
     "brain": (7500, 39, 44, 640, 3075), "liver": (1542, 93, 73, 833, 660), "resc": (4297, 45, 70, 1041, 764),
     "oct2017": (26315, 8, 24, 242, 726), "chest": (8000, 70, 1420, 781, 16413), "histo": (5088, 100, 100, 1000, 1000)}
 SCRIPTS = dict(brain="brats2021", liver="lits", resc="resc", oct2017="oct2017", chest="rsna", histo="camelyon16")
 MAYBE_PATIENT = re.compile(r"(.*\d.*)[-_]\D*\d+")
-FORMATS = {"1": "1-bit", "L": "8-bit grey", "RGB": "8-bit colour", "I;16": "16-bit grey"}  # others: Pillow's mode
+FORMATS = {"1": "1-bit", "L": "8-bit grey", "RGB": "8-bit colour", "I;16": "16-bit grey"}  # otherwise Pillow's mode
 TILE, COLUMNS = 120, 8  # of the picture
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark, looked for below root, or a folder in one of its layouts"""
+    """name of a benchmark below root, or a folder in a supported layout"""
     root: str = "data"
     """folder that holds the benchmarks; the record and the picture go to <root>/.cache"""
     limit: Annotated[int | None, Ge(1)] = None
-    """look at this many images of each split and class at most (default: all)"""
+    """maximum number of images per split and class (default: all)"""
 
 
 # ------------------------------------------------------------------------------------------------------- single files
 def look_at(entry):
-    """An image's 32x32 texture (None if unreadable), its size and format in words, [(level, what, example), ...]."""
+    """Return an image's 32x32 texture (None if unreadable), size and format as text, [(level, what, example), ...]."""
     image, _, mask = entry
     try:
         array, size = common.decode(image, 32)
@@ -84,7 +84,7 @@ def look_at(entry):
 
 
 def look_at_mask(mask, size):
-    """Findings about the mask (a file or None) of an anomalous image of this size."""
+    """Return the findings about the mask (a file or None) of an anomalous image of this size."""
     if mask is None:
         return []
     try:
@@ -106,9 +106,9 @@ def look_at_mask(mask, size):
 
 
 def patients(files, base):
-    """{(level, patient): {split: an image}}: an error in two splits, or a notice where names only may tell patients.
+    """Return {(level, patient): {split: an image}}; level: "error", or "notice" if the file name is not conclusive.
 
-    files: {split: [image, ...]}. A manifest of the preparation scripts (CSV with image, case) counts before names."""
+    files: {split: [image, ...]}. A manifest of the preparation scripts (CSV with image, case) overrides file names."""
     cases, found = {}, defaultdict(dict)
     for manifest in base.glob("*.csv"):
         with open(manifest, newline="", errors="replace") as f:
@@ -123,14 +123,14 @@ def patients(files, base):
     return found
 
 
-# ----------------------------------------------------------------------------------------------------- equal pictures
+# ------------------------------------------------------------------------------------------------------- equal images
 def turn(image, orientation):
-    """One of the eight orientations of square images (..., S, S)."""
+    """Return one of the eight orientations of square images (..., S, S)."""
     return torch.rot90(image.flip(-1) if orientation >= 4 else image, orientation % 4, (-2, -1))
 
 
 def texture(image):
-    """Grey values (B, S, S) in 0..255 -> (B, S * S) of unit length: the product of two is their correlation."""
+    """Turn grey values (B, S, S) in 0..255 into unit vectors (B, S * S): the product of two is their correlation."""
     detail = image - common.smooth(image, 2)
     detail = detail / (common.smooth(detail**2, 4) + 16).sqrt()  # + 16: details below 4 grey values fade out
     detail = detail.flatten(1)
@@ -138,7 +138,7 @@ def texture(image):
 
 
 def toned(image, other):
-    """`image` (S, S) with the tone curve that brings it closest to `other`: the mean of other per grey value."""
+    """Apply the tone curve to `image` (S, S) that brings it closest to `other`: the mean of `other` per grey value."""
     value = image.round().long().flatten().numpy()
     count, total = (ndimage.gaussian_filter1d(np.bincount(value, weights, 256), 2)
                     for weights in (np.ones(len(value)), other.flatten().numpy()))
@@ -146,7 +146,7 @@ def toned(image, other):
 
 
 def similarity(file, other, orientation=0):
-    """Correlation of the textures of two image files, the second one turned, shifted, and of the same tone."""
+    """Return the correlation of the textures of two image files after turning, shifting and adapting the tone."""
     with Image.open(file) as first, Image.open(other) as second:
         size = min(256, max(64, min(first.size + second.size) // 2))
     a, b = (torch.from_numpy(common.decode(f, size)[0].mean(axis=0, dtype=np.float32)) for f in (file, other))
@@ -155,11 +155,11 @@ def similarity(file, other, orientation=0):
     correlation = torch.fft.irfft2(spectra[0] * spectra[1].conj(), (size, size))  # for each shift
     b = b.roll(divmod(int(correlation.abs().argmax()), size), (0, 1))
     pairs = texture(torch.stack([toned(a, b), b, a, toned(b, a)]))
-    return max(float(pairs[0] @ pairs[1]), float(pairs[2] @ pairs[3]))  # in one direction a clipped tone is lost
+    return max(float(pairs[0] @ pairs[1]), float(pairs[2] @ pairs[3]))  # clipped tones match in one direction
 
 
 def closest(known, others):
-    """[(correlation, index, orientation), ...]: the best match in `known` (N, P) of each texture in `others` (M, P)."""
+    """Return [(correlation, index, orientation), ...]: the best match in `known` (N, P) for each of `others` (M, P)."""
     matches = []
     for chunk in others.view(-1, 32, 32).split(512):
         found = [(turn(chunk, orientation).flatten(1) @ known.T).abs().max(dim=1) for orientation in range(8)]
@@ -170,7 +170,7 @@ def closest(known, others):
 
 
 def compare(files, textures, first, second):
-    """[(similarity, image of `first`, image of `second`, orientation of the latter), ...], the most similar pair first.
+    """Return [(similarity, image of `first`, image of `second`, orientation of the latter), ...], most similar first.
 
     files: {split: [image, ...]}; textures: {split: [(1024,), ...]}."""
     found = closest(torch.stack(textures[first]), torch.stack(textures[second]))
@@ -184,7 +184,7 @@ def compare(files, textures, first, second):
 
 # -------------------------------------------------------------------------------------------------------- the picture
 def tile(file, mask, orientation):
-    """The image as a TILE x TILE picture, turned, or the outline of its mask in red."""
+    """Return the turned image at TILE x TILE pixels, with the outline of its mask in red."""
     image = turn(torch.tensor(common.decode(file, TILE)[0]), orientation)
     image = image.expand(3, -1, -1).permute(1, 2, 0).numpy().copy()
     if mask:
@@ -194,7 +194,7 @@ def tile(file, mask, orientation):
 
 
 def draw(file, classes, pairs):
-    """A row of samples per class of `classes`, {title: entries}; of `pairs`, {title: result of `compare`}, two rows."""
+    """Draw a row of samples per class of `classes`, {title: entries}, and two per item of `pairs`, {title: matches}."""
     rows = []  # (title, [(caption, image, mask, orientation), ...])
     for title, entries in classes.items():
         n = min(COLUMNS, len(entries))
@@ -213,7 +213,7 @@ def draw(file, classes, pairs):
         for x, (caption, image, mask, orientation) in enumerate(cells):
             colour = "red" if "SAME" in caption else "black"
             pen.text((x * width + 2, y * height + 18), f"{caption}\n{image.stem[-18:]}", colour, font)
-            with suppress(common.Error):  # unreadable: left blank
+            with suppress(common.Error):  # leave unreadable images blank
                 canvas.paste(tile(image, mask, orientation), (x * width, y * height + 50))
     with common.atomic(file) as tmp:
         canvas.save(tmp, "PNG")
@@ -242,11 +242,11 @@ if __name__ == "__main__":
         if not chosen:
             script = "btcv" if (benchmark, split) == ("liver", "train") else SCRIPTS.get(benchmark)
             made = f" (datasets/{script}.py makes them)" * bool(script)
-            alone = split == "test" and not listed["test"]  # normal images may train a model alone
+            alone = split == "test" and not listed["test"]  # normal images are enough to train
             findings.append(("notice" if split == "valid" or alone else "error", "no images", name + made))
         n = min(args.limit or len(chosen), len(chosen))
         classes[name] = [chosen[i * len(chosen) // n] for i in range(n)]  # evenly spread over the files
-    # A run looks for the record of all files of a benchmark; that of a part of them (--limit) has another name.
+    # A run looks for the record of all files; the record of a subset (--limit) has another name.
     entries = sum((classes if args.limit else listed).values(), [])
     record = Path(args.root) / ".cache" / f"{common.fingerprint(entries, base)}.check.json"
 

@@ -1,25 +1,25 @@
 """liver, valid and test: the liver CT benchmark's slices from LiTS (training set, MICCAI 2017, arXiv:1901.04056).
 
-Where: lits-challenge.com or Kaggle, andrewmvd/liver-tumor-segmentation (and its part 2); the thesis names CC BY-NC-SA.
-131 cases, 0 to 130. Train comes from BTCV, see btcv.py.
+Source: lits-challenge.com or Kaggle, andrewmvd/liver-tumor-segmentation (and its part 2); CC BY-NC-SA according to the
+thesis. 131 cases, 0 to 130. Train comes from BTCV, see btcv.py.
 --raw: the folder that holds volume-<case>.nii and segmentation-<case>.nii (or .nii.gz), at any depth, in one folder or
-several. Some segmentations have lost the orientation that their volume's header names (case 53; 28 to 47 in some
-copies): see step 4 of btcv.py.
+several. Some segmentations have lost the orientation in their volume's header (case 53; 28 to 47 in some copies): see
+step 4 of btcv.py.
 
 The rule:
-1. cases 1 to 10, every axial slice with liver (label above 0); one with tumour (label 2) is anomalous, that being its
-   mask. --all-cases takes every case that is there, --patients FILE those that it names;
-2. window, mask, equalisation and orientation are those of btcv.py, which must be given the same --equalize;
-3. whole patients go into valid so that its slices come nearest to the published 93 normal and 73 anomalous (the same
-   shares of a smaller source), exactly if any choice does, and has both kinds if any choice has; tried in an order
-   drawn with --seed. The others are test.
-   --patients FILE (CSV: case,split, a case being its number) fixes the division instead.
+1. Every axial slice with liver (label above 0) of the cases 1 to 10 is used. Slices with tumour (label 2) are anomalous
+   and have it as mask. --all-cases uses every case of the source, --patients FILE the cases that it lists.
+2. Window, mask, equalisation and orientation are those of btcv.py; give it the same --equalize.
+3. Whole patients go to valid so that its slices add up to the published 93 normal and 73 anomalous (the same shares of
+   a smaller source), or come closest to it. Valid has normal and anomalous slices if any choice allows it. Patients are
+   tried in an order given by --seed; the others are test.
+   --patients FILE (CSV: case,split, with the case's number) defines the division instead.
 
-Published: valid 93 + 73, test 833 + 660. So 733 slices with tumour, where the 131 cases have 7,190; the thesis does not
-tell which it took. Cases 1 to 10 are inferred: the lists of published valid images that others made public (MVFA-AD,
-CVPR 2024) name slices of these ten and of no other, and 734 slices of these ten have tumour. The published split is by
-slice (the authors' liver.py), with the same patients in valid and test. Here they are apart, and the slices of ten
-whole patients hardly add up to its counts: what is printed, before the images are written, tells how near they come.
+Published: valid 93 + 73, test 833 + 660, i.e. 733 of the 7,190 slices with tumour in the 131 cases. The thesis does not
+say which ones these are. Cases 1 to 10 are inferred: public lists of the published valid images (MVFA-AD, CVPR 2024)
+name slices of these ten only, and 734 slices of these ten have tumour. The published split is by slice (the authors'
+liver.py), with the same patients in valid and test. Here a patient is in one split only, so the slices of ten whole
+patients hardly add up to the published counts; the actual counts are printed before the images are written.
 """
 
 import sys
@@ -35,7 +35,7 @@ from prepare import common
 CASES = range(1, 11)
 TUMOUR = 2
 PUBLISHED = {("valid", 0): 93, ("valid", 1): 73, ("test", 0): 833, ("test", 1): 660}
-MEMORY = 1.2  # GiB that a process takes: the largest case, 512x512x987, unpacked; without .gz 0.2
+MEMORY = 1.2  # GiB per process: the largest case, 512x512x987, unpacked; 0.2 without .gz
 LOOKED_FOR = "cases like volume-1.nii with segmentation-1.nii"
 
 
@@ -44,13 +44,13 @@ class Args(prepare.Args):
     equalize: bool = True
     """equalise the histogram of each liver"""
     all_cases: bool = False
-    """divide all cases of the source, instead of 1 to 10"""
+    """use all cases of the source instead of 1 to 10"""
     patients: Path | None = None
-    """CSV file with the columns case,split that says which patients go where, instead of drawing"""
+    """CSV file with the columns case,split that assigns the patients, instead of a choice by the seed"""
 
 
 def find_cases(raw):
-    """{case: [volume file, label file or None]}, by number."""
+    """Return {case: [volume file, label file or None]}, sorted by number."""
     return dict(sorted(btcv.find_pairs(raw, r"(volume|segmentation)-(\d+)", "volume").items(), key=lambda c: int(c[0])))
 
 
@@ -59,7 +59,7 @@ def is_liver(labels):
 
 
 def count_slices(files, folder):
-    """[normal, anomalous slices] of a case; its volume is read, too, so that only usable patients are divided."""
+    """Count [normal, anomalous] slices of a case. Its volume is also read, so that only usable cases are divided."""
     counts = [0, 0]
     for _, _, labels in btcv.liver_slices(files, is_liver, equalized=False):
         counts[int((labels == TUMOUR).any())] += 1
@@ -67,20 +67,20 @@ def count_slices(files, folder):
 
 
 def plan(counts, seed):
-    """{case: split} from {case: [normal, anomalous slices]}."""
+    """Return {case: split} from {case: [number of normal slices, of anomalous slices]}."""
     wanted = []
     for label in (0, 1):
         valid, total = PUBLISHED["valid", label], PUBLISHED["valid", label] + PUBLISHED["test", label]
         wanted.append(min(valid, max(1, round(sum(c[label] for c in counts.values()) * valid / total))))
     valid = prepare.divide(counts, wanted, seed) if counts else []
     if not valid:
-        raise common.Error(f"{len(counts)} usable patients cannot be divided: valid needs one, and test needs slices "
-                           "with and without tumour of another; add cases, or give --all-cases or --patients FILE")
+        raise common.Error(f"{len(counts)} usable patients cannot be divided: valid needs one, test another one, with "
+                           "normal and anomalous slices; add cases, or give --all-cases or --patients FILE")
     return {case: "valid" if case in valid else "test" for case in counts}
 
 
 def write_case(item, folder):
-    """The slices of one case as PNG; their manifest rows."""
+    """Write the slices of one case as PNG and return their manifest rows."""
     case, files, split, equalized = item
     rows = []
     for z, image, labels in btcv.liver_slices(files, is_liver, equalized):
@@ -101,7 +101,7 @@ if __name__ == "__main__":
         chosen = {case: cases[case] for case in split_of}
     elif len(chosen) < 2:
         raise common.Error(f"{raw} has {len(chosen)} of the cases 1 to 10; valid and test need one each: add cases, or "
-                           "give --all-cases to divide those that it has")
+                           "give --all-cases to use all cases of the source")
     btcv.check_equalize(args, "btcv")
     preparation = prepare.Preparation("lits", "liver", ["valid", "test"], args, cases, MEMORY)
     counts = preparation.map(count_slices, chosen, "counting slices")

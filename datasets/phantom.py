@@ -1,20 +1,20 @@
 """phantom: a benchmark that needs no download, made from the brain MR volume that every nibabel installation contains.
 
-What it is: one volunteer's brain (an axial volume of 128x96x24 voxels that nibabel distributes as test data), cut,
-deformed and re-coloured for each image, with painted lesions. A demonstration for first runs and tests, no
-benchmark: nothing measured on it says anything about patients.
+Each image is a slice of one volunteer's brain (an axial volume of 128x96x24 voxels that nibabel distributes as test
+data), deformed, with changed grey values and painted lesions. It is a demonstration for first runs and tests, not a
+benchmark: results on it say nothing about patients.
 
-The rule, for each image with its own seeded generator:
-1. a slice at a random depth and tilt, mirrored or not, scaled, turned and elastically deformed;
-2. anomalous ones get one to three lesions: bright or dark, textured, soft-edged, of irregular outline; the mask is
-   where a lesion changes the image by more than a third of its maximum;
-3. a random tone curve, a smooth bias field and Rician noise.
+The rule for an image, with a random generator of its own:
+1. Cut a slice at a random depth and tilt; mirror it or not; scale, rotate and elastically deform it.
+2. For an anomalous image, add one to three lesions: bright or dark, textured, soft-edged, with irregular outline. The
+   mask is where a lesion changes the image by more than a third of its maximum.
+3. Apply a random tone curve, a smooth bias field and Rician noise.
 
 Writes <root>/phantom/{train/good,{valid,test}/{good,Ungood}}/img/*.png (8-bit grey), masks in Ungood/anomaly_mask, and
-manifest.csv. The same arguments give the same bytes. Counts by default: train 200; valid 20 + 20; test 60 + 60.
+manifest.csv. The same arguments give the same bytes. Default counts: train 200; valid 20 + 20; test 60 + 60.
 
-Source: nibabel/tests/data/example4d.nii.gz, two repetitions of one scan, which are averaged. nibabel's MIT licence
-covers the package with its examples; where the scan comes from, nibabel does not say.
+Source: nibabel/tests/data/example4d.nii.gz, the mean of two repetitions of one scan. nibabel's MIT licence covers the
+package with its examples; nibabel does not say where the scan comes from.
 """
 
 import dataclasses
@@ -44,44 +44,44 @@ class Args:
     root: str = "data"
     """the benchmark is written to <root>/phantom"""
     seed: Annotated[int, Ge(0)] = 0
-    """seeds every image"""
+    """seed for all images"""
     size: Annotated[int, Ge(32)] = 128
-    """pixels across an image"""
+    """image size in pixels"""
     train: Annotated[int, Ge(1)] = 200
     """normal training images"""
     valid: Annotated[int, Ge(1)] = 20
-    """validation images of each class"""
+    """validation images per class"""
     test: Annotated[int, Ge(1)] = 60
-    """test images of each class"""
+    """test images per class"""
 
 
 def read_volume():
-    """The brain as (x, y, z) floats, 1 being its 99.5th percentile; x runs to the left, y to the front, z up."""
+    """Read the brain as (x, y, z) floats; x runs to the left, y to the front, z up; 1 is the 99.5th percentile."""
     source = files("nibabel") / "tests" / "data" / "example4d.nii.gz"
     try:
         with as_file(source) as path:
             volume = np.asarray(nibabel.load(path).dataobj, np.float32).mean(axis=3)  # two repetitions
     except FileNotFoundError:
-        raise common.Error(f"this nibabel has no {source}: the distribution left its test data out; install it with "
-                           f"pip") from None
+        raise common.Error(f"this nibabel has no {source}: it was packaged without test data; install nibabel "
+                           f"with pip") from None
     except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as e:
-        raise common.Error(f"cannot read {source} ({e}); install nibabel again, with pip") from e
+        raise common.Error(f"cannot read {source} ({e}); reinstall nibabel with pip") from e
     return volume / np.percentile(volume, 99.5)
 
 
 def smooth_noise(rng, size, width):
-    """(size, size) Gaussian noise of unit deviation, smooth over `width` pixels."""
+    """Return Gaussian noise (size, size) with standard deviation 1, smooth over `width` pixels."""
     noise = ndimage.gaussian_filter(rng.normal(size=(size, size)), width, mode="wrap")
     return noise / noise.std()
 
 
 def slice_of(volume, middle, rng, size):
-    """A deformed slice (size, size), and what it was cut with."""
+    """Return a deformed slice (size, size) and the parameters of the cut."""
     scale, turn = rng.uniform(0.88, 1.12, 2), rng.normal(0, np.radians(4))
     cut = dict(depth=rng.uniform(6, 20), tilt_x=rng.normal(0, np.radians(3)), tilt_y=rng.normal(0, np.radians(4)),
                mirrored=bool(rng.integers(2)))
     mm = FIELD_OF_VIEW / size
-    v, u = np.mgrid[:size, :size] * mm - FIELD_OF_VIEW / 2  # downwards and to the right, mm from the middle
+    v, u = np.mgrid[:size, :size] * mm - FIELD_OF_VIEW / 2  # down and to the right, mm from the centre
     bend = [rng.uniform(1, 3) * smooth_noise(rng, size, size / 10) for _ in range(2)]  # mm
     u, v = (u + bend[0]) * scale[0], (v + bend[1]) * scale[1]
     u, v = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
@@ -92,7 +92,7 @@ def slice_of(volume, middle, rng, size):
 
 
 def lesions(image, rng):
-    """What lesions add to an image (size, size), and their mask; they lie inside the brain."""
+    """Draw lesions inside the brain; return the change of the image (size, size) and its mask."""
     size = len(image)
     brain = ndimage.binary_fill_holes(ndimage.gaussian_filter(image, size / 64) > 0.25)
     inside = np.argwhere(ndimage.binary_erosion(brain, iterations=max(1, size // 32)))
@@ -115,7 +115,7 @@ def lesions(image, rng):
 
 
 def finish_image(image, rng):
-    """Tone curve, bias field and Rician noise -> uint8 (size, size)."""
+    """Apply tone curve, bias field and Rician noise; return uint8 (size, size)."""
     size = len(image)
     image = np.clip(image, 0, None) ** rng.uniform(0.75, 1.35) * rng.uniform(0.5, 0.75)
     image = image * np.exp(0.1 * smooth_noise(rng, size, size / 4))
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     if folder.exists():
         made = folder / "arguments.json"
         if made.exists() and made.read_text() == asked:
-            print(f"{folder} is there already, made with these arguments; nothing to do")
+            print(f"{folder} already exists, made with these arguments; nothing to do")
             raise SystemExit
         raise common.Error(f"{folder} exists and was made with other arguments; remove it, or choose another --root")
     volume = read_volume()
@@ -158,4 +158,4 @@ if __name__ == "__main__":
         common.write_csv(tmp / "manifest.csv", rows)
         (tmp / "arguments.json").write_text(asked)
     print(f"{folder}: train {args.train} normal, valid {args.valid} + {args.valid}, test {args.test} + {args.test} "
-          f"(normal + anomalous), {args.size}x{args.size} pixels; one brain, deformed, lesions painted: no benchmark")
+          f"(normal + anomalous), {args.size}x{args.size} pixels; one deformed brain, painted lesions: no benchmark")

@@ -1,10 +1,10 @@
-"""--predict: score images or scans with a trained model, decide about each, and show where.
+"""--predict: score images or scans with a trained model, decide on each, and write heat maps.
 
-scores.csv has each image's (or slice's) score, its percentile among the normal validation images, and the decision;
-scans.csv the same of scans. maps/ has pictures, masks/ the decided pixels and raw/ (--save-maps) the map, these two at
-the image's own size; a scan gets its maps in its own format. predict.json names the input and the checkpoint.
+scores.csv has the score of each image (or slice), its percentile among the normal validation images, and the decision;
+scans.csv has the same for scans. maps/ has pictures, masks/ the pixels above the threshold and raw/ (--save-maps) the
+anomaly maps, both at the image's size; maps of a scan have its format. predict.json records the input and checkpoint.
 
-common.py's `finish` calls `predict`. A copied method script needs this file and volumes.py for --predict only."""
+common.py's `finish` calls `predict`. A copied method script needs this file and volumes.py only for --predict."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ from PIL import Image
 
 import common
 
-# Of a model that saw no normal images (zero-shot): nothing is decided, maps are between 0 and 1.
+# For a zero-shot model, which has seen no normal images: no decisions, maps in [0, 1].
 NOTHING_SEEN = {"from": "nothing", "labels": [], "scores": [], "scans": [], "maxima": None, "dice": None,
                 "map_range": (0, 1)}
 
 
 def predict(run, model):
-    """Score args.predict and write the run folder. Damaged files are listed at the end, and the exit code is 1."""
+    """Score args.predict and write the run folder. If files are damaged, list them at the end and exit with code 1."""
     args, folder, asked = run.args, run.folder, Path(run.args.predict)
     decision = common.decide(run.kept.get("seen", NOTHING_SEEN), args)
     for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
@@ -33,7 +33,7 @@ def predict(run, model):
     files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)
     others = [p for p in asked.rglob("*.*") if p.suffix in (".nii", ".gz", ".dcm")] if files and asked.is_dir() else []
     if others:
-        print(f"NOTE: {asked} has images, and only these are scored; not {len(others)} scans, e.g. {others[0]}")
+        print(f"NOTE: {asked} has images, so {len(others)} scans are not scored, e.g. {others[0]}")
     rows, scans, damaged = score_images(run, model, decision, files) if files else score_scans(run, model, decision)
     for name, table in dict(scores=rows, scans=scans).items():
         if table:
@@ -44,7 +44,7 @@ def predict(run, model):
                   args={k: v for k, v in dataclasses.asdict(args).items() if k != "data"},
                   scored=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     (folder / "predict.json").write_text(json.dumps(record, indent=1))
-    common.remove(folder / "checkpoint.pt")  # of a zero-shot method
+    common.remove(folder / "checkpoint.pt")  # left by a zero-shot method
     os.close(run.lock)
     if scans:
         show_ranking(scans, "scans", decision["scan"], len(decision["normal_scans"]), 20)
@@ -57,7 +57,7 @@ def predict(run, model):
 
 
 def score_images(run, model, decision, files):
-    """(rows of scores.csv, no rows of scans.csv, damaged files)."""
+    """Return (rows of scores.csv, no rows of scans.csv, damaged files)."""
     args, asked, rows, damaged = run.args, Path(run.args.predict), [], []
     for start in common.progress(range(0, len(files), args.batch_size), "images"):
         arrays = {}
@@ -76,10 +76,10 @@ def score_images(run, model, decision, files):
 
 
 def score_scans(run, model, decision):
-    """(rows of scores.csv, one a slice; rows of scans.csv; damaged files). Blank slices have no score.
+    """Return (rows of scores.csv, one per slice; rows of scans.csv; damaged files). Blank slices get no score.
 
-    Writes each scan's maps in its own format and a picture of its highest slice."""
-    import volumes  # here: images need neither nibabel nor pydicom
+    Write each scan's maps in its own format, and a picture of the slice with the highest score."""
+    import volumes  # here, because images need neither nibabel nor pydicom
 
     args, rows, scan_rows = run.args, [], []
     scans, damaged = volumes.find_scans(args.predict)
@@ -90,7 +90,7 @@ def score_scans(run, model, decision):
         try:
             slices = {z: scan.slice(z) for z in range(len(scan)) if not scan.blank(z)}
             if not slices:
-                raise volumes.Damaged(f"{scan.source}: all of its {len(scan)} slices are blank")
+                raise volumes.Damaged(f"{scan.source}: all {len(scan)} slices are blank")
         except common.Error as e:
             damaged.append(str(e))
             continue
@@ -113,7 +113,7 @@ def score_scans(run, model, decision):
 
 
 def scored(run, model, arrays):
-    """Yield (map (S, S) or None, score) of images, uint8 (3, S, S)."""
+    """Yield (map (S, S) or None, score) for each image, uint8 (3, S, S)."""
     for start in range(0, len(arrays), run.args.batch_size):
         image = torch.from_numpy(np.stack(arrays[start : start + run.args.batch_size])).to(run.device).float() / 255
         maps, scores = common.score(model, image)
@@ -121,14 +121,14 @@ def scored(run, model, arrays):
 
 
 def answer(name, score, normal, threshold):
-    """A row of scores.csv or scans.csv. normal: sorted scores of normal images or scans."""
+    """Return a row of scores.csv or scans.csv. normal: sorted scores of normal images or scans."""
     percentile = round(100 * float(np.searchsorted(normal, score, "right")) / len(normal), 2) if normal else None
     decided = None if threshold is None else "anomalous" if score > threshold else "normal"
     return dict(path=name, score=score, percentile=percentile, decision=decided)
 
 
 def save_maps(run, index, image, anomaly_map, decision, row):
-    """Write the picture of an image (3, H, W), the mask where pixels are decided, and the map (S, S) at H x W."""
+    """Write the picture of an image (3, H, W), its mask if there is a pixel threshold, and the resized map (S, S)."""
     name = f"{index:05}_{common.plain(row['path'].rsplit('.', 1)[0])}"
     title = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
     common.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
@@ -143,13 +143,13 @@ def save_maps(run, index, image, anomaly_map, decision, row):
 
 
 def show_ranking(rows, what, threshold, normal, needed):
-    """Print the five highest, and how many are above the threshold."""
-    print(f"the five highest of {len(rows)} {what}; percentile among {normal} normal {what}\n"
+    """Print the five rows with the highest scores, and the number of rows above the threshold."""
+    print(f"five highest scores of {len(rows)} {what}; percentiles among {normal} normal {what}\n"
           "       score  percentile  decision   path")
     for row in sorted(rows, key=lambda row: -row["score"])[:5]:
         percentile, decided = row["percentile"] if normal else "-", row["decision"] or "-"
         print(f"{row['score']:>12.4g}  {percentile:>10}  {decided:<9}  {row['path']}")
     above = f"{sum(row['decision'] == 'anomalous' for row in rows)} above the threshold {threshold}"
     if threshold is None:
-        above = f"not decided, which needs {needed} normal validation {what}, there were {normal}"
+        above = f"not decided: that needs {needed} normal validation {what}, there were {normal}"
     print(f"{len(rows)} {what}, {above}")

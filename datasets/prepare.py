@@ -1,10 +1,10 @@
-"""What the preparation scripts share: arguments, work on many cases that a kill does not lose, one way to write images,
-the checks between splits. A source's rule is in its own script.
+"""Code shared by the preparation scripts: arguments, resumable work on many cases, writing images, and checks between
+splits. The rule for a source is in its own script.
 
-A script scans its source, plans which case belongs to which split, lets `Preparation.map` write the images case by case
-(in parallel; what is done is kept), and ends with `Preparation.finish`. Until then everything is in a hidden folder
-<root>/.preparing-<source>, whose folder `part` becomes visible by one rename, together with its manifest: a part of a
-benchmark that can be seen is complete.
+A script scans its source, assigns each case to a split, calls `Preparation.map` to write the images case by case (in
+parallel; finished cases are kept) and ends with `Preparation.finish`. Until then all files are in the hidden folder
+<root>/.preparing-<source>. Its folder `part` and the manifest in it become visible by one rename, so that a visible
+part of a benchmark is always complete.
 """
 
 import csv
@@ -40,25 +40,25 @@ import common
 @dataclass
 class Args:
     raw: str
-    """folder of the source, as downloaded and unpacked"""
+    """folder of the downloaded and unpacked source"""
     root: str = "data"
     """the benchmark is written to <root>/<benchmark>"""
     seed: Annotated[int, Ge(0)] = 0
-    """seeds whatever the rule draws"""
+    """seed for all random choices of the rule"""
     workers: Annotated[int | None, Ge(1)] = None
-    """cases worked on at a time (default: as many as there are cores, and as fit into the free memory)"""
+    """cases processed in parallel (default: one per core, fewer if memory is short)"""
     strict: bool = False
-    """stop at the first damaged file, instead of going on without it"""
+    """stop at the first damaged file instead of skipping it"""
     allow_duplicates: bool = False
-    """let equal images, or a patient, in two splits pass with a warning"""
+    """only warn when an image or a patient appears in two splits"""
 
 
-FREE = {"raw", "root", "workers", "strict", "allow_duplicates"}  # what does not change the benchmark
+FREE = {"raw", "root", "workers", "strict", "allow_duplicates"}  # arguments that do not change the benchmark
 
 
-# ------------------------------------------------------------------------------------------------------ what there is
+# ------------------------------------------------------------------------------------------------------ the source
 def raw_folder(args, looked_for):
-    """args.raw as an absolute path; `Error` if it is not there. looked_for: what it should hold, in words."""
+    """Return args.raw as an absolute path; `Error` if it does not exist. looked_for: its expected content, in words."""
     raw = Path(args.raw).absolute()
     if not raw.is_dir():
         raise common.Error(f"no folder {raw}; --raw takes the folder that holds {looked_for}")
@@ -66,7 +66,7 @@ def raw_folder(args, looked_for):
 
 
 def wrong_folder(raw, looked_for):
-    """`Error`: what was looked for and what is there."""
+    """Raise `Error` that names the expected and the actual content of `raw`."""
     found = sorted(p.name + "/" * p.is_dir() for p in raw.iterdir() if p.name[0] != ".")
     more = f" and {len(found) - 6} more" * (len(found) > 6)
     raise common.Error(f"{raw} does not hold {looked_for}; found {', '.join(found[:6]) or 'nothing'}{more}; give the "
@@ -74,14 +74,14 @@ def wrong_folder(raw, looked_for):
 
 
 def note_file(files, case, kind, file):
-    """files[case][kind] = file, as a string; `Error` that names both if there is one already."""
+    """Set files[case][kind] to the path `file` (str); raise `Error` with both paths if it is already set."""
     if (other := files.setdefault(case, {}).setdefault(kind, str(file))) != str(file):
-        raise common.Error(f"{other} and {file} are both {case} ({kind}); keep one of them below --raw")
+        raise common.Error(f"{other} and {file} are both {case} ({kind}); keep only one of them below --raw")
 
 
 def labelled(files, raw, volume, label):
-    """{case: [volume file, label file or None]} from {case: {kind: file}}, by name. A volume without label in a folder
-    that says test or validation is passed over: such parts of a challenge have no labels."""
+    """Return {case: [volume file, label file or None]}, sorted by case, from {case: {kind: file}}. Skip volumes without
+    label in a folder named test or validation: challenges publish no labels for these parts."""
     found, left = {}, []
     passed_over([kinds[label] for kinds in files.values() if volume not in kinds], "labels without their volume")
     for case, kinds in sorted(files.items()):
@@ -96,7 +96,7 @@ def labelled(files, raw, volume, label):
 
 
 UNLABELLED = re.compile(r"(?<![a-z])(test|valid)|(images|labels)ts$", re.IGNORECASE)
-VOLUME = r"\.(?:nii(?:\.gz)?|img)"  # how the name of a NIfTI volume ends; an .img has its .hdr next to it
+VOLUME = r"\.(?:nii(?:\.gz)?|img)"  # endings of NIfTI file names; an .img has its .hdr next to it
 
 
 def passed_over(files, what):
@@ -105,7 +105,7 @@ def passed_over(files, what):
 
 
 def stamp(file):
-    """[size, time] of a file (of the header, too, if that is a file of its own); None if it is not there."""
+    """Return [size, time] of a file, for an .img also those of its .hdr; None if a file is missing."""
     try:
         found = [os.stat(f) for f in [file, file[:-3] + "hdr"][: 1 + file.endswith(".img")]]
         return [number for state in found for number in (state.st_size, state.st_mtime_ns)]
@@ -114,7 +114,7 @@ def stamp(file):
 
 
 def strings(item):
-    """All strings in nested tuples, lists and dicts."""
+    """Yield all strings in nested tuples, lists and dicts."""
     if isinstance(item, str):
         yield item
     elif isinstance(item, dict | list | tuple | set):
@@ -124,7 +124,7 @@ def strings(item):
 
 # ------------------------------------------------------------------------------------------------------ reading files
 def read_list(file, columns):
-    """Rows of a CSV file as dicts; `Error` if it is missing, unreadable, or lacks one of `columns`."""
+    """Read the rows of a CSV file as dicts; `Error` if it is missing, unreadable, or lacks one of `columns`."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
             rows = list(csv.DictReader(f))
@@ -138,8 +138,8 @@ def read_list(file, columns):
 
 
 def read_split(file, cases, splits):
-    """{case: split} from a CSV file with the columns case,split; `Error` if a row is not of `cases` and `splits`, or
-    repeats a case."""
+    """Read {case: split} from a CSV file with the columns case,split; `Error` if a case or split is not in `cases` or
+    `splits`, or a case is repeated."""
     found = {}
     for row in read_list(file, ["case", "split"]):
         case, split = row["case"], row["split"]
@@ -152,25 +152,25 @@ def read_split(file, cases, splits):
 
 
 def read_grey(file):
-    """The image of a file as (H, W) uint8; Damaged if it cannot be used."""
+    """Read an image as (H, W) uint8; `Damaged` if it cannot be used."""
     try:
         with Image.open(file) as image:
-            image.verify()  # a PNG's checksums, which Pillow does not look at when it decodes
+            image.verify()  # a PNG's checksums, which Pillow ignores when it decodes
         with Image.open(file) as image:
             if image.mode[0] in "IF":
-                raise Damaged(f"{file} has pixels of mode {image.mode}, where 8 bits are expected; download it again")
+                raise Damaged(f"{file} has pixels of mode {image.mode}; 8 bits are expected, download it again")
             return np.asarray(image.convert("L"))
     except Damaged:
         raise
-    except Exception as e:  # Pillow raises many kinds where it trusts a damaged header
+    except Exception as e:  # Pillow raises many kinds of errors for damaged headers
         raise Damaged(f"{file} is not a readable image ({e}); download it again") from e
 
 
 def volume_and_label(files):
-    """[volume file, label file] as `Volume`s of one shape. On one grid the label gets the volume's orientation: there
-    are sources some of whose labels have lost theirs (LiTS)."""
+    """Read [volume file, label file] as two `Volume`s of equal shape. If both have the same grid, the label takes the
+    volume's orientation, because some labels of LiTS have lost theirs."""
     if files[1] is None:
-        raise Damaged(f"{files[0]} has no segmentation, or no label, with it; download these, too")
+        raise Damaged(f"{files[0]} has no segmentation (no label file); download it, too")
     volume, label = map(Volume, files)
     if label.image.shape[:3] == volume.image.shape[:3]:
         if (label.axes, label.signs) != (volume.axes, volume.signs):
@@ -182,17 +182,17 @@ def volume_and_label(files):
     return volume, label
 
 
-# ------------------------------------------------------------------------------------------- the work of one process
-noted = []  # by `note`, while a process works on a case
+# --------------------------------------------------------------------------------------- the work of one process
+noted = []  # texts that `note` collects while a process works on a case
 
 
 def note(text):
-    """Something that the user should know of this case; printed at the end, with the number of cases."""
+    """Add a note about the current case; it is printed at the end with the number of cases."""
     noted.append(text)
 
 
 def save(folder, split, label, name, image, mask=None, **columns):
-    """Write a uint8 image (and a bool mask) as PNG into `folder`; its manifest row. label: 0 normal, 1 anomalous."""
+    """Write a uint8 image (and a bool mask) as PNG and return its manifest row. label: 0 normal, 1 anomalous."""
     place, files = Path(split) / ("Ungood" if label else "good"), {}
     for kind, array in (("img", image), ("anomaly_mask", mask)):
         if array is not None:
@@ -206,27 +206,27 @@ def save(folder, split, label, name, image, mask=None, **columns):
 
 
 def images_of(rows):
-    """The files of manifest rows, images and masks."""
+    """Return the image and mask files of the manifest's rows."""
     return [row[kind] for row in rows for kind in ("image", "mask") if row.get(kind)]
 
 
 def lost(rows, folder):
-    """Those files of manifest rows that are not in `folder`, or empty."""
+    """Return the files of manifest rows that are missing from `folder` or empty."""
     return [file for file in images_of(rows)
             if not (folder / file).is_file() or not (folder / file).stat().st_size]
 
 
 def worker():
-    """Set up a worker process: it ends with its parent, however that ends, and leaves Ctrl-C to it."""
+    """Set up a worker process: it ignores Ctrl-C and ends when its parent ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.disable(logging.CRITICAL)  # nibabel and pydicom print what they raise
+    logging.disable(logging.CRITICAL)  # nibabel and pydicom also print the errors that they raise
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def work_on(function, items, folder, kept):
-    """({key: (result, notes)}, {key: why it is damaged}) of `items`, {key: (item, asked)}. The results are kept as JSON
-    in `kept`, each with what was asked, and hold while that is the same and their images are there."""
+    """Call function(item, folder) for `items`, {key: (item, asked)}; return ({key: (result, notes)}, {key: damage}).
+    The JSON file `kept` stores each result with `asked`; it is reused if `asked` is equal and its images exist."""
     try:
         known = json.loads(kept.read_text())
     except (OSError, ValueError):
@@ -243,7 +243,7 @@ def work_on(function, items, folder, kept):
                 damaged[key] = str(e)
             except common.Error:  # a full disk
                 raise
-            except Exception as e:  # whatever else a library makes of a damaged file
+            except Exception as e:  # libraries raise many kinds of errors for damaged files
                 read = ", ".join(s for s in strings(item) if os.path.isfile(s))
                 damaged[key] = " ".join(f"{read or key} cannot be used ({type(e).__name__}: {e})".split())
             if key in damaged:
@@ -256,17 +256,17 @@ def work_on(function, items, folder, kept):
 
 
 def correct_sum(item, folder):
-    """Damaged if the file has not the published checksum. item: (file, checksum)."""
+    """Raise `Damaged` if the file does not have the published checksum. item: (file, checksum)."""
     file, published = item
     with open(file, "rb") as f:
         found = hashlib.file_digest(f, {32: "md5", 64: "sha256"}[len(published)]).hexdigest()
     if found != published:
-        raise Damaged(f"{file} has the checksum {found}, its source says {published}; download it again")
+        raise Damaged(f"{file} has the checksum {found} instead of the published {published}; download it again")
 
 
 def published_sums(files):
-    """{file: checksum} for those of `files` that a list of checksums (md5sum's or sha256sum's) below the same folder
-    names. files: all of the source, as paths."""
+    """Return {file: checksum} for the `files` (paths of the whole source) that are named in a list of checksums among
+    them, as md5sum or sha256sum writes it."""
     sums = {}  # {name: {path as listed: checksum}}
     for file in files:
         if re.search("md5|sha256|checksum", file.name, re.IGNORECASE) and file.stat().st_size < 2**26:
@@ -285,23 +285,23 @@ def published_sums(files):
 
 # ---------------------------------------------------------------------------------------------------- the preparation
 def locked(file, wait=False):
-    """`file`, made and opened, with a lock that this process has until it is closed; `Error` if another has it, unless
-    `wait`."""
+    """Create, open and lock `file`; this process holds the lock until the file is closed. If another process holds it,
+    wait or raise `Error`."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(file, "w")  # noqa: SIM115 (held by the caller)
+        lock = open(file, "w")  # noqa: SIM115 (the caller closes it)
     except OSError as e:
         raise common.Error(f"cannot write {file}: {e.strerror}; choose another --root") from e
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as e:
-        raise common.Error(f"{file} cannot be locked ({e.strerror}): wait for the process that works there, or choose "
+        raise common.Error(f"{file} cannot be locked ({e.strerror}): wait for the process that uses it, or choose "
                            "another --root") from e
     return lock
 
 
 def free_memory():
-    """Bytes that the machine has free, or that this container or job may take at all."""
+    """Return the free memory in bytes, at most the memory limit of this container or job."""
     try:
         free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
         group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2])
@@ -312,16 +312,16 @@ def free_memory():
 
 
 class Preparation:
-    """One source's way into one benchmark; ends the program where that is there already."""
+    """Prepare a benchmark, or part of it, from one source; end the program if that is already done."""
 
     def __init__(self, source, benchmark, splits, args, files, memory):
-        """source: the script's name; splits: those of `benchmark` that it writes; files: of the source, in any nesting,
-        whose names, sizes and times are kept; memory: GiB that a process takes for its largest case."""
+        """source: name of the script; splits: the splits of `benchmark` that it writes; files: files of the
+        source in nested containers, whose names, sizes and times are recorded; memory: GiB per process."""
         self.source, self.splits, self.args, self.memory = source, splits, args, memory
         self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
         self.part, self.record = self.work / "part", self.folder / f"{source}.json"
         self.damaged, self.notes = {}, {}
-        # A list means what it holds, so that an edited one asks for another benchmark.
+        # A list counts by its content, so an edited list defines another benchmark.
         self.asked = {k: [common.sha256(f) for f in sorted([v, *v.glob("*")]) if f.is_file()] if isinstance(v, Path)
                       else v for k, v in dataclasses.asdict(args).items() if k not in FREE}
         raw = str(raw_folder(args, source))
@@ -332,13 +332,13 @@ class Preparation:
         if self.record.exists():
             self._finished()
         if there := [s for s in splits if (self.folder / s).exists()]:
-            raise common.Error(f"{self.folder / there[0]} exists and was not made by this script; choose another "
-                               f"--root")
+            raise common.Error(f"{self.folder / there[0]} exists but was not made by this script; choose "
+                               f"another --root")
         begun = self._read(self.work / "begun.json", dict(arguments=self.asked, files=self.files))
         if begun["arguments"] != self.asked:
-            raise common.Error(f"{self.work} was begun with other arguments; remove it, or choose another --root")
+            raise common.Error(f"{self.work} was started with other arguments; remove it, or choose another --root")
         if changed := self._changed(begun["files"]):
-            print(f"note: since this preparation was begun {changed}; what depends on that is made again")
+            print(f"note: since this preparation was started {changed}; the affected images are written again")
         with common.atomic(self.work / "begun.json") as tmp:
             tmp.write_text(json.dumps(dict(arguments=self.asked, files=self.files)))
 
@@ -352,14 +352,14 @@ class Preparation:
             raise common.Error(f"{file} is damaged ({e}); remove its folder and prepare it again") from e
 
     def _changed(self, before):
-        """What has changed in the source, in words; before: {file: [size, time]}."""
+        """Return the changes in the source, in words; before: {file: [size, time]}."""
         lists = dict(changed=[f for f in before if f in self.files and before[f] != self.files[f]],
                      missing=sorted(before.keys() - self.files.keys()), new=sorted(self.files.keys() - before.keys()))
         return " and ".join(f"{len(files)} of its files are {how} (e.g. {files[0]})"
                             for how, files in lists.items() if files)
 
     def _finished(self):
-        """The part is there: end the program, with an `Error` if it is not what is asked for."""
+        """End the program because the part exists; raise `Error` if it does not match the arguments or the source."""
         shutil.rmtree(self.work)
         made, again = self._read(self.record, {}), "remove it and prepare it again, or choose another --root"
         if made.get("arguments") != self.asked or "files" not in made:
@@ -369,14 +369,14 @@ class Preparation:
             raise common.Error(f"{self.folder} was made from another source than {self.args.raw}: {changed}; {again}")
         if missing := lost(read_list(self.record.with_suffix(".csv"), ["image", "mask"]), self.folder):
             raise common.Error(f"{self.folder} lacks {len(missing)} of its images, e.g. {missing[0]}; {again}")
-        print(f"{self.folder} is there already, made from {self.source} with these arguments; nothing to do")
+        print(f"{self.folder} already exists, made from {self.source} with these arguments; nothing to do")
         self.notes = {text: range(count) for text, count in made["notes"].items()}
         self._end(made["damaged"])
 
     def map(self, function, items, what, chunk=1):
-        """{key: function(item, folder)} in the order of `items` ({key (str): item}), in worker processes; what is
-        damaged is named and left out. function: of a module; returns what JSON can hold, writes with `save`.
-        chunk: so many items go to a process at a time, and share one file of what is done."""
+        """Return {key: function(item, folder)} for `items`, {key (str): item}, in their order, from worker processes.
+        Damaged items are named and left out. function: defined in a module; returns JSON values, writes with `save`.
+        chunk: number of items that a process takes at a time and whose results share one file."""
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         count = self.args.workers or max(1, min(cores, int(free_memory() / 2**30 / self.memory)))
         results, keys = {}, list(items)
@@ -386,16 +386,16 @@ class Preparation:
         try:
             for done in self._work(function, chunks, what, count):
                 results |= done
-        except BrokenProcessPool:  # the fault of one case, or too little memory for several
-            print(f"note: a process died while {what}; what is left is done one by one", flush=True)
+        except BrokenProcessPool:  # one case crashed it, or there was too little memory for several
+            print(f"note: a process died while {what}; the remaining cases are processed one by one", flush=True)
             for key in [key for some in chunks if not some.keys() & (results.keys() | self.damaged) for key in some]:
                 try:
                     for done in self._work(function, [{key: asked[key]}], what, 1):
                         results |= done
                 except BrokenProcessPool:
                     read = ", ".join(s for s in strings(items[key]) if s in self.stamps)
-                    self.damage(key, f"{read or key} cannot be used (the process that read it died, for lack of memory "
-                                     "or by a fault of its library); download it again")
+                    self.damage(key, f"{read or key} cannot be used (the process that read it died: out of memory, or "
+                                     "a crash in a library); download it again")
         if not results:
             raise common.Error(f"{self.args.raw}: nothing could be read; see the damaged files above")
         for key, (_, notes) in results.items():
@@ -404,8 +404,8 @@ class Preparation:
         return {key: results[key][0] for key in keys if key in results}
 
     def _work(self, function, chunks, what, count):
-        """Yield {key: (result, notes)} of each chunk, in their order."""
-        # Forked processes share what is imported, 300 MB of which is PyTorch; elsewhere than on Linux that is not safe.
+        """Yield {key: (result, notes)} for each chunk, in order."""
+        # Forked processes share imported modules (PyTorch takes 300 MB). Forking is safe on Linux only.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
         with ProcessPoolExecutor(min(count, max(1, len(chunks))), context, worker) as pool:
             found = [pool.submit(work_on, function, some, self.part, self.work / what / f"{next(iter(some))}.json")
@@ -420,32 +420,32 @@ class Preparation:
                 pool.shutdown(cancel_futures=True)
 
     def damage(self, key, why):
-        """Name what is damaged, now and at the end."""
+        """Print what is damaged, and keep it for the list at the end."""
         print(f"damaged: {why}", file=sys.stderr, flush=True)
         self.damaged[key] = why
         if self.args.strict:
             raise common.Error("stopped at the first damaged file (--strict)")
 
     def plan(self, counts, published):
-        """Tell before the writing what will not be as published; `Error` if train or test would lack a kind.
+        """Print counts that differ from the published ones; `Error` if a class of train or test would have no images.
 
         counts, published: {(split, label): number of images}."""
         other = []
         for (split, label), wanted in published.items():
             kind, count = ("normal", "anomalous")[label], counts.get((split, label), 0)
-            if not count and split != "valid":  # without valid a benchmark can be used, with a warning
+            if not count and split != "valid":  # a benchmark can be used without valid, with a warning
                 raise common.Error(f"no {kind} image for {split}: the source has too few usable cases")
             other += [f"{split} {count} {kind} instead of {wanted}"] * (count != wanted)
         if other:
             print(f"note: other counts than published: {', '.join(other)}", flush=True)
 
     def finish(self, rows, published):
-        """Check the splits, print counts next to the published ones, write the manifest, let the part be seen.
+        """Check the splits, print the counts next to the published ones, write the manifest and make the part visible.
 
-        rows: of `save`, with the column `case`; published: {(split, label): count}. Exit status 1 if something was
+        rows: from `save`, with the column `case`; published: {(split, label): count}. Exit status 1 if any file was
         damaged."""
         rows = sorted(rows, key=lambda r: (self.splits.index(r["split"]), r["label"], r["image"]))
-        with locked(Path(self.args.root) / ".lock", wait=True):  # so that the scripts of liver see each other's images
+        with locked(Path(self.args.root) / ".lock", wait=True):  # the two scripts for liver check each other's images
             self._check(rows)
             counts = Counter((r["split"], r["label"]) for r in rows)
             for split in self.splits:
@@ -464,7 +464,7 @@ class Preparation:
         self._end(self.damaged)
 
     def _check(self, rows):
-        """`Error` if a case or an image is in two splits (a warning with --allow-duplicates)."""
+        """Raise `Error` if a case or an image is in two splits (print a warning with --allow-duplicates)."""
         lists = [f for f in sorted(self.folder.glob("*.csv")) if f.name[0] != "."]
         others = [r for f in lists for r in read_list(f, ["image", "split", "sha256"])]
         for what, everything in (("case", rows), ("sha256", rows + others)):
@@ -475,18 +475,18 @@ class Preparation:
                 line = (f"{len(crossing)} images cross splits: {first['image']} and {row['image']} are "
                         + ("the same image" if what == "sha256" else f"both of {row['case']}"))
                 if not self.args.allow_duplicates:
-                    raise common.Error(f"{line}; clean the source, or let it pass with --allow-duplicates (what is "
-                                       "done is kept)")
+                    raise common.Error(f"{line}; clean the source, or accept it with --allow-duplicates (finished "
+                                       "work is kept)")
                 print(f"warning: {line}", file=sys.stderr)
 
     def _complete(self, rows):
-        """Bring self.part to exactly the images of `rows` and their manifest."""
+        """Delete all files in self.part except the images and masks of `rows`, and write their manifest."""
         if missing := lost(rows, self.part):
-            raise common.Error(f"{self.part / missing[0]} and {len(missing) - 1} more have vanished while this script "
+            raise common.Error(f"{self.part / missing[0]} and {len(missing) - 1} more disappeared while this script "
                                "ran; run it again")
         planned = set(images_of(rows))
         for place, folders, names in os.walk(self.part, topdown=False):
-            for file in [Path(place, name) for name in names]:  # of an earlier plan, or of a write that was killed
+            for file in [Path(place, name) for name in names]:  # from an earlier plan or an interrupted write
                 if file.relative_to(self.part).as_posix() not in planned:
                     file.unlink()
             for folder in folders:
@@ -499,8 +499,8 @@ class Preparation:
                 notes={text: len(keys) for text, keys in self.notes.items()})))
 
     def _publish(self):
-        """Let the part be seen, by one rename. A folder that is there already, with another script's part, is taken
-        out of sight, completed and put back, so that what is seen is complete at each moment."""
+        """Make the part visible by one rename. If the folder already holds another script's part, hide the folder, add
+        this part and move it back, so that a visible folder is always complete."""
         whole = self.work / "whole"
         try:
             if not self.folder.exists():
@@ -515,14 +515,14 @@ class Preparation:
                                "--root") from e
 
     def _mend(self):
-        """Undo what a run did that was killed within `_publish`."""
+        """Undo the changes of a run that was killed during `_publish`."""
         whole = self.work / "whole"
         if whole.exists():
             self.part.mkdir(exist_ok=True)
             for entry in [whole / name for name in (*self.splits, f"{self.source}.csv", f"{self.source}.json")]:
                 if entry.exists():
                     os.rename(entry, self.part / entry.name)
-            if self.folder.exists():  # made again since
+            if self.folder.exists():  # written again since
                 shutil.rmtree(whole)
             else:
                 os.rename(whole, self.folder)
@@ -532,13 +532,13 @@ class Preparation:
             print(f"note: {len(keys)} {text}")
         if damaged:
             listed = [*damaged.values()][:20] + [f"and {len(damaged) - 20} more, see above"] * (len(damaged) > 20)
-            print(f"made without {len(damaged)} damaged: {'; '.join(listed)}. Replace them, remove {self.folder} and "
-                  "prepare it again", file=sys.stderr)
+            print(f"made without {len(damaged)} damaged: {'; '.join(listed)}. Replace these, remove {self.folder} "
+                  "and prepare it again", file=sys.stderr)
         raise SystemExit(1 if damaged else 0)
 
 
 def shares(total, counts):
-    """`total` cases divided in proportion to `counts`: at least one in each, the largest remainders first."""
+    """Divide `total` cases in proportion to `counts`: at least one for each, largest remainders first."""
     exact = np.array(counts) * total / sum(counts)
     found = np.maximum(1, np.floor(exact)).astype(int)
     while found.sum() != total:
@@ -549,17 +549,17 @@ def shares(total, counts):
 
 
 def divide(counts, wanted, seed):
-    """The cases of `counts` ({case: (normal, anomalous)}) whose images together come nearest to `wanted` (normal,
-    anomalous), exactly if any do; tried in seeded order. They have both kinds if any division gives that. The other
-    cases keep both kinds; [] if none can be spared."""
+    """Choose cases from `counts` ({case: (normal, anomalous)}) whose images add up to `wanted` (normal, anomalous), or
+    come closest to it; cases are tried in an order given by the seed. The other cases always have images of both
+    classes, the chosen cases if any division allows it; [] if no case can be spared."""
     total = np.sum(list(counts.values()), axis=0).tolist()
     names = sorted(counts)
-    reached = {(0, 0): None}  # sum of some cases: the sum before the last of them, and that case
-    best, nearest = (True, float("inf")), (0, 0)  # (a kind is missing, distance)
+    reached = {(0, 0): None}  # {sum of some cases: (sum without the last case, the last case)}
+    best, nearest = (True, float("inf")), (0, 0)  # (normal or anomalous images are missing, distance)
     for case in [names[i] for i in np.random.default_rng(seed).permutation(len(names))]:
         for before in list(reached):
             after = before[0] + counts[case][0], before[1] + counts[case][1]
-            excess = max(0, after[0] - wanted[0]) + max(0, after[1] - wanted[1])  # further cases can only add to it
+            excess = max(0, after[0] - wanted[0]) + max(0, after[1] - wanted[1])  # more cases can only increase it
             if after in reached or after[0] >= total[0] or after[1] >= total[1] or (False, excess) >= best:
                 continue
             reached[after] = before, case

@@ -1,30 +1,30 @@
 """resc: the retinal OCT benchmark with masks from RESC (retinal edema segmentation challenge, AI Challenger 2018).
 
-Where: the link on github.com/CharlesKangZhou/P_Net_-Anomaly_Detection, for research only (Hu et al. 2019,
+Source: the link on github.com/CharlesKangZhou/P_Net_-Anomaly_Detection, for research only (Hu et al. 2019,
 doi.org/10.1016/j.media.2019.05.002). 70 + 15 labelled cases (cubes) of 128 slices (B-scans), 512x1024 pixels.
---raw: the folder that holds the training and the validation part, at any depth, PNG or BMP, in one of two forms:
+--raw: the folder that holds the training and the validation part, at any depth, PNG or BMP, in one of two layouts:
   Edema_trainingset/original_images/<cube>.img/<k>.bmp with Edema_trainingset/label_images/<cube>_labelMark/<k>.bmp
   train/images/<cube>_<k>.png with train/labels/<cube>_<k>.png
-A part is named by the last folder on the way to a file that says train, trainingset, val, valid, validation or
-validationset, alone or next to other words, in any case; what says test has no labels and is passed over. A file is a
-label if the last folder on the way to it that says image, or label, mask or ground, says one of the latter; folders
-that all slices share say nothing.
+A file's part is given by the last folder in its path whose name contains train, trainingset, val, valid, validation
+or validationset as a word, in upper or lower case. A part named test has no labels and is skipped. A file is a label
+if the last folder in its path whose name contains image, label, mask or ground contains one of the last three. Folders
+that all slices share are ignored.
 
 The rule:
-1. a slice with any label value above 0 (128, 191, 255: three kinds of lesions) is anomalous, that being its mask;
-2. train: the slices without lesion of the training part;
-3. the validation part is divided by patient: whole patients go to valid so that its counts are exactly 45 normal and 70
-   anomalous if any patients give that, otherwise nearest to it (of a part of another size, to the same shares); the
-   others are test. They are tried in seeded order. --patients FILE (CSV: case,split) fixes it instead;
-4. pixels are written unchanged, in grey.
+1. A slice with labels above 0 (128, 191, 255: three kinds of lesions) is anomalous, and these labels are its mask.
+2. Train is the slices without lesion from the training part.
+3. The validation part is divided by patient: whole patients go to valid so that its slices add up to 45 normal and 70
+   anomalous (for a part of another size, the same shares), or come closest to it. Patients are tried in an order given
+   by --seed; the others are test. --patients FILE (CSV: case,split) defines the division instead.
+4. Pixels are written unchanged, in grey.
 
-A patient may have several cubes: it is what comes before _Macular in a cube's name (P0077_MacularCube512x128_...), in
-any part; a cube of another name is a patient of its part, called train_<cube> or valid_<cube> in the column `case`.
-PNG files are read to their checksums; damage inside a BMP, which has none, cannot be seen, unless the file is cut off
+A patient may have several cubes, in all parts: the patient is the part of a cube's name before _Macular
+(P0077_MacularCube512x128_...). A cube with another name counts as one patient, train_<cube> or valid_<cube> in the
+column `case`. PNG files are checked by their checksums. A BMP has none: damage is noticed only if the file is cut off
 or its header is wrong.
-Published: train 4,297; valid 45 + 70; test 1,041 + 764. Those of valid and test are all 15 x 128 slices, and no whole
-cubes of 128 are 115 slices: from the full source, valid is nearest and not equal. What it will be is printed before the
-images are written.
+Published: train 4,297; valid 45 + 70; test 1,041 + 764. Valid and test together are all 15 x 128 slices. The 115 slices
+of valid are not a multiple of 128, so whole cubes of the full source come close to the published counts but cannot
+equal them; the actual counts are printed before the images are written.
 """
 
 import os
@@ -40,23 +40,23 @@ from prepare import common
 
 PART = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:set|data)?(?![a-z])")
 LABEL, IMAGE = re.compile("label|mask|ground"), re.compile(r"image|\.img$")
-MEMORY = 0.1  # GiB that a process takes
+MEMORY = 0.1  # GiB per process
 VALID, TEST = (45, 70), (1041, 764)  # normal, anomalous
 PUBLISHED = {("train", 0): 4297, ("valid", 0): VALID[0], ("valid", 1): VALID[1], ("test", 0): TEST[0],
              ("test", 1): TEST[1]}
 LOOKED_FOR = ("a training and a validation part like Edema_trainingset/original_images/<cube>.img/1.bmp with "
               "Edema_trainingset/label_images/<cube>_labelMark/1.bmp")
-CHUNK = 128  # slices a process works on at a time
+CHUNK = 128  # slices that a process takes at a time
 
 
 @dataclass
 class Args(prepare.Args):
     patients: Path | None = None
-    """CSV file with the columns case,split (valid or test) that divides the patients of the validation part"""
+    """CSV file with the columns case,split (valid or test) for the patients of the validation part"""
 
 
 def find_slices(raw):
-    """{name: (part, patient, cube, k, image or None, label or None)} by part, cube and k."""
+    """Return {name: (part, patient, cube, k, image or None, label or None)}, sorted by part, cube and k."""
     slices, found = [], {}
     for file in common.files_in(raw):
         folders = [folder.lower() for folder in file.relative_to(raw).parts[:-1]]
@@ -79,10 +79,10 @@ def patient_of(part, cube):
 
 
 def has_lesion(item, folder):
-    """Whether the label has any; the image is read, too, so that only usable slices are divided."""
+    """Return True if the label has a lesion. The image is also read, so that only usable slices are divided."""
     image, label = item
     if image is None or label is None:
-        raise prepare.Damaged(f"{image or label} has no {'label' if image else 'image'} of the same slice; "
+        raise prepare.Damaged(f"{image or label} has no {'label' if image else 'image'} for the same slice; "
                               "unpack the source again")
     pixels, mask = prepare.read_grey(image), prepare.read_grey(label) > 0  # (512, 1024)
     if mask.shape != pixels.shape:
@@ -91,7 +91,7 @@ def has_lesion(item, folder):
 
 
 def plan(slices, seed=0, fixed=None):
-    """{name: split} from {name: (part, patient, has a lesion)}. fixed: {patient: split} of the validation part."""
+    """Return {name: split} from {name: (part, patient, has lesion)}. fixed: {patient: split} of the validation part."""
     if fixed is None:
         counts = {}
         for part, patient, lesion in slices.values():
@@ -102,8 +102,7 @@ def plan(slices, seed=0, fixed=None):
         chosen = prepare.divide(counts, wanted, seed) if counts else []
         if not chosen:
             raise common.Error(f"{len(counts)} usable patients in the validation part cannot be divided: valid needs "
-                               "one, and test needs slices with and without lesion "
-                               "of another")
+                               "one, test another one, with normal and anomalous slices")
         fixed = {patient: "valid" if patient in chosen else "test" for patient in counts}
     planned = {}
     for name, (part, patient, lesion) in slices.items():
@@ -115,7 +114,7 @@ def plan(slices, seed=0, fixed=None):
 
 
 def write_slice(item, folder):
-    """A slice as PNG; its manifest row."""
+    """Write one slice as PNG and return its manifest row."""
     (_, patient, cube, k, file, label), split, lesion = item
     image, mask = prepare.read_grey(file), prepare.read_grey(label) > 0 if lesion else None
     return prepare.save(folder, split, int(lesion), f"{cube}_{k}", image, mask, case=patient, cube=cube, slice=k)

@@ -1,20 +1,20 @@
 """chest: the chest X-ray benchmark from the RSNA Pneumonia Detection Challenge (stage 2, training set).
 
-Where: kaggle.com/c/rsna-pneumonia-detection-challenge, after accepting its rules; for research, education and other
-non-commercial use. 26,684 radiographs, 1024x1024 pixels, 8 bit, JPEG in DICOM, 3.7 GB packed.
+Source: kaggle.com/c/rsna-pneumonia-detection-challenge, after accepting its rules; for research, education and other
+non-commercial use. 26,684 radiographs, 1024x1024 pixels, 8 bit, JPEG in DICOM, 3.7 GB compressed.
 --raw: the folder that holds stage_2_train_images/<patientId>.dcm and stage_2_detailed_class_info.csv
-(patientId,class; 30,227 rows, several for one patient), at any depth. Nothing else of it is read.
+(patientId,class; 30,227 rows, several for some patients), at any depth. Nothing else is read.
 
 The rule:
-1. class Normal is normal; Lung Opacity and No Lung Opacity / Not Normal are anomalous;
-2. the normal patients (8,851), in seeded order of their ids: 8,000 train, 70 valid, 781 test; the others (17,833)
-   likewise: 1,420 valid, 16,413 test. A source of another size is divided in the same shares, at least one patient in
-   each. --patients FILE (CSV: case,split) fixes it instead;
-3. pixels are written as 8 bits, the minimum that the header allows (by its bits stored, sign, rescale slope and
-   intercept) being black, the maximum white: unchanged where 8 bits are stored, as in the source. Photometric
-   interpretation MONOCHROME1 and a negative slope are inverted.
+1. The class Normal is normal; Lung Opacity and No Lung Opacity / Not Normal are anomalous.
+2. The normal patients (8,851), in an order given by --seed, are divided into 8,000 train, 70 valid and 781 test, the
+   others (17,833) into 1,420 valid and 16,413 test. A source of another size is divided in the same proportions, with
+   at least one patient in each part. --patients FILE (CSV: case,split) defines the division instead.
+3. Pixels are scaled to 8 bits, from black at the minimum to white at the maximum that the header allows (bits stored,
+   sign, rescale slope and intercept). 8-bit pixels, as in the source, stay unchanged. Images with photometric
+   interpretation MONOCHROME1 or a negative slope are inverted.
 
-JPEG in DICOM has no checksums: damage inside its data cannot be seen, unless the file is cut off or its header wrong.
+JPEG in DICOM has no checksums: damage is noticed only if the file is cut off or its header is wrong.
 Published: train 8,000; valid 70 + 1,420; test 781 + 16,413 (the thesis calls valid 1:1).
 """
 
@@ -36,18 +36,18 @@ PARTS = {0: dict(train=8000, valid=70, test=781), 1: dict(valid=1420, test=16413
 PUBLISHED = {(split, label): count for label, parts in PARTS.items() for split, count in parts.items()}
 LIST = "stage_2_detailed_class_info.csv"
 LOOKED_FOR = f"stage_2_train_images/<patientId>.dcm and {LIST}"
-MEMORY = 0.15  # GiB that a process takes
-CHUNK = 100  # images a process works on at a time
+MEMORY = 0.15  # GiB per process
+CHUNK = 100  # images that a process takes at a time
 
 
 @dataclass
 class Args(prepare.Args):
     patients: Path | None = None
-    """CSV file with the columns case,split that says which patients go where, instead of the seed"""
+    """CSV file with the columns case,split that assigns the patients, instead of the seed"""
 
 
 def labels_of(rows):
-    """{patient: label} from the rows of the list; the rows of one patient must agree."""
+    """Return {patient: label} from the rows of the list; all rows of a patient must have the same class."""
     classes = {}
     for row in rows:
         patient, kind = row["patientId"], row["class"]
@@ -59,7 +59,7 @@ def labels_of(rows):
 
 
 def plan(labels, seed=0):
-    """{patient: split} from {patient: label}."""
+    """Return {patient: split} from {patient: label}."""
     rng, planned = np.random.default_rng(seed), {}
     for label, parts in PARTS.items():
         patients = sorted(patient for patient in labels if labels[patient] == label)
@@ -73,33 +73,33 @@ def plan(labels, seed=0):
 
 
 def read_radiograph(file):
-    """The image of a DICOM file as (H, W) uint8, black being 0; Damaged if it cannot be used. See rule 3."""
+    """Read a DICOM image as (H, W) uint8 by rule 3, black is 0; raise `Damaged` if it cannot be used."""
     dataset = volumes.open_dicom(file)
     try:
         stored = dataset.pixel_array.astype(np.float64)
         bits, signed, kind = dataset.BitsStored, dataset.PixelRepresentation, dataset.PhotometricInterpretation
-        slope = float(dataset.get("RescaleSlope", 1))  # the intercept moves black and white alike
+        slope = float(dataset.get("RescaleSlope", 1))  # the intercept shifts black and white equally
         low = -(2 ** (bits - 1)) if signed else 0
         image = (stored - low) / (2**bits - 1)  # in [0, 1]
-    except Exception as e:  # of pydicom and of every decoder
-        why = " ".join(str(e).split())  # a line for each decoder that was tried
+    except Exception as e:  # pydicom and its decoders raise many kinds of errors
+        why = " ".join(str(e).split())  # it has one line per decoder tried
         raise prepare.Damaged(f"{file} has no readable pixels ({why}); download it again") from e
     if image.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2") or not slope:
         raise prepare.Damaged(f"{file} holds {kind} pixels of shape {image.shape}, rescaled by {slope}; one grey image "
                               "was expected, download it again")
     if image.min() < 0 or image.max() > 1 or (bits > 8 and image.max() - image.min() < 1 / 16):
         raise prepare.Damaged(f"{file} has values from {stored.min():g} to {stored.max():g}, which do not fit the "
-                              f"{bits} bits that its header names; download it again")
+                              f"{bits} bits given in its header; download it again")
     inverted = (kind == "MONOCHROME1") != (slope < 0)
     return np.rint(255 * (1 - image if inverted else image)).astype(np.uint8)
 
 
 def write_image(item, folder):
-    """A radiograph as PNG; its manifest row."""
+    """Write one radiograph as PNG and return its manifest row."""
     patient, label, split, file = item
     if file is None:
         raise prepare.Damaged(f"{patient}.dcm is missing, though {LIST} names it; download it again")
-    with warnings.catch_warnings(action="ignore"):  # pydicom's, of headers; what has no pixels is damaged
+    with warnings.catch_warnings(action="ignore"):  # pydicom warns about headers
         image = read_radiograph(file)  # (1024, 1024)
     return prepare.save(folder, split, label, patient, image, case=patient)
 

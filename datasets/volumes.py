@@ -1,10 +1,10 @@
-"""Scans: NIfTI volumes and DICOM series, read slice by slice, and their anomaly maps in the same form.
+"""Read scans (NIfTI volumes and DICOM series) slice by slice, and write their anomaly maps in the format of the scan.
 
-As a script it writes the axial slices of a folder of scans as training images: <to>/scan0001-<name>/0042.png, ...; a
-method that is trained on them with `--data` knows from these names which slices are of one scan.
+As a script it writes the axial slices of a folder of scans as training images, <to>/scan0001-<name>/0042.png and so on.
+These names tell a method that is trained on them with `--data` which slices belong to the same scan.
 
-`Volume`, `open_dicom` and `stretched` are for the preparation scripts, `find_scans` is for predict.py. D slices of a
-scan, H W slice, S image size of the method."""
+The preparation scripts use `Volume`, `open_dicom` and `stretched`; predict.py uses `find_scans`. In shapes, D is the
+number of slices of a scan, (H, W) the size of a slice and S the image size of the method."""
 
 import functools
 import gzip
@@ -37,52 +37,52 @@ class Args:
     scans: str
     """folder of scans: NIfTI volumes or DICOM series"""
     to: str
-    """folder for the slices, for instance mine/train/good for --data mine"""
+    """output folder of the slices, e.g. mine/train/good for --data mine"""
 
 
 class Damaged(common.Error):
-    """A source file that cannot be used; the preparation scripts name it and continue without it."""
+    """Error for an unusable source file; the preparation scripts print it and continue without the file."""
 
 
 class Volume:
-    """A NIfTI volume read by axial slices, with the same orientation whatever its affine: rows run from front to back,
-    columns from the patient's right to the left (radiological view), slices upwards. Damaged if it cannot be used.
+    """Read axial slices of a NIfTI volume in the same orientation for any affine: rows run from front to back, columns
+    from the patient's right to the left (radiological view), slices upwards. Raise `Damaged` if it cannot be used.
 
-    header_only: for the grid alone; what is wrong with the voxels is not seen, and nothing is unpacked."""
+    header_only: read the grid only; nothing is unpacked, and damaged voxels are not noticed."""
 
     def __init__(self, file, header_only=False):
         self.file = file
         try:
             self.image = nibabel.load(file) if header_only else _opened(file)
-            orientation = nibabel.io_orientation(self.image.affine)  # per voxel axis: axis of the body, and its sign
+            orientation = nibabel.io_orientation(self.image.affine)  # per voxel axis: axis of the body and its sign
             needed = math.prod(self.image.shape) * self.image.get_data_dtype().itemsize + self.image.dataobj.offset
             data = self.image.file_map["image"]
             size = data.fileobj.getbuffer().nbytes if data.fileobj else os.path.getsize(data.filename)
-        except Exception as e:  # nibabel, gzip and numpy raise many kinds where a header is damaged
+        except Exception as e:  # nibabel, gzip and numpy raise many kinds of errors
             raise Damaged(f"{file} is not a readable NIfTI volume ({_reason(e)}); download it again") from e
-        if size < needed and not header_only:  # the size of a packed file says nothing
+        if size < needed and not header_only:  # the size of a compressed file cannot be compared
             raise Damaged(f"{file} is cut off: {size} of {needed} bytes; download it again")
         if len(self.image.shape) < 3 or math.prod(self.image.shape[3:]) != 1:
-            raise Damaged(f"{file} has {len(self.image.shape)} dimensions {self.image.shape}; one volume has 3")
+            raise Damaged(f"{file} has {len(self.image.shape)} dimensions {self.image.shape}; a volume has 3")
         if np.isnan(orientation).any():
-            raise Damaged(f"{file} has an affine that names no orientation; convert the source again")
+            raise Damaged(f"{file} has an affine without an orientation; convert the source again")
         self.axes = [int(np.flatnonzero(orientation[:, 0] == a)[0]) for a in range(3)]  # right, front, up
         self.signs = [int(orientation[a, 1]) for a in self.axes]
         self.shape = tuple(self.image.shape[a] for a in self.axes)
 
     def axial(self, start=0, stop=None, finite=True):
-        """Slices start to stop as (n, H, W) floats, scaled as the header says.
+        """Return the slices start to stop as (n, H, W) floats, scaled by the header's slope and intercept.
 
-        finite: Damaged if a value is not finite."""
+        finite: raise `Damaged` if a voxel is not finite."""
         depth = self.shape[2]
         stop = depth if stop is None else stop
         if not 0 <= start < stop <= depth:
             raise Damaged(f"{self.file} has {depth} axial slices; the rule reads {start} to {stop - 1}")
-        where = [slice(None)] * 3 + [0] * (len(self.image.shape) - 3)  # (x, y, z, 1) is one volume, too
+        where = [slice(None)] * 3 + [0] * (len(self.image.shape) - 3)  # (x, y, z, 1) is also one volume
         where[self.axes[2]] = slice(start, stop) if self.signs[2] > 0 else slice(depth - stop, depth - start)
         try:
             with np.errstate(all="ignore"):
-                voxels = np.asarray(self.image.dataobj[tuple(where)], np.float32)  # reads these slices only
+                voxels = np.asarray(self.image.dataobj[tuple(where)], np.float32)  # reads only these slices
         except Exception as e:
             raise Damaged(f"{self.file} is damaged ({_reason(e)}); download it again") from e
         if finite and not np.isfinite(voxels).all():
@@ -93,7 +93,7 @@ class Volume:
         return tuple(slice(None, None, sign) for sign in (self.signs[2], -self.signs[1], -self.signs[0]))
 
     def save(self, slices, file):
-        """Write values for all axial slices, (D, H, W), as a volume that every viewer shows on top of this one."""
+        """Write values (D, H, W) of all axial slices as a volume that viewers can overlay on this one."""
         voxels = slices[self._flips()].transpose(np.argsort(self.axes[::-1]))
         with common.atomic(file) as tmp:
             nibabel.save(nibabel.Nifti1Image(voxels, self.image.affine), f"{tmp}.nii.gz")
@@ -101,8 +101,8 @@ class Volume:
 
 
 def _opened(file):
-    """The NIfTI image of a file. A compressed one is unpacked into memory, to the end, where its checksum is; from a
-    file, slices would be read without it, and each from the start."""
+    """Open a NIfTI file. Unpack a compressed one into memory up to its end, where the checksum is: reading slices from
+    the file would ignore the checksum and start from the beginning each time."""
     image = nibabel.load(file)
     held = {}
     for kind, part in image.file_map.items():
@@ -114,7 +114,7 @@ def _opened(file):
 
 
 def open_dicom(file):
-    """The dataset of a DICOM file whose pixels can be decoded here; else Damaged."""
+    """Read a DICOM file; raise `Damaged` if it cannot be read or no installed package can decode its pixels."""
     try:
         dataset = pydicom.dcmread(file)
         syntax = dataset.file_meta.TransferSyntaxUID
@@ -122,8 +122,8 @@ def open_dicom(file):
             decoder = pydicom.pixels.get_decoder(syntax)
             needed = [d.rpartition("requires ")[2] for d in decoder.missing_dependencies] * (not decoder.is_available)
         except NotImplementedError:
-            needed = ["to be converted: pydicom knows no package for it"]
-    except Exception as e:  # pydicom raises many kinds, also where it trusts a damaged header
+            needed = ["to be converted: pydicom knows no package that decodes it"]
+    except Exception as e:  # pydicom raises many kinds of errors for damaged headers
         why = " ".join(str(e).split())
         raise Damaged(f"{file} is not a readable DICOM file ({why}); download it again") from e
     if needed:
@@ -136,13 +136,13 @@ def _reason(e):
 
 
 def stretched(image):
-    """(H, W) floats as uint8, the minimum black and the maximum white."""
+    """Scale (H, W) floats to uint8, from black at the minimum to white at the maximum."""
     low, high = image.min(), image.max()
     return np.rint((image - low) * (255 / ((high - low) or 1))).astype(np.uint8)
 
 
 # -------------------------------------------------------------------------------------------------- scans for --predict
-# What the map of a DICOM slice has from that slice: whose it is, which study, and where it lies.
+# Header fields that the map of a DICOM slice copies from the slice: patient, study and position.
 SHARED = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID",
           "StudyDate", "StudyTime", "StudyID", "StudyDescription", "AccessionNumber", "ReferringPhysicianName",
           "Modality", "BodyPartExamined", "Laterality", "PatientPosition", "FrameOfReferenceUID",
@@ -153,17 +153,17 @@ HEADER = [*SHARED, "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Series
 
 
 def find_scans(path):
-    """(scans, damaged): the scans in a file or folder, by place, and one line for each file that cannot be used.
+    """Return (scans, damaged): the scans in a file or folder, sorted by path, and one line for each unusable file.
 
-    A scan is a NIfTI volume, a DICOM series (the files of one folder that have one SeriesInstanceUID), or a DICOM file
-    where `path` is one. Its `name` is that of its `source`, unique, and can be part of a file name. Of its len(scan)
-    slices from bottom to top, slice(i) is (H, W) uint8, and blank(i) whether that has one value only; both may raise
-    Damaged. Read one scan after the other: the voxels of the last volume stay in memory."""
+    A scan is a NIfTI volume, a DICOM series (files in one folder with the same SeriesInstanceUID), or a single DICOM
+    file given as `path`. Its unique `name` comes from its path `source` and is valid in a file name. The len(scan)
+    slices are ordered from bottom to top: slice(i) returns (H, W) uint8, blank(i) is True if all its pixels are equal;
+    both may raise `Damaged`. Read one scan after the other: the voxels of the last volume stay in memory."""
     path = Path(os.path.abspath(path))
     found, series, damaged, others = [], {}, [], []
     for file in [path] if path.is_file() else common.files_in(path):
         if file != path and re.search(r"[-_](seg|labels?|mask|map)\.nii", file.name.lower()):
-            others.append(file)  # segmentations, and what `save_maps` wrote
+            others.append(file)  # segmentations, and maps written by `save_maps`
             continue
         try:
             if file.name.lower().endswith((".nii", ".nii.gz")):
@@ -175,7 +175,7 @@ def find_scans(path):
                     others.append(file)
         except Damaged as e:
             damaged.append(str(e))
-    if others:  # segmentations; reports and plans, as archives export them with a series
+    if others:  # segmentations, and reports and plans that archives export with a series
         print(f"note: {len(others)} files that hold no images are passed over, e.g. {others[0]}", file=sys.stderr)
     shared = Counter(folder for (folder, _), slices in series.items() if len(slices) > 1)
     for (folder, _), slices in series.items():
@@ -189,7 +189,7 @@ def find_scans(path):
         place = scan.source.name if scan.source == path else str(scan.source.relative_to(path))
         scan.name = name = common.plain(re.sub(r"\.(nii|nii\.gz|dcm)$", "", place, flags=re.IGNORECASE) + label)
         number = 1
-        while scan.name.lower() in taken:  # some file systems do not tell a from A
+        while scan.name.lower() in taken:  # some file systems ignore case
             number += 1
             scan.name = common.plain(f"{name}-{number}")
         taken.add(scan.name.lower())
@@ -205,15 +205,15 @@ class NiftiScan:
         return self.volume.shape[2]
 
     def slice(self, i):
-        return stretched(_voxels(self)[i])  # by its own range, as in `brain`
+        return stretched(_voxels(self)[i])  # by its own range, as in the benchmark brain
 
     def blank(self, i):
         return not np.ptp(self.slice(i))
 
     def save_maps(self, folder, maps, pixel, low):
-        """<name>_map.nii.gz on the volume's grid and, if there is a threshold `pixel`, <name>_mask.nii.gz.
+        """Write <name>_map.nii.gz on the volume's grid and, if there is a threshold `pixel`, <name>_mask.nii.gz.
 
-        maps: (D, S, S), NaN in slices without one, which are shown as `low` and have no mask."""
+        maps: (D, S, S), NaN in slices without a map, which get the value `low` and an empty mask."""
         maps = _resized(maps, self.volume.shape[1::-1])  # (D, H, W)
         if pixel is not None:
             self.volume.save((maps >= pixel).astype(np.uint8), Path(folder, f"{self.name}_mask.nii.gz"))
@@ -221,9 +221,9 @@ class NiftiScan:
         self.volume.save(maps, Path(folder, f"{self.name}_map.nii.gz"))
 
 
-@functools.lru_cache(maxsize=1)  # a volume is unpacked once for all of its slices, and makes room for the next one
+@functools.lru_cache(maxsize=1)  # unpacks a volume once for all its slices, then frees it for the next
 def _voxels(scan):
-    """The slices (D, H, W) of a NiftiScan; voxels that are not finite are background, the minimum of their slice."""
+    """Return the slices (D, H, W) of a NiftiScan; set voxels that are not finite to the minimum of their slice."""
     voxels = np.require(Volume(scan.source).axial(finite=False), requirements="W")
     bad = ~np.isfinite(voxels)
     if bad.any():
@@ -248,10 +248,9 @@ class DicomScan:
         return not np.ptp(self.slice(i))
 
     def save_maps(self, folder, maps, pixel, low):
-        """<name>_map, a series that viewers lay over this one, and, if there is a threshold `pixel`, <name>_mask.
-
-        maps: (D, S, S), NaN in slices without one, which are shown as `low` and have no mask."""
-        start, high = (float(f.reduce(maps, axis=None, initial=low)) for f in (np.fmin, np.fmax))  # NaN left out
+        """Write the series <name>_map, which viewers can overlay on this one, and <name>_mask if there is a threshold
+        `pixel`. maps: (D, S, S), NaN in slices without a map, which get the value `low` and an empty mask."""
+        start, high = (float(f.reduce(maps, axis=None, initial=low)) for f in (np.fmin, np.fmax))  # ignore NaN
         start, step = (float(format_number_as_ds(v)) for v in (start, (high - start) / 65535 or 1.0))  # as written
         self._save(Path(folder, f"{self.name}_map"), "anomaly map", 1000, maps, start, step,
                    lambda m: np.rint((np.where(np.isnan(m), low, m) - start) / step).clip(0, 65535))
@@ -259,7 +258,7 @@ class DicomScan:
             self._save(Path(folder, f"{self.name}_mask"), "anomaly mask", 2000, maps, 0, 1, lambda m: m >= pixel)
 
     def _save(self, folder, description, number, maps, intercept, slope, stored):
-        """A derived series, one file a slice. stored: turns a map into the integers that slope and intercept undo."""
+        """Write a derived series, one file per slice. stored: converts a map to integers for slope and intercept."""
         series = pydicom.uid.generate_uid()
         with common.atomic(folder) as tmp:
             tmp.mkdir()
@@ -267,7 +266,7 @@ class DicomScan:
                 image, source = pydicom.Dataset(), pydicom.Dataset()
                 for key in [key for key in SHARED if key in one.header]:
                     image.add(one.header[key])
-                # The source's own class and modality: viewers lay few others over a series.
+                # The class and modality of the source: viewers overlay few other kinds of series.
                 image.SOPClassUID = one.header.get("SOPClassUID") or pydicom.uid.SecondaryCaptureImageStorage
                 image.SOPInstanceUID, image.SeriesInstanceUID = pydicom.uid.generate_uid(), series
                 image.SeriesNumber, image.InstanceNumber = one.series_number + number, i + 1
@@ -295,13 +294,12 @@ def _is_dicom(file):
 
 
 def _dicom_slice(file):
-    """What a series needs of a DICOM file with one grey image; None where it holds another kind of thing.
-
-    size: (H, W), turn: directions of rows and columns, place: of the first pixel in mm; empty where not told."""
+    """Read the header fields that a series needs from a DICOM file with one grey image; None if the file holds anything
+    else. size: (H, W); turn: directions of rows and columns, place: first pixel in mm, both empty if unknown."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER)
-            list(header)  # converts all values: one that cannot be is found here
+            list(header)  # converts all values, so that an invalid one raises its error here
             kind = getattr(header.file_meta.get("MediaStorageSOPClassUID"), "name", "Image")
             number, series_number, frames, *size = (int(header.get(key) or 0) for key in (
                 "InstanceNumber", "SeriesNumber", "NumberOfFrames", "Rows", "Columns"))
@@ -321,12 +319,12 @@ def _dicom_slice(file):
 
 
 def _upwards(slices):
-    """A series from bottom to top along the slices' normal; by number where their headers tell no common one."""
+    """Sort a series from bottom to top along the slices' normal; by number if the headers have no common normal."""
     turn, heights = slices[0].turn, np.zeros(len(slices))
     if turn.size == 6 and all(s.turn.size == 6 and s.place.size == 3 and np.allclose(s.turn, turn, atol=0.01)
                               for s in slices):
         normal = np.cross(turn[:3], turn[3:])
-        normal *= np.sign(normal[np.abs(normal).argmax()])  # up; of coronal slices to the back, of sagittal to the left
+        normal *= np.sign(normal[np.abs(normal).argmax()])  # up; for coronal slices back, for sagittal left
         heights = np.round([s.place @ normal for s in slices], 3)  # mm
     order = sorted(range(len(slices)), key=lambda i: (heights[i], slices[i].number, slices[i].file))
     return [slices[i] for i in order]
@@ -334,27 +332,26 @@ def _upwards(slices):
 
 @functools.lru_cache(maxsize=1)  # blank(i) and slice(i) decode once
 def _picture(scan, i):
-    """Slice i of a DicomScan as (H, W) uint8, as a viewer first shows it."""
+    """Return slice i of a DicomScan as (H, W) uint8, as viewers show it by default."""
     file = scan.slices[i].file
-    with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):  # pydicom's, of headers
+    with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):  # pydicom warns about headers
         dataset = open_dicom(file)
         try:
             values = apply_modality_lut(dataset.pixel_array, dataset).astype(np.float64)  # HU, for CT
             image = windowed(values, dataset)
-        except Exception as e:  # as in open_dicom, and of every decoder
+        except Exception as e:  # as in open_dicom; decoders raise their own
             raise Damaged(f"{file} has no readable pixels ({_reason(e)}); download it again") from e
     return 255 - image if dataset.PhotometricInterpretation == "MONOCHROME1" else image
 
 
 def windowed(values, dataset):
-    """(H, W) floats of a DICOM image as uint8: the first window of the header, else its table, else minimum to maximum.
-
-    The functions of a window: DICOM PS3.3, C.11.2.1."""
+    """Convert (H, W) floats of a DICOM image to uint8 by the header's first window, else its table, else minimum to
+    maximum. Window functions: DICOM PS3.3, C.11.2.1."""
     centre, width = (np.atleast_1d(dataset.get(key))[0] for key in ("WindowCenter", "WindowWidth"))
     function = dataset.get("VOILUTFunction") or "LINEAR"
     if centre is not None and width is not None and function == "LINEAR":
         centre, width = centre - 0.5, width - 1
-    if centre is None or width is None or not width > 0:  # some exporters write 0 for slices of one value
+    if centre is None or width is None or not width > 0:  # some exporters write width 0 for constant slices
         return stretched(apply_voi(values, dataset).astype(np.float64))
     if function == "SIGMOID":
         image = 1 / (1 + np.exp(-4 * (values - centre) / width))
@@ -364,15 +361,15 @@ def windowed(values, dataset):
 
 
 def _resized(maps, size):
-    """(n, S, S) -> (n, H, W) float32."""
-    maps = torch.from_numpy(np.array(maps, np.float32))[:, None]  # a copy: the maps may be those of a read-only file
+    """Resize (n, S, S) to (n, H, W) float32."""
+    maps = torch.from_numpy(np.array(maps, np.float32))[:, None]  # a copy: the maps may come from a read-only file
     return torch.nn.functional.interpolate(maps, size, mode="bilinear")[:, 0].numpy()
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     scans, damaged = find_scans(args.scans)
     if not scans:
-        raise common.Error(f"--scans {args.scans}: no NIfTI volume or DICOM series that can be read {damaged[:1]}")
+        raise common.Error(f"--scans {args.scans}: no readable NIfTI volume or DICOM series {damaged[:1]}")
     count = 0
     for number, scan in enumerate(common.progress(scans, "scans"), 1):
         try:
@@ -385,5 +382,5 @@ if __name__ == "__main__":
             damaged.append(str(e))
     print(f"{count} slices of {len(scans)} scans: {args.to}")
     if damaged:
-        print(*[f"left out: {message}" for message in damaged], sep="\n", file=sys.stderr)
+        print(*[f"skipped: {message}" for message in damaged], sep="\n", file=sys.stderr)
         raise SystemExit(1)
