@@ -445,7 +445,7 @@ def load_benchmark(args):
         valid.source = f"{held} training images held out"
         print(f"{valid.source} for the thresholds (--holdout {args.holdout})")
     if not valid or not valid.labels.any():
-        print("NOTE: valid needs normal and anomalous images to choose a checkpoint: the last epoch is taken")
+        print("NOTE: valid needs normal and anomalous images to choose a checkpoint: the last epoch is kept")
     if not test:
         print("NOTE: no test images: scores have no metrics; --predict uses the trained model")
     return splits

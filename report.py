@@ -355,15 +355,14 @@ def check_line(results):
 
 def as_published(data, method, results, changed):
     """Return True if all runs have the thesis' method, settings (with `changed`, given by its table) and number of
-    images, and their automatic choices are the published ones: trained weights, DRAEM's textures."""
+    images, and trained weights."""
     def counts(r):
         test = r["counts"].get("test", dict(normal=None, anomalous=None))
         return r["counts"]["train"]["normal"], test["normal"], test["anomalous"]
 
     def resolved(r):  # auto stands for the published weights if they are trained
         trained = all(w["trained"] for w in r["weights"])
-        textures = r["notes"].get("textures", {}).get("source", "dtd") == "dtd"
-        return trained and textures and {k: v for k, v in r["changed"].items() if v != "auto"} == changed
+        return trained and {k: v for k, v in r["changed"].items() if v != "auto"} == changed
 
     return all([r["method"] == method and resolved(r) and r["args"]["limit"] is None and
                 counts(r) in IMAGES.get(data, []) for r in results])

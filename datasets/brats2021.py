@@ -116,10 +116,10 @@ def read_groups(file, cases):
     for row in prepare.read_list(file, ["case", "split", "label"]):
         case, group = row["case"], (row["split"], {"0": 0, "1": 1}.get(row["label"]))
         if group not in GROUPS:
-            raise common.Error(f"{file}: {case} has split {group[0]} and label {row['label']}; known are "
+            raise common.Error(f"{file}: {case} has split {group[0]} and label {row['label']}: not one of "
                                + ", ".join(f"{s} {y}" for s, y in GROUPS))
         if case in groups or case not in cases:
-            raise common.Error(f"{file}: {case} {'is there twice' if case in groups else 'is not in the source'}")
+            raise common.Error(f"{file}: {case} {'appears twice' if case in groups else 'is not in the source'}")
         groups[case] = group
     return groups
 

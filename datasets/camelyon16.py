@@ -50,7 +50,7 @@ import prepare
 from prepare import common
 
 SIZE, STEP = 256, 64  # pixels: size of a patch, spacing of the grid of its centre
-LEAST_COLOUR = 15  # of 255: a lower Otsu threshold would only split an empty slide's noise
+MIN_COLOUR = 15  # of 255: a lower Otsu threshold would only split an empty slide's noise
 LEFT_OUT = {"normal_086", "test_049", "test_114"}
 VALID = {f"test_{n}" for n in (113, 116, 117, 120, 121, 122, 123, 124, 126, 127, 128, 129, 130)}
 TUMOUR = {f"test_{n:03}" for n in (
@@ -183,7 +183,7 @@ def on_tissue(slide, file):
         colour[top : top + 512] = rgb.max(axis=2) - rgb.min(axis=2)
         counts += np.bincount(colour[top : top + 512].ravel(), minlength=256)
     tissue = np.zeros((height + 1, width + 1), np.int32)  # becomes the sum over all pixels above and to the left
-    tissue[1:, 1:] = colour > max(otsu(counts), LEAST_COLOUR)
+    tissue[1:, 1:] = colour > max(otsu(counts), MIN_COLOUR)
     for axis in (0, 1):
         tissue.cumsum(axis, out=tissue)
     left, top = (STEP * np.arange(max(0, (n - SIZE) // STEP + 1)) for n in slide.dimensions)

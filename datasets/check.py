@@ -271,7 +271,7 @@ if __name__ == "__main__":
         findings.append(("notice", "several image sizes or pixel formats", f"{len(kinds)}: {', '.join(words[:4])}"))
 
     for (level, patient), images in patients(files, base).items():
-        what = "one patient" if level == "error" else "names that may be of one patient"
+        what = "one patient" if level == "error" else "possibly one patient"
         findings += [(level, f"{what} in {first} and {second}", f"{patient} ({images[first].name}, "
                       f"{images[second].name})") for first, second in combinations(images, 2)]
 

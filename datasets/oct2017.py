@@ -69,7 +69,7 @@ def find_images(raw):
                 raise common.Error(f"{images[name][-1]} and {file} are copies of one image; keep only one below "
                                    "--raw")
             images[name] = part, kind, match[1], str(file)
-    prepare.passed_over(left, "JPEG files that are not OCT images by folder and name")
+    prepare.skipped(left, "JPEG files that are not OCT images by folder and name")
     return images
 
 

@@ -83,7 +83,7 @@ def labelled(files, raw, volume, label):
     """Return {case: [volume file, label file or None]}, sorted by case, from {case: {kind: file}}. Skip volumes without
     label in a folder named test or validation: challenges publish no labels for these parts."""
     found, left = {}, []
-    passed_over([kinds[label] for kinds in files.values() if volume not in kinds], "labels without their volume")
+    skipped([kinds[label] for kinds in files.values() if volume not in kinds], "labels without their volume")
     for case, kinds in sorted(files.items()):
         if volume in kinds:
             folders = Path(kinds[volume]).relative_to(raw).parts[:-1]
@@ -91,7 +91,7 @@ def labelled(files, raw, volume, label):
                 found[case] = [kinds[volume], kinds.get(label)]
             else:
                 left.append(kinds[volume])
-    passed_over(left, "volumes without label in folders of a test or validation part")
+    skipped(left, "volumes without label in folders of a test or validation part")
     return found
 
 
@@ -99,9 +99,9 @@ UNLABELLED = re.compile(r"(?<![a-z])(test|valid)|(images|labels)ts$", re.IGNOREC
 VOLUME = r"\.(?:nii(?:\.gz)?|img)"  # endings of NIfTI file names; an .img has its .hdr next to it
 
 
-def passed_over(files, what):
+def skipped(files, what):
     if files:
-        print(f"note: {len(files)} {what} are passed over, e.g. {files[0]}")
+        print(f"note: {len(files)} {what} are skipped, e.g. {files[0]}")
 
 
 def stamp(file):
@@ -144,9 +144,9 @@ def read_split(file, cases, splits):
     for row in read_list(file, ["case", "split"]):
         case, split = row["case"], row["split"]
         if split not in splits:
-            raise common.Error(f"{file}: {case} has split {split}; known are {', '.join(splits)}")
+            raise common.Error(f"{file}: {case} has split {split}: not one of {', '.join(splits)}")
         if case in found or case not in cases:
-            raise common.Error(f"{file}: {case} {'is there twice' if case in found else 'is not in the source'}")
+            raise common.Error(f"{file}: {case} {'appears twice' if case in found else 'is not in the source'}")
         found[case] = split
     return found
 
@@ -174,7 +174,7 @@ def volume_and_label(files):
     volume, label = map(Volume, files)
     if label.image.shape[:3] == volume.image.shape[:3]:
         if (label.axes, label.signs) != (volume.axes, volume.signs):
-            note("labels name another orientation than their volumes on the same grid; the volume's is taken")
+            note("labels have another orientation than their volumes on the same grid; the volume's is used")
         label.axes, label.signs, label.shape = volume.axes, volume.signs, volume.shape
     if volume.shape != label.shape:
         raise Damaged(f"{label.file} is {label.shape}, its volume {volume.file} {volume.shape} voxels; "
@@ -353,9 +353,10 @@ class Preparation:
 
     def _changed(self, before):
         """Return the changes in the source, in words; before: {file: [size, time]}."""
-        lists = dict(changed=[f for f in before if f in self.files and before[f] != self.files[f]],
-                     missing=sorted(before.keys() - self.files.keys()), new=sorted(self.files.keys() - before.keys()))
-        return " and ".join(f"{len(files)} of its files are {how} (e.g. {files[0]})"
+        lists = {"changed": [f for f in before if f in self.files and before[f] != self.files[f]],
+                 "are missing": sorted(before.keys() - self.files.keys()),
+                 "are new": sorted(self.files.keys() - before.keys())}
+        return " and ".join(f"{len(files)} of its files {how} (e.g. {files[0]})"
                             for how, files in lists.items() if files)
 
     def _finished(self):

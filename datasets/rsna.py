@@ -52,7 +52,7 @@ def labels_of(rows):
     for row in rows:
         patient, kind = row["patientId"], row["class"]
         if kind not in CLASSES:
-            raise common.Error(f"{LIST}: {patient} has class {kind}; known are {', '.join(CLASSES)}")
+            raise common.Error(f"{LIST}: {patient} has class {kind}: not one of {', '.join(CLASSES)}")
         if classes.setdefault(patient, kind) != kind:
             raise common.Error(f"{LIST}: {patient} has two classes, {classes[patient]} and {kind}; download it again")
     return {patient: CLASSES[kind] for patient, kind in classes.items()}
@@ -131,7 +131,7 @@ if __name__ == "__main__":
     if cut := [file for file in unlisted if Path(file).parent in places]:
         preparation.damage(LIST, f"{listed} does not name {len(cut)} of the .dcm files among those that it names, e.g. "
                                  f"{cut[0]}; download it again")
-    prepare.passed_over([file for file in unlisted if Path(file).parent not in places], "other .dcm files")
+    prepare.skipped([file for file in unlisted if Path(file).parent not in places], "other .dcm files")
     preparation.plan(Counter((split, labels[patient]) for patient, split in planned.items()), PUBLISHED)
     items = {patient: (patient, labels[patient], planned[patient], files.get(patient)) for patient in sorted(planned)}
     preparation.finish(list(preparation.map(write_image, items, "writing", CHUNK).values()), PUBLISHED)

@@ -176,7 +176,7 @@ def find_scans(path):
         except Damaged as e:
             damaged.append(str(e))
     if others:  # segmentations, and reports and plans that archives export with a series
-        print(f"note: {len(others)} files that hold no images are passed over, e.g. {others[0]}", file=sys.stderr)
+        print(f"note: {len(others)} files that hold no images are skipped, e.g. {others[0]}", file=sys.stderr)
     shared = Counter(folder for (folder, _), slices in series.items() if len(slices) > 1)
     for (folder, _), slices in series.items():
         header, alone = slices[0].header, len(slices) == 1

@@ -162,7 +162,7 @@ class CutPaste(nn.Module):
     def __init__(self, backbone, weights):
         super().__init__()
         if backbone not in CLASSIFIER:
-            raise common.Error(f"--backbone {backbone}: known are {', '.join(CLASSIFIER)}; add yours to CLASSIFIER")
+            raise common.Error(f"--backbone {backbone}: not one of {', '.join(CLASSIFIER)}; add yours to CLASSIFIER")
         self.backbone = common.pretrained_network(backbone, weights)  # not frozen: its state is in the checkpoint
         classifier = self.backbone.get_submodule(CLASSIFIER[backbone])
         width = [m for m in classifier.modules() if isinstance(m, nn.Linear)][-1].in_features

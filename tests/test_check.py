@@ -186,7 +186,7 @@ def test_one_patient_in_two_splits_is_an_error_and_a_name_that_may_be_one_a_noti
     done = run(base)
     assert done.returncode == 1 and findings(done) == [
         "error: one patient in train and test: sub-01 (sub-01_slice0.png, sub-01_slice1.png)",
-        "notice: names that may be of one patient in train and test: 17 (17_0.png, 17_1.png)"]
+        "notice: possibly one patient in train and test: 17 (17_0.png, 17_1.png)"]
 
 
 def test_the_manifest_tells_patients_whatever_the_names(tmp_path):

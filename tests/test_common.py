@@ -226,7 +226,7 @@ def test_every_published_layout_is_read_by_benchmark_name(layout, tmp_path):
         assert splits[2].masks.mean(axis=(1, 2)).tolist() == [0, 0, 1, 1]
 
 
-def test_masks_of_good_images_are_passed_over(tmp_path):
+def test_masks_of_good_images_are_skipped(tmp_path):
     build(tmp_path / "b", "train/good", "valid/{cls}/img", "test/{cls}/img",
           ("valid/Ungood/anomaly_mask", "test/Ungood/anomaly_mask"))
     save(tmp_path / "b/test/good/anomaly_mask/good0.png", 255)

@@ -94,7 +94,7 @@ def test_a_brats2021_split_list_is_followed(source, tmp_path):
         found = {f"{r['case']},{r['split']},{r['label']}" for r in csv.DictReader(f)}
     assert found == set(rows[1:])
     for row, said in (("BraTS2021_00002,test,0", "twice"), ("BraTS2021_90000,test,0", "not in the source"),
-                      ("BraTS2021_00007,train,1", "known are")):
+                      ("BraTS2021_00007,train,1", "not one of")):
         (tmp_path / "split.csv").write_text("\n".join([*rows, row]))
         one_line(prepare(source, tmp_path / said, "--split", tmp_path / "split.csv"), row[:15], said)
 
@@ -205,9 +205,9 @@ def test_a_replaced_file_changes_the_plan_and_leaves_nothing_of_the_earlier_one(
     shutil.copytree(tmp_path / "without/brain", begun / "part", dirs_exist_ok=True)
     file.write_bytes(whole)
     done = prepare(raw, tmp_path / "cut")
-    assert done.returncode == 0 and "1 of its files are changed" in done.stdout and file.name in done.stdout
+    assert done.returncode == 0 and "1 of its files changed" in done.stdout and file.name in done.stdout
     assert images_of(tmp_path / "cut") == images_of(tmp_path / "whole")
-    one_line(prepare(raw, tmp_path / "without"), "1 of its files are changed", file.name, "remove it")
+    one_line(prepare(raw, tmp_path / "without"), "1 of its files changed", file.name, "remove it")
 
 
 def test_wrong_folders_end_with_one_line_that_says_what_was_looked_for_and_found(tmp_path):

@@ -131,7 +131,7 @@ def test_only_liver_is_kept_and_a_slice_without_visible_liver_is_left_out(tmp_pa
         assert not image[label[::-1, ::-1, row["slice"]].T != 6].any() and image.any()
 
 
-def test_cases_are_found_wherever_they_lie_and_unlabelled_or_foreign_scans_are_passed_over(tmp_path):
+def test_cases_are_found_wherever_they_lie_and_unlabelled_or_foreign_scans_are_skipped(tmp_path):
     names = ["a/volume-10.nii", "b/volume-9.nii.gz", "c/segmentation-10.nii", "b/._volume-9.nii.gz", "volume-x.nii",
              "test-volume-3.nii", "segmentation-4.nii", "RawData/Training/img/img0001.nii.gz",
              "RawData/Training/label/label0001.nii.gz", "RawData/Testing/img/img0061.nii.gz"]

@@ -278,7 +278,7 @@ def test_rsna_of_full_size_gives_the_published_counts():
 
 @pytest.mark.parametrize("rows, words", [
     ([("a", "Normal"), ("b", "Normal"), ("a", "Lung Opacity")], "a has two classes, Normal and Lung Opacity"),
-    ([("a", "normal")], "a has class normal; known are Normal, Lung Opacity"),
+    ([("a", "normal")], "a has class normal: not one of Normal, Lung Opacity"),
 ])
 def test_rsna_patient_with_two_classes_or_an_unknown_one_is_an_error_that_names_it(rows, words):
     with pytest.raises(common.Error, match=words):
@@ -356,9 +356,9 @@ def test_rsna_writes_the_benchmark_and_names_missing_and_truncated_files(tmp_pat
 def test_list_of_patients_is_followed_and_checked(tmp_path):
     file = writes_list(tmp_path / "list.csv", "case,split", [("a", "valid"), ("b", "test")])
     assert prepare.read_split(file, {"a", "b", "c"}, ["valid", "test"]) == dict(a="valid", b="test")
-    for rows, words in (([("a", "train")], "a has split train; known are valid, test"),
+    for rows, words in (([("a", "train")], "a has split train: not one of valid, test"),
                         ([("x", "test")], "x is not in the source"),
-                        ([("a", "test"), ("a", "valid")], "a is there twice")):
+                        ([("a", "test"), ("a", "valid")], "a appears twice")):
         with pytest.raises(common.Error, match=words) as error:
             prepare.read_split(writes_list(file, "case,split", rows), {"a"}, ["valid", "test"])
         assert str(file) in str(error.value)

@@ -211,7 +211,7 @@ def test_what_an_unfinished_run_kept_counts_only_with_its_images(tmp_path):
     assert make(tmp_path / "data", "lits") == 0 and files_of(tmp_path / "data") == files_of(tmp_path / "whole")
 
 
-def test_a_finished_part_that_lost_images_or_whose_source_changed_is_not_passed_over(tmp_path):
+def test_a_finished_part_that_lost_images_or_whose_source_changed_is_not_skipped(tmp_path):
     assert make(tmp_path / "data", "lits") == 0
     with pytest.raises(SystemExit) as ended:
         begin(tmp_path / "data", "lits")
@@ -220,7 +220,7 @@ def test_a_finished_part_that_lost_images_or_whose_source_changed_is_not_passed_
     with pytest.raises(common.Error, match="4 of its files are missing .e.g. 0.nii"):
         prepare.Preparation("lits", "liver", ["valid", "test"], args, files, 0.1)
     os.utime(files[0], (1, 1))
-    with pytest.raises(common.Error, match="1 of its files are changed .e.g. 3.nii.* and 4 .* missing"):
+    with pytest.raises(common.Error, match="1 of its files changed .e.g. 3.nii.* and 4 .* missing"):
         prepare.Preparation("lits", "liver", ["valid", "test"], args, files, 0.1)
     shutil.rmtree(tmp_path / "data/liver/test")
     with pytest.raises(common.Error, match="lacks 3 of its images, e.g. test/good/img/3.png"):
@@ -386,7 +386,7 @@ def test_parts_without_labels_and_macs_shadows_are_passed_over_and_a_case_given_
     write_nifti(unlabelled, np.zeros((24, 20, 110), np.int16))
     done, found = prepared("brats2021", raw, tmp_path / "data")
     assert done.returncode == 0 and found == expected and not done.stderr
-    assert f"note: 1 volumes without label in folders of a test or validation part are passed over, e.g. {unlabelled}" \
+    assert f"note: 1 volumes without label in folders of a test or validation part are skipped, e.g. {unlabelled}" \
         in done.stdout
     shutil.copytree(case, raw / "copy" / case.name)
     done, _ = prepared("brats2021", raw, tmp_path / "more")
@@ -394,7 +394,7 @@ def test_parts_without_labels_and_macs_shadows_are_passed_over_and_a_case_given_
     assert str(case / "BraTS2021_00003_flair.nii") in done.stderr and str(raw / "copy") in done.stderr
 
 
-def test_btcvs_test_part_is_passed_over(tmp_path):
+def test_btcvs_test_part_is_skipped(tmp_path):
     write_btcv(tmp_path / "raw", 1, 1)
     write_nifti(tmp_path / "raw/imagesTs/img0061.nii.gz", scan(2)[0])
     done, found = prepared("btcv", tmp_path / "raw", tmp_path / "data")
@@ -412,7 +412,7 @@ def test_labels_get_the_orientation_of_their_volume_and_how_many_disagreed_is_sa
         nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), file)
     done, found = prepared("lits", tmp_path / "raw", tmp_path / "data")
     assert done.returncode == 0 and found == expected
-    said = "note: 2 labels name another orientation than their volumes on the same grid; the volume's is taken"
+    said = "note: 2 labels have another orientation than their volumes on the same grid; the volume's is used"
     assert said in done.stdout
     assert said in prepared("lits", tmp_path / "raw", tmp_path / "data")[0].stdout  # "nothing to do"
 
@@ -572,7 +572,7 @@ def test_a_list_cut_off_is_named(tmp_path):
     (raw / rsna.LIST).write_text("patientId,class\n" + "".join(f"{p},{k}\n" for p, k in rows[:-1]))
     done, found = prepared("rsna", raw, tmp_path / "data")
     assert done.returncode == 1 and "does not name 1 of the .dcm files" in done.stderr and len(found) == 11
-    assert "note: 1 other .dcm files are passed over" in done.stdout
+    assert "note: 1 other .dcm files are skipped" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------- camelyon16

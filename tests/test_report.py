@@ -269,11 +269,10 @@ def test_settings_that_all_share_and_marks_that_all_have_are_said_once(tmp_path)
 
 
 @pytest.mark.parametrize("difference", ["none", "auto found it", "changed", "batch size", "limit", "untrained",
-                                        "textures", "counts", "one seed", "benchmark"])
+                                        "counts", "one seed", "benchmark"])
 def test_the_thesis_figure_is_shown_only_next_to_what_was_resolved_as_published(difference, tmp_path):
     changes = dict(changed=dict(changed=dict(lr=1)), limit=dict(args=dict(limit=5, image_size=64)),
-                   untrained=dict(changed=dict(weights="auto"), weights=[dict(name="x", trained=False)]),
-                   textures=dict(notes=dict(textures=dict(source="images"))))
+                   untrained=dict(changed=dict(weights="auto"), weights=[dict(name="x", trained=False)]))
     changes |= {"auto found it": dict(changed=dict(weights="auto")), "batch size": dict(changed=dict(batch_size=4))}
     data, same = "phantom" if difference == "benchmark" else "OCT2017", difference in ("none", "auto found it")
     make_run(tmp_path, data, "padim", 0, counts=(26315, 242, 725 if difference == "counts" else 726),

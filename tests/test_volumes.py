@@ -183,7 +183,7 @@ def test_a_folder_of_volumes_and_series_gives_each_of_them_a_name_of_its_own(tmp
     assert [str(scan.source) for scan in found] == sorted(str(scan.source) for scan in found)
     assert {scan.source for scan in found if scan.name[:7] == "patient"} == {
         tmp_path / "patient/one", tmp_path / "patient/mixed", tmp_path / "patient/mixed" / scout[-6:]}
-    assert capsys.readouterr().err == ("note: 1 files that hold no images are passed over, e.g. "
+    assert capsys.readouterr().err == ("note: 1 files that hold no images are skipped, e.g. "
                                        f"{tmp_path}/patient/one/report\n")
 
 
