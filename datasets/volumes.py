@@ -25,7 +25,8 @@ import numpy as np
 import pydicom
 import torch
 from PIL import Image
-from pydicom.pixels import apply_modality_lut, apply_voi
+from pydicom import uid
+from pydicom.pixels import apply_modality_lut, apply_voi, pixel_array
 from pydicom.valuerep import format_number_as_ds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -149,16 +150,17 @@ SHARED = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate"
           "PositionReferenceIndicator", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
           "ImagerPixelSpacing", "SliceThickness", "SpacingBetweenSlices", "SliceLocation"]
 HEADER = [*SHARED, "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription",
-                   "InstanceNumber", "NumberOfFrames", "PhotometricInterpretation", "Rows", "Columns"]
+          "InstanceNumber", "NumberOfFrames", "PhotometricInterpretation", "Rows", "Columns",
+          "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
 
 
 def find_scans(path):
     """Return (scans, damaged): the scans in a file or folder, sorted by path, and one line for each unusable file.
 
     A scan is a NIfTI volume, a DICOM series (files in one folder with the same SeriesInstanceUID), or a single DICOM
-    file given as `path`. Its unique `name` comes from its path `source` and is valid in a file name. The len(scan)
-    slices are ordered from bottom to top: slice(i) returns (H, W) uint8, blank(i) is True if all its pixels are equal;
-    both may raise `Damaged`. Read one scan after the other: the voxels of the last volume stay in memory."""
+    file, which may have many frames. Its unique `name` comes from its path `source` and is valid in a file name. The
+    len(scan) slices are ordered from bottom to top: slice(i) returns (H, W) uint8, blank(i) is True if all its pixels
+    are equal; both may raise `Damaged`. Read one scan after the other: the voxels of the last volume stay in memory."""
     path = Path(os.path.abspath(path))
     found, series, damaged, others = [], {}, [], []
     for file in [path] if path.is_file() else common.files_in(path):
@@ -169,20 +171,21 @@ def find_scans(path):
             if file.name.lower().endswith((".nii", ".nii.gz")):
                 found.append(("", NiftiScan(file)))
             elif file.suffix.lower() not in common.SUFFIXES and _is_dicom(file):
-                if one := _dicom_slice(file):
-                    series.setdefault((file.parent, one.header.get("SeriesInstanceUID")), []).append(one)
+                if slices := _dicom_slices(file):
+                    series.setdefault((file.parent, slices[0].header.get("SeriesInstanceUID")), []).extend(slices)
                 else:
                     others.append(file)
         except Damaged as e:
             damaged.append(str(e))
     if others:  # segmentations, and reports and plans that archives export with a series
         print(f"note: {len(others)} files that hold no images are skipped, e.g. {others[0]}", file=sys.stderr)
-    shared = Counter(folder for (folder, _), slices in series.items() if len(slices) > 1)
-    for (folder, _), slices in series.items():
-        header, alone = slices[0].header, len(slices) == 1
+    alone = {key: len({one.file for one in slices}) == 1 for key, slices in series.items()}
+    shared = Counter(folder for folder, number in series if not alone[folder, number])
+    for (folder, number), slices in series.items():
+        header, single = slices[0].header, alone[folder, number]
         told = "".join(f"-{header[key].value}" for key in ("SeriesNumber", "SeriesDescription") if header.get(key))
-        scan = DicomScan(slices[0].file if alone else folder, slices)
-        found.append((told * (shared[folder] > 1 and not alone), scan))
+        scan = DicomScan(slices[0].file if single else folder, slices)
+        found.append((told * (shared[folder] > 1 and not single), scan))
     found.sort(key=lambda item: (str(item[1].source), item[0]))
     taken = set()
     for label, scan in found:
@@ -197,7 +200,6 @@ def find_scans(path):
 
 
 class NiftiScan:
-
     def __init__(self, file):
         self.source, self.volume = file, Volume(file, header_only=True)
 
@@ -234,7 +236,6 @@ def _voxels(scan):
 
 
 class DicomScan:
-
     def __init__(self, source, slices):
         self.source, self.slices = source, _upwards(slices)
 
@@ -259,20 +260,24 @@ class DicomScan:
 
     def _save(self, folder, description, number, maps, intercept, slope, stored):
         """Write a derived series, one file per slice. stored: converts a map to integers for slope and intercept."""
-        series = pydicom.uid.generate_uid()
+        series = uid.generate_uid()
         with common.atomic(folder) as tmp:
             tmp.mkdir()
             for i, one in enumerate(self.slices):
                 image, source = pydicom.Dataset(), pydicom.Dataset()
                 for key in [key for key in SHARED if key in one.header]:
                     image.add(one.header[key])
-                # The class and modality of the source: viewers overlay few other kinds of series.
-                image.SOPClassUID = one.header.get("SOPClassUID") or pydicom.uid.SecondaryCaptureImageStorage
-                image.SOPInstanceUID, image.SeriesInstanceUID = pydicom.uid.generate_uid(), series
+                # The class and modality of the source: viewers overlay few other kinds of series. A map has one frame.
+                plain = uid.CTImageStorage if one.header.get("Modality") == "CT" else uid.MRImageStorage
+                own = plain if one.frames > 1 else one.header.get("SOPClassUID")
+                image.SOPClassUID = own or uid.SecondaryCaptureImageStorage
+                image.SOPInstanceUID, image.SeriesInstanceUID = uid.generate_uid(), series
                 image.SeriesNumber, image.InstanceNumber = one.series_number + number, i + 1
                 image.SeriesDescription, image.ImageType = description, ["DERIVED", "SECONDARY", "OTHER"]
-                source.ReferencedSOPClassUID = image.SOPClassUID
+                source.ReferencedSOPClassUID = one.header.get("SOPClassUID") or image.SOPClassUID
                 source.ReferencedSOPInstanceUID = one.header.get("SOPInstanceUID")
+                if one.frames > 1:
+                    source.ReferencedFrameNumber = one.frame + 1
                 image.SourceImageSequence = [source]
                 image.RescaleIntercept, image.RescaleSlope, image.RescaleType = intercept, slope, "US"  # unspecified
                 values = stored(_resized(maps[i : i + 1], one.size)[0])  # (H, W)
@@ -293,9 +298,11 @@ def _is_dicom(file):
         raise Damaged(f"{file} cannot be read ({e.strerror}); check its permissions") from e
 
 
-def _dicom_slice(file):
-    """Read the header fields that a series needs from a DICOM file with one grey image; None if the file holds anything
-    else. size: (H, W); turn: directions of rows and columns, place: first pixel in mm, both empty if unknown."""
+def _dicom_slices(file):
+    """Read the header fields that a series needs from a DICOM file with grey images, one entry per frame; [] if the
+    file holds anything else.
+
+    size: (H, W); turn: directions of rows and columns, place: first pixel in mm, both empty if unknown."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER)
@@ -303,19 +310,30 @@ def _dicom_slice(file):
             kind = getattr(header.file_meta.get("MediaStorageSOPClassUID"), "name", "Image")
             number, series_number, frames, *size = (int(header.get(key) or 0) for key in (
                 "InstanceNumber", "SeriesNumber", "NumberOfFrames", "Rows", "Columns"))
-            turn, place = (np.array(header.get(key) or [], float) for key in (
-                "ImageOrientationPatient", "ImagePositionPatient"))
+            slices = []
+            for frame in range(min(max(frames, 1), 10**4)):
+                own = _of_frame(header, frame)
+                turn, place = (np.array(own.get(key) or [], float) for key in (
+                    "ImageOrientationPatient", "ImagePositionPatient"))
+                slices.append(SimpleNamespace(file=file, header=own, number=number + frame, size=size, turn=turn,
+                                              place=place, series_number=series_number, frame=frame, frames=frames))
     except Exception as e:  # as in open_dicom
         raise Damaged(f"{file} is not a readable DICOM file ({_reason(e)}); download it again") from e
-    if "Image" not in kind:
-        return None
-    if frames > 1:
-        raise Damaged(f"{file} holds {frames} frames; convert it to NIfTI, for example with dcm2niix")
     grey = header.get("PhotometricInterpretation")
-    if grey not in ("MONOCHROME1", "MONOCHROME2") or 0 in size:
-        raise Damaged(f"{file} holds {grey or 'no'} pixels, {size[0]}x{size[1]}; one grey image was expected")
-    return SimpleNamespace(file=file, header=header, number=number, series_number=series_number, size=size, turn=turn,
-                           place=place)
+    if "Image" in kind and (grey not in ("MONOCHROME1", "MONOCHROME2") or 0 in size):
+        raise Damaged(f"{file} holds {grey or 'no'} pixels, {size[0]}x{size[1]}; grey images were expected")
+    return slices if "Image" in kind else []
+
+
+def _of_frame(header, frame):
+    """Return the header of a frame, with the fields of its functional groups, if there are any, at the top."""
+    flat = pydicom.Dataset()
+    flat.update(header)
+    for name, item in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+        for group in header[name].value[item] if name in header else ():
+            if group.VR == "SQ" and group.value:
+                flat.update(group.value[0])
+    return flat
 
 
 def _upwards(slices):
@@ -330,17 +348,21 @@ def _upwards(slices):
     return [slices[i] for i in order]
 
 
+_last_dicom = functools.lru_cache(maxsize=1)(open_dicom)  # a file with many frames is read once
+
+
 @functools.lru_cache(maxsize=1)  # blank(i) and slice(i) decode once
 def _picture(scan, i):
     """Return slice i of a DicomScan as (H, W) uint8, as viewers show it by default."""
-    file = scan.slices[i].file
+    one = scan.slices[i]
     with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):  # pydicom warns about headers
-        dataset = open_dicom(file)
+        dataset = _last_dicom(one.file)
         try:
-            values = apply_modality_lut(dataset.pixel_array, dataset).astype(np.float64)  # HU, for CT
-            image = windowed(values, dataset)
+            header = _of_frame(dataset, one.frame)
+            values = apply_modality_lut(pixel_array(dataset, index=one.frame), header).astype(np.float64)  # HU, for CT
+            image = windowed(values, header)
         except Exception as e:  # as in open_dicom; decoders raise their own
-            raise Damaged(f"{file} has no readable pixels ({_reason(e)}); download it again") from e
+            raise Damaged(f"{one.file} has no readable pixels ({_reason(e)}); download it again") from e
     return 255 - image if dataset.PhotometricInterpretation == "MONOCHROME1" else image
 
 
@@ -364,6 +386,7 @@ def _resized(maps, size):
     """Resize (n, S, S) to (n, H, W) float32."""
     maps = torch.from_numpy(np.array(maps, np.float32))[:, None]  # a copy: the maps may come from a read-only file
     return torch.nn.functional.interpolate(maps, size, mode="bilinear")[:, 0].numpy()
+
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)

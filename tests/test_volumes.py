@@ -10,7 +10,7 @@ import volumes
 from conftest import files_of, write_nifti
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_windowing
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import common
 
@@ -197,13 +197,50 @@ def test_a_dicom_file_without_suffix_is_a_scan_of_its_own_and_a_folder_of_images
     assert [volumes.find_scans(tmp_path / place) for place in ("a.png", "images", "missing")] == [([], [])] * 3
 
 
+def group(sequence, **tags):
+    """A functional group with one item."""
+    outer, inner = pydicom.Dataset(), pydicom.Dataset()
+    for key, value in tags.items():
+        setattr(inner, key, value)
+    setattr(outer, sequence, [inner])
+    return outer
+
+
+def test_a_file_with_many_frames_is_the_scan_that_a_series_of_the_same_slices_is(tmp_path):
+    heights, groups = [6, 0, 4, 2], []
+    for k, height in enumerate(heights):
+        scaled = dict(RescaleSlope=2, RescaleIntercept=10 * k, WindowCenter=300 + k, WindowWidth=500)
+        write_slice(tmp_path / f"series/{k}", picture(k), height, InstanceNumber=k + 1, **scaled)
+        groups.append(group("PlanePositionSequence", ImagePositionPatient=[-20, -30, 5 + height]))
+        groups[-1].update(group("PixelValueTransformationSequence", RescaleSlope=2, RescaleIntercept=10 * k))
+        groups[-1].update(group("FrameVOILUTSequence", WindowCenter=300 + k, WindowWidth=500))
+    shared = group("PlaneOrientationSequence", ImageOrientationPatient=AXIAL)
+    shared.update(group("PixelMeasuresSequence", PixelSpacing=[0.5, 0.75], SliceThickness=2))
+    frames = np.stack([picture(k) for k in range(4)])
+    write_slice(tmp_path / "frames.dcm", frames, SharedFunctionalGroupsSequence=[shared],
+                PerFrameFunctionalGroupsSequence=groups, SOPClassUID=EnhancedCTImageStorage)
+    series, many = one(tmp_path / "series"), one(tmp_path / "frames.dcm")
+    assert len(series) == len(many) == 4 and many.name == "frames" and [s.frame for s in many.slices] == [1, 3, 2, 0]
+    for i in range(4):
+        assert np.array_equal(series.slice(i), many.slice(i)) and not many.blank(i)
+    maps = np.random.default_rng(0).random((4, 8, 8), np.float32)
+    for scan, folder in ((series, "a"), (many, "b")):
+        scan.save_maps(tmp_path / folder, maps, None, 0.0)
+    for first, second in zip(*(sorted((tmp_path / f).rglob("*.dcm")) for f in "ab"), strict=True):
+        first, second = pydicom.dcmread(first), pydicom.dcmread(second)
+        assert np.array_equal(first.pixel_array, second.pixel_array) and second.SOPClassUID == CTImageStorage
+        assert all(first[key].value == second[key].value for key in (
+            "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "StudyInstanceUID"))
+    assert second.SourceImageSequence[0].ReferencedFrameNumber == 1
+
+
 def test_files_that_cannot_be_used_are_listed_in_a_line_each_and_the_others_are_found(tmp_path):
     write_nifti(tmp_path / "good.nii.gz", picture(0, (4, 4, 3)))
     nibabel.save(nibabel.Nifti1Image(picture(0, (4, 4)), np.eye(4)), tmp_path / "flat.nii")
     (tmp_path / "empty.nii").write_bytes(b"")
     (tmp_path / "text.dcm").write_text("no DICOM")
     write_slice(tmp_path / "colour", np.zeros((4, 4, 3), np.uint8), PhotometricInterpretation="RGB")
-    write_slice(tmp_path / "frames", np.zeros((5, 4, 4), np.uint8))
+    write_slice(tmp_path / "frames", np.zeros((5, 4, 4), np.uint8), PerFrameFunctionalGroupsSequence=[])
     write_slice(tmp_path / "place", picture(0), 3)
     broken = (tmp_path / "place").read_bytes()
     (tmp_path / "place").write_bytes(broken.replace(b"-20", b"-2x"))
@@ -212,7 +249,7 @@ def test_files_that_cannot_be_used_are_listed_in_a_line_each_and_the_others_are_
     found, damaged = volumes.find_scans(tmp_path)
     assert [scan.name for scan in found] == ["good"]
     for name, words in {"flat.nii": "2 dimensions", "empty.nii": "not a readable NIfTI", "cut": "holds no pixels",
-                        "colour": "holds RGB pixels", "frames": "5 frames; convert it", "text.dcm": "not a readable",
+                        "colour": "holds RGB pixels", "frames": "not a readable", "text.dcm": "not a readable",
                         "place": "not a readable"}.items():
         line, = (line for line in damaged if line.startswith(f"{tmp_path / name} "))
         assert words in line and "\n" not in line
