@@ -1142,21 +1142,26 @@ def save_picture(file, image, anomaly_map, decision, title, mask=None):
     the validation maps, transparent where low, with the contour of the anomalous pixels and a colour bar."""
     from matplotlib.figure import Figure
 
-    (height, width), (low, high), pixel = image.shape[1:], decision["map_range"] or (0, 1), decision["pixel"]
-    inches = [4 * max(side / max(height, width), 0.25) for side in (width, height)]
-    figure = Figure((2 * inches[0] + 1.2, inches[1] + 0.6), layout="constrained")
-    figure.suptitle(title.encode("latin-1", "replace").decode("latin-1"), parse_math=False, fontsize=9)
-    left, right = figure.subplots(1, 2)
+    (h, w), (low, high), pixel = image.shape[1:], decision["map_range"] or (0, 1), decision["pixel"]
+    width, height = (4 * max(side / max(h, w), 0.25) for side in (w, h))  # of a panel, in inches
+    figure = Figure((2 * width + 1.1, height + 0.6))
+    figure.suptitle(title.encode("latin-1", "replace").decode("latin-1"), y=0.99, parse_math=False, fontsize=9)
+
+    def axes(left, width):
+        size = figure.get_size_inches()
+        return figure.add_axes((left / size[0], 0.1 / size[1], width / size[0], height / size[1]))
+
+    left, right = axes(0.1, width), axes(width + 0.2, width)
     for ax in (left, right):
-        ax.imshow(image.transpose(1, 2, 0), extent=(0, width, height, 0))
+        ax.imshow(image.transpose(1, 2, 0), extent=(0, w, h, 0))
         ax.axis("off")
     opacity = 0.7 * np.clip((anomaly_map - low) / (high - low or 1), 0, 1)
-    heat = right.imshow(anomaly_map, "inferno", vmin=low, vmax=high, alpha=opacity, extent=(0, width, height, 0))
+    heat = right.imshow(anomaly_map, "inferno", vmin=low, vmax=high, alpha=opacity, extent=(0, w, h, 0))
     left.set_title("image" + ", ground truth (green)" * (mask is not None), fontsize=9)
     right.set_title("anomaly map" + ", decision (cyan)" * (pixel is not None), fontsize=9)
     for ax, area, colour in ((left, mask, "lime"), (right, pixel is not None and anomaly_map >= pixel, "cyan")):
         if np.any(area):
-            ax.contour(np.pad(area, 1), [0.5], colors=colour, extent=(-1, width + 1, -1, height + 1))
-    figure.colorbar(heat, ax=right)
+            ax.contour(np.pad(area, 1), [0.5], colors=colour, extent=(-1, w + 1, -1, h + 1))
+    figure.colorbar(heat, cax=axes(2 * width + 0.3, 0.15))
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file)
