@@ -253,8 +253,8 @@ def list_split(parts, split):
 def list_benchmark(args):
     """List the benchmark args.data: (folder, {split: entries}, fingerprint, number of held-out images).
 
-    If valid has no normal images, a share args.holdout of the training images is held out for the thresholds, whole
-    patients if file names tell them."""
+    If valid has no normal images, a fraction args.holdout of the training images is held out to set the thresholds;
+    whole patients, if file names identify them."""
     base, parts = find_benchmark(args.data, args.root)
     entries = {split: list_split(parts, split) for split in SPLITS}
     images, held = fingerprint(sum(entries.values(), []), base), []
@@ -1154,6 +1154,7 @@ def save_picture(file, image, anomaly_map, decision, title, mask=None):
     left, right = axes(0.1, width), axes(width + 0.2, width)
     for ax in (left, right):
         ax.imshow(image.transpose(1, 2, 0), extent=(0, w, h, 0))
+        ax.autoscale(False)
         ax.axis("off")
     opacity = 0.7 * np.clip((anomaly_map - low) / (high - low or 1), 0, 1)
     heat = right.imshow(anomaly_map, "inferno", vmin=low, vmax=high, alpha=opacity, extent=(0, w, h, 0))
@@ -1162,6 +1163,8 @@ def save_picture(file, image, anomaly_map, decision, title, mask=None):
     for ax, area, colour in ((left, mask, "lime"), (right, pixel is not None and anomaly_map >= pixel, "cyan")):
         if np.any(area):
             ax.contour(np.pad(area, 1), [0.5], colors=colour, extent=(-1, w + 1, -1, h + 1))
-    figure.colorbar(heat, cax=axes(2 * width + 0.3, 0.15))
+    bar = figure.colorbar(heat, cax=axes(2 * width + 0.3, 0.15), extend="max")
+    if pixel is not None:
+        bar.ax.axhline(pixel, color="cyan")
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file)

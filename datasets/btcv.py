@@ -21,7 +21,7 @@ The rule (lits.py shares steps 2 to 4):
 A .nii.gz is checked by its checksum. A .nii has none, so damage is noticed only if the file is cut off or its header is
 wrong.
 --patients FILE (CSV: case, like img0001) selects cases.
-Published: train 1,542, "selected" (thesis, 3.1.2) by an unknown criterion; here all slices are used.
+Published: 1,542 training slices, "selected" (thesis, 3.1.2) by an unstated criterion; here all slices are used.
 """
 
 import json

@@ -6,7 +6,7 @@ domain. Of its 700 GB only the normal training slides, the test slides and the t
 test_130.tif (testing/images) and test_001.xml ... (testing/lesion_annotations, unpacked). A test slide without XML has
 no tumour. The 49 slides with tumour are known; if the XML of one of them is missing, the slide is reported as damaged.
 If the folder also holds the copies' list of checksums (checksums.md5), all files are read once and compared with it.
-Without the list, damage inside the JPEG data of a slide or in the numbers of an XML is not noticed.
+Without the list, damage to a slide's JPEG data or to the numbers in an XML file goes unnoticed.
 
 The rule, for patches of 256x256 pixels at level 0:
 1. Train is the normal training slides except normal_086 (it shows tumour; the source has withdrawn it), 159 in all. Of
@@ -102,7 +102,7 @@ def plan(slides, fixed=None):
 
 
 def share_out(total, available, seed):
-    """Return {slide: count}: spread `total` over the slides as evenly as `available`, {slide: count}, allows."""
+    """Spread `total` over the slides as evenly as `available`, {slide: count}, allows. Returns {slide: count}."""
     taken, rng = dict.fromkeys(available, 0), np.random.default_rng(seed)
     while left := min(total, sum(available.values())) - sum(taken.values()):
         more = sorted(slide for slide in taken if taken[slide] < available[slide])

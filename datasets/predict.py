@@ -149,7 +149,8 @@ def show_ranking(rows, what, threshold, normal, needed):
     for row in sorted(rows, key=lambda row: -row["score"])[:5]:
         percentile, decided = row["percentile"] if normal else "-", row["decision"] or "-"
         print(f"{row['score']:>12.4g}  {percentile:>10}  {decided:<9}  {row['path']}")
-    above = f"{sum(row['decision'] == 'anomalous' for row in rows)} above the threshold {threshold}"
     if threshold is None:
-        above = f"not decided: that needs {needed} normal validation {what}, there were {normal}"
-    print(f"{len(rows)} {what}, {above}")
+        print(f"{len(rows)} {what}, not decided: that needs {needed} normal validation {what}, there were {normal}")
+    else:
+        above = sum(row["decision"] == "anomalous" for row in rows)
+        print(f"{len(rows)} {what}, {above} above the threshold {threshold:.4g}")

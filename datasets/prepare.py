@@ -3,7 +3,7 @@ splits. The rule for a source is in its own script.
 
 A script scans its source, assigns each case to a split, calls `Preparation.map` to write the images case by case (in
 parallel; finished cases are kept) and ends with `Preparation.finish`. Until then all files are in the hidden folder
-<root>/.preparing-<source>. Its folder `part` and the manifest in it become visible by one rename, so that a visible
+<root>/.preparing-<source>. Its folder `part`, with the manifest, becomes visible through one rename, so that a visible
 part of a benchmark is always complete.
 """
 
@@ -187,7 +187,7 @@ noted = []  # texts that `note` collects while a process works on a case
 
 
 def note(text):
-    """Add a note about the current case; it is printed at the end with the number of cases."""
+    """Add a note about the current case. Each note is printed at the end with the number of cases it applies to."""
     noted.append(text)
 
 

@@ -154,7 +154,7 @@ class CFA(nn.Module):
         self.memory_bank.copy_(mean.flatten(1).T)
 
     def distances(self, features, k):
-        """Return squared distances |phi - c|^2 of each patch to its k nearest centres, ascending: (B, P, k)."""
+        """Return squared distances |phi - c|^2 from each patch to its k nearest centres, ascending: (B, P, k)."""
         squared = []
         for patches in self.descriptor(features).flatten(2).mT:  # (P, D): one image at a time, for its P * P distances
             with torch.no_grad():

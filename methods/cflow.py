@@ -241,7 +241,7 @@ if __name__ == "__main__":
     if not args.checkpoint:
         frozen = common.Features(model.features, train, args, run)
         optimizer = torch.optim.Adam(model.flows.parameters(), args.lr, fused=True)
-        from torchvision.transforms.v2 import RandomRotation  # here: its import takes a second, also for --help
+        from torchvision.transforms.v2 import RandomRotation  # here: its import would delay --help by a second
 
         rotate, per_epoch = RandomRotation(args.augment_degrees), max(1, len(train) // args.batch_size)
         for epoch in run.epochs(model, optimizer):

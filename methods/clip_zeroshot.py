@@ -78,7 +78,7 @@ class Args:
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
     """what the sentences are about (see WORDS); auto: the benchmark of --data, generic for other folders"""
     prompts: Literal["plain", "ensemble"] = "plain"
-    """one sentence per class, or the mean of many"""
+    """one sentence per class, or the average over many"""
     organ: str | None = None
     """what the images show, in your own words, such as "knee", instead of the organ in WORDS"""
     findings: str = "none"
@@ -122,7 +122,7 @@ class ZeroShot(nn.Module):
 
 def encode_text(clip, sentences):
     """Return features of unit length, (n, D)."""
-    import open_clip  # here: its import takes a second, also for --help
+    import open_clip  # here: its import would delay --help by a second
 
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)
     return clip.encode_text(tokens, normalize=True)

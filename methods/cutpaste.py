@@ -191,7 +191,7 @@ class CutPaste(nn.Module):
         if not e.isfinite().all():
             raise common.Error("the embeddings are not finite: training diverged; lower --lr")
         mean = e.mean(dim=0)
-        from sklearn.covariance import ledoit_wolf  # here: its import takes a second, also for --help
+        from sklearn.covariance import ledoit_wolf  # here: its import would delay --help by a second
 
         sigma = torch.from_numpy(ledoit_wolf((e - mean).numpy(), assume_centered=True)[0])
         self.mean.copy_(mean)

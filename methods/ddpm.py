@@ -96,7 +96,7 @@ class Args:
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map, in float32 and at its image's original size"""
     epochs: Annotated[int, Ge(0)] = 0
-    """passes over the normal training images; 0: as many as 300,000 images need (official code)"""
+    """passes over the normal training images; 0: enough to see 300,000 images (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """AdamW's learning rate (official code)"""
     eval_every: Annotated[int, Ge(1)] = 10
@@ -341,7 +341,7 @@ class AnoDDPM(nn.Module):
         self.eval()
         x_0 = self.scaled(image)
         recon = torch.cat([sum(self.reconstruct(x, fields) for fields in self.fields) / len(self.fields)
-                           for x in x_0.split(1)])  # one by one: rounding depends on the batch
+                           for x in x_0.split(1)])  # one image at a time, because rounding depends on the batch
         anomaly_map = (recon - x_0).square().sum(dim=1)
         if self.args.sigma:
             anomaly_map = gaussian_blur(anomaly_map, 8 * self.args.sigma + 1, self.args.sigma)

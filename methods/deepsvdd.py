@@ -85,7 +85,7 @@ class Args:
     milestone: Annotated[int, Ge(1)] = 50
     """epochs after which the learning rate falls to a tenth (official code)"""
     ae_epochs: Annotated[int, Ge(0)] = 300
-    """epochs of the autoencoder (BMAD's code); 0: start from random weights"""
+    """epochs of autoencoder pretraining (BMAD's code); 0: start from random weights"""
     ae_lr: Annotated[float, Gt(0)] = 1e-5
     """the autoencoder's learning rate (BMAD's code; official code: 1e-4)"""
     ae_batch_size: Annotated[int, Ge(1)] = 64

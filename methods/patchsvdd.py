@@ -138,7 +138,7 @@ def draw(image, patch):
 
 
 def quadrants(patch):
-    """(B, C, 64, 64) -> (4B, C, 32, 32): the four quadrants of a patch follow each other, row by row."""
+    """(B, C, 64, 64) -> (4B, C, 32, 32): the four quadrants of each patch, in row-major order."""
     return patch.unflatten(3, (2, 32)).unflatten(2, (2, 32)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
@@ -239,7 +239,7 @@ def nearest(points, bank, rows=8192):
 
     Matrix products, |a|^2 - 2ab + |b|^2, find the row; they lose digits where a and b almost coincide, so the distance
     to that row is then computed from the difference."""
-    middle = bank.mean(dim=0)  # subtracted, so that fewer digits cancel
+    middle = bank.mean(dim=0)  # subtracted to reduce cancellation error
     best = torch.full((len(points),), torch.inf, device=points.device)  # squared distance minus |a|^2
     index = torch.zeros(len(points), dtype=torch.long, device=points.device)
     for start in range(0, len(bank), rows):

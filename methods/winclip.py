@@ -176,7 +176,7 @@ class WinCLIP(nn.Module):
 
 def encode_text(clip, sentences):
     """Return features of unit length, (n, D)."""
-    import open_clip  # here: its import takes a second, also for --help
+    import open_clip  # here: its import would delay --help by a second
 
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)
     return clip.encode_text(tokens, normalize=True)
