@@ -104,10 +104,12 @@ class PaDiM(nn.Module):
 
     def embed(self, image):
         """(B, 3, H, W) -> x (P, B, d): the drawn channels of all layers at each position of the finest grid."""
-        layers = zip(self.features(image), self.drawn.split(self.channels), strict=True)
-        x = [F.interpolate(f[:, drawn], self.grid) for f, drawn in layers if drawn.any()]  # nearest neighbour
-        x = torch.cat(x, dim=1)  # (B, d, h, w)
-        return x.view(-1, self.grid.numel()).T.contiguous().unflatten(1, x.shape[:2])  # (P, B, d)
+        x = []
+        for f, drawn in zip(self.features(image), self.drawn.split(self.channels), strict=True):
+            own = torch.arange(f[0, 0].numel(), device=f.device).float().view(1, 1, *f.shape[2:])
+            nearest = F.interpolate(own, self.grid).long().flatten()  # (P,): position in this layer
+            x.append(f[:, drawn].flatten(2).permute(2, 0, 1).contiguous()[nearest])  # (P, B, d_l)
+        return torch.cat(x, dim=2)
 
     @torch.no_grad()
     def fit(self, batches):
@@ -124,7 +126,7 @@ class PaDiM(nn.Module):
         factor = []
         while scatter:
             cov = scatter.pop(0)  # frees each chunk before the next factor is computed
-            cov = (cov.cpu() if cov.device.type == "mps" else cov).double() / max(n - 1, 1)  # mps has no float64
+            cov = (cov.cpu() if cov.device.type == "mps" else cov).double().div_(max(n - 1, 1))  # mps has no float64
             cov.diagonal(dim1=1, dim2=2).add_(EPSILON)
             factor.append(torch.linalg.cholesky(cov).float().to(self.mean.device)[:, self.lower])  # S = L L^T
         self.factor = torch.cat(factor)
@@ -137,8 +139,9 @@ class PaDiM(nn.Module):
         chunks = (x.split(CHUNK) for x in (self.embed(image), self.mean, self.factor))
         for x, mean, triangle in zip(*chunks, strict=True):
             factor = full[: len(mean)].masked_scatter_(self.lower, triangle)  # L, (CHUNK, d, d)
-            z = torch.linalg.solve_triangular(factor, (x - mean[:, None]).mT, upper=False)  # L^-1 (x - mu), whitened
-            distance.append(torch.linalg.vector_norm(z, dim=1))  # paper, Eq. 2: sqrt((x - mu)^T S^-1 (x - mu))
+            # z L^T = x - mu: rows of z (CHUNK, B, d) are L^-1 (x - mu), whitened
+            z = torch.linalg.solve_triangular(factor.mT, x - mean[:, None], upper=True, left=False)
+            distance.append(torch.linalg.vector_norm(z, dim=2))  # paper, Eq. 2: sqrt((x - mu)^T S^-1 (x - mu))
         distance = torch.cat(distance).T.unflatten(1, self.grid)  # (P, B) -> (B, h, w)
         anomaly_map = F.interpolate(distance[:, None], image.shape[-2:], mode="bilinear")[:, 0]
         anomaly_map = common.smooth(anomaly_map)

@@ -189,7 +189,7 @@ def compare_padim(args):
 
     def our_score():
         for batch in list(numbers(n))[:2]:
-            model.predict(batch.view(-1, 1, 1, 1).expand(-1, -1, 256, 256).float())
+            model.predict(batch.float().view(-1, 1, 1, 1).expand(-1, -1, 256, 256))
 
     model.features = lambda image: stored[int(image.flatten(1)[0, 0])]
     with torch.no_grad():
