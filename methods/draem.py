@@ -170,13 +170,9 @@ def ssim(recon, image):
     channels = image.shape[1]
     gaussian = torch.exp(-0.5 * ((torch.arange(11, device=image.device) - 5) / 1.5) ** 2)
     window = (torch.outer(gaussian, gaussian) / gaussian.sum() ** 2).expand(channels, 1, 11, 11)
-
-    def mean(x):
-        return F.conv2d(x, window, padding=5, groups=channels)
-
-    mu_r, mu_i = mean(recon), mean(image)
-    variances = mean(recon**2) - mu_r**2 + mean(image**2) - mu_i**2
-    covariance = mean(recon * image) - mu_r * mu_i
+    local = torch.cat([recon, image, recon**2, image**2, recon * image])
+    mu_r, mu_i, rr, ii, ri = F.conv2d(local, window, padding=5, groups=channels).chunk(5)  # means, (B, 3, H, W) each
+    variances, covariance = rr - mu_r**2 + ii - mu_i**2, ri - mu_r * mu_i
     c1, c2 = 0.01**2, 0.03**2  # for values in [0, 1]
     similarity = (2 * mu_r * mu_i + c1) * (2 * covariance + c2) / ((mu_r**2 + mu_i**2 + c1) * (variances + c2))
     return similarity.mean()
@@ -253,9 +249,8 @@ def load_textures(args, train):
     """Return the images to blend in as a `common.Split`, or None for the mask's noise."""
     if args.textures in ("images", "noise"):
         return train if args.textures == "images" else None
-    folder, count = Path(args.textures), 1
+    folder, count = (Path(args.textures), 1) if args.textures != "dtd" else (Path(args.root) / "dtd/dtd/images", 5640)
     if args.textures == "dtd":
-        folder, count = Path(args.root) / "dtd" / "dtd" / "images", 5640
         try:
             DTD(args.root, download=True)
         except Exception as e:  # no network, a broken download, a full disk
