@@ -474,10 +474,12 @@ def smooth(anomaly_map, sigma=4):
     return blurred[..., radius:-radius, radius:-radius]
 
 
-def read_state(file, what):
-    """Load a dict written by torch.save, tensors only, on the CPU. what: what to give instead, for the `Error`."""
+def read_state(file, what, mmap=False):
+    """Load a dict written by torch.save, tensors only, on the CPU. what: what to give instead, for the `Error`.
+
+    mmap: leave large tensors in the file until they are used."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         return state | {}  # TypeError if it is not a dict
     except Exception as e:  # missing, empty, truncated, no zip file, or pickled objects that weights_only refuses
         reason = getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
@@ -487,8 +489,9 @@ def read_state(file, what):
 def load_state(net, state, source, optional):
     """Load the state dict `state` from the file `source`. Keys that start with one of `optional` may be missing."""
     try:
-        if bad := [key for key, value in state.items() if not torch.isfinite(value).all()]:
-            raise RuntimeError(f"{bad[0]} has values that are not finite")
+        for key, value in state.items():  # aminmax needs no copy of a large memory bank
+            if value.numel() and not all(math.isfinite(limit) for limit in torch.aminmax(value)):
+                raise RuntimeError(f"{key} has values that are not finite")
         missing, unknown = net.load_state_dict(state, strict=False)
         if wrong := unknown + [key for key in missing if not key.startswith(optional)]:
             raise RuntimeError(f"{wrong[0]} and {len(wrong) - 1} more are unknown or missing")
@@ -815,7 +818,7 @@ def read_results(file):
 
 def read_checkpoint(file, method, more=()):
     """Read a model.pt of `method`, as written by `Run._save`. more: further keys that a resume.pt needs."""
-    kept = read_state(file, f"model.pt of a {method} run")
+    kept = read_state(file, f"model.pt of a {method} run", mmap=True)
     if kept.get("method") != method:
         raise Error(f"{file} is of method {kept.get('method')}; expected a model.pt of {method}")
     return _checked(kept, file, args=dict, state=dict, weights=list, notes=dict, train_seconds=float,

@@ -615,3 +615,27 @@ def test_a_full_gpu_is_not_taken_for_a_full_disk(tmp_path):
         raise RuntimeError("CUDA out of memory")
     with pytest.raises(common.Error, match="free some space"), common.atomic(tmp_path / "model.pt"):
         raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed")
+
+
+@pytest.mark.slow
+def test_a_large_state_is_loaded_without_a_further_copy(tmp_path):
+    code = f"""
+import resource, torch, common
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+net = torch.nn.Linear(8192, 8192, bias=False)  # 256 MiB
+torch.save(net.state_dict(), {str(tmp_path / "net.pt")!r})
+before = peak()
+common.load_state(net, common.read_state({str(tmp_path / "net.pt")!r}, "file", mmap=True), "net.pt", ())
+print((peak() - before) / 2**18)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert float(done.stdout) < 1.2  # the file's own pages
+
+
+def test_values_that_are_not_finite_are_refused_wherever_they_are(tmp_path):
+    net = torch.nn.Linear(3, 2)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        state = net.state_dict() | dict(bias=torch.tensor([0.5, value]))
+        with pytest.raises(common.Error, match="bias has values that are not finite"):
+            common.load_state(net, state, "net.pt", ())
