@@ -67,8 +67,8 @@ def command_line(Args, description):
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        text = " ".join(re.sub("[│╭╮╰╯─]", " ", box.getvalue().split("├")[0]).split())  # without the frame
-        raise Error(text.removeprefix("Parsing error ")) from None
+        text = box.getvalue().split("├")[0].partition("\n")[2]  # of its frame, without the title
+        raise Error(" ".join(re.sub("[│╰╯─]", " ", text).split())) from None
     check_ranges(args)
     return args
 
