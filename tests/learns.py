@@ -37,21 +37,21 @@ import common
 
 NET = "--backbone mobilenet_v2 --weights WEIGHTS --image-size 128"
 FLAGS = {  # of each method's script
-    "anogan": "--epochs 16 --image-size 32 --width 16 --batch-size 16 --lr 1e-3 --steps 30 --search-lr 0.02",
+    "anogan": "--epochs 16 --image-size 32 --width 16 --batch-size 16 --lr 1e-3 --steps 60 --search-lr 0.05",
     "cfa": f"--epochs 2 {NET}",
     "cflow": f"--epochs 1 {NET} --batch-size 8 --blocks 4 --lr 1e-3",
     "clip_recon": f"--epochs 1 {NET} --model tiny --clip-weights none --da-levels 0 --prompt-tokens 4 --lr 1e-2 "
                   "--patches-per-step 32",
     "csflow": f"--epochs 4 {NET} --batch-size 8 --hidden 64 --lr 1e-3",
-    "cutpaste": f"--epochs 100 {NET} --batch-size 8 --freeze-epochs 3",
+    "cutpaste": f"--epochs 200 {NET} --image-size 64 --batch-size 16 --freeze-epochs 0",
     "ddpm": "--epochs 2 --image-size 32 --base-channels 16 --multipliers 1 1 2 --attention 8 --noise-level 100 "
             "--sample-steps 4 --lr 2e-3 --batch-size 4",
     "deepsvdd": "--epochs 10 --ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --batch-size 20",
     "draem": "--epochs 2 --textures images --image-size 64 --width 16 --lr 1e-3",
-    "fanogan": "--epochs 6 --gan-epochs 6 --image-size 32",
+    "fanogan": "--epochs 10 --gan-epochs 12 --image-size 32 --batch-size 16 --lr 1e-3",
     "ganomaly": "--epochs 60 --image-size 32 --features 16 --lr 5e-4",
     "mkd": f"--epochs 1 {NET} --batch-size 8 --lr 3e-3",
-    "patchsvdd": "--epochs 1 --image-size 96 --batch-size 2 --repeat 1 --bank 2000",
+    "patchsvdd": "--epochs 1 --image-size 96 --batch-size 8 --repeat 3 --bank 2000 --lr 1e-3 --svdd 0.001",
     "rd4ad": f"--epochs 1 {NET} --batch-size 8",
     "simplenet": f"--epochs 2 {NET}",
     "stfpm": f"--epochs 1 {NET} --batch-size 4 --lr 0.8",
