@@ -51,7 +51,7 @@ FLAGS = {  # of each method's script
     "fanogan": "--epochs 10 --gan-epochs 12 --image-size 32 --batch-size 16 --lr 1e-3",
     "ganomaly": "--epochs 60 --image-size 32 --features 16 --lr 5e-4",
     "mkd": f"--epochs 1 {NET} --batch-size 8 --lr 3e-3",
-    "patchsvdd": "--epochs 1 --image-size 96 --batch-size 8 --repeat 3 --bank 2000 --lr 1e-3 --svdd 0.001",
+    "patchsvdd": "--epochs 1 --image-size 96 --batch-size 8 --repeat 2 --bank 2000 --lr 1e-3 --svdd 0.001",
     "rd4ad": f"--epochs 1 {NET} --batch-size 8",
     "simplenet": f"--epochs 2 {NET}",
     "stfpm": f"--epochs 1 {NET} --batch-size 4 --lr 0.8",
