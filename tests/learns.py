@@ -37,7 +37,8 @@ import common
 
 NET = "--backbone mobilenet_v2 --weights WEIGHTS --image-size 128"
 FLAGS = {  # of each method's script
-    "anogan": "--epochs 16 --image-size 32 --width 16 --batch-size 16 --lr 1e-3 --steps 60 --search-lr 0.05",
+    "anogan": "--epochs 16 --image-size 32 --width 16 --batch-size 16 --lr 1e-3 --steps 60 --search-lr 0.05 "
+              "--feature-weight 0.5",
     "cfa": f"--epochs 2 {NET}",
     "cflow": f"--epochs 1 {NET} --batch-size 8 --blocks 4 --lr 1e-3",
     "clip_recon": f"--epochs 1 {NET} --model tiny --clip-weights none --da-levels 0 --prompt-tokens 4 --lr 1e-2 "
