@@ -139,13 +139,14 @@ def read_lines(file):
     return {(l["method"], l["seed"], l["times"]): l for l in lines if l["flags"] == FLAGS.get(l["method"])}
 
 
-def summary(lines, method):
+def summary(lines, method, budget=1):
     """Of each score of a method: name, untrained (mean), trained (its values), floor or None, {other seed: score}."""
-    ours = {seed: line for (name, seed, times), line in sorted(lines.items()) if name == method and times == 1}
+    of_method = {key[1:]: line for key, line in sorted(lines.items()) if key[0] == method}
+    ours = {seed: line for (seed, times), line in of_method.items() if times == budget}
     base = [line for seed, line in ours.items() if seed in FLOOR_SEEDS]
     for name in SCORES if base else ():
         if name in base[0]["trained"]:
-            untrained = statistics.mean(line["untrained"][name] for line in ours.values() if line["untrained"])
+            untrained = statistics.mean(line["untrained"][name] for line in of_method.values() if line["untrained"])
             trained, floor = [line["trained"][name] for line in base], None
             if len(base) == len(FLOOR_SEEDS):
                 floor = statistics.mean(trained) - 2 * statistics.stdev(trained)
@@ -155,13 +156,14 @@ def summary(lines, method):
 
 
 def report(lines):
-    """Prints a row for each score of each method."""
+    """Prints a row for each score of each method and budget."""
     print("| method | score | untrained | trained | floor | other seeds | seconds |\n|" + " --- |" * 7)
-    for method in FLAGS:
-        seconds = [line["seconds"] for (name, _, times), line in lines.items() if name == method and times == 1]
-        for name, untrained, trained, floor, others in summary(lines, method):
+    for method, budget in sorted({(method, times) for method, _, times in lines}):
+        seconds = [line["seconds"] for key, line in lines.items() if (key[0], key[2]) == (method, budget)]
+        label = method if budget == 1 else f"{method}, {budget} times the epochs"
+        for name, untrained, trained, floor, others in summary(lines, method, budget):
             spread = f" ± {statistics.stdev(trained):.3f}" if len(trained) > 1 else ""
-            print(f"| {method} | {name.replace('_auroc', ' AUROC')} | {untrained:.3f} | {statistics.mean(trained):.3f}"
+            print(f"| {label} | {name.replace('_auroc', ' AUROC')} | {untrained:.3f} | {statistics.mean(trained):.3f}"
                   f"{spread} ({len(trained)}) | {floor and round(floor, 3) or '-'} "
                   f"| {', '.join(f'{value:.3f}' for value in others.values())} | {statistics.mean(seconds):.0f} |")
 
