@@ -50,7 +50,7 @@ FLAGS = {  # of each method's script
     "deepsvdd": "--epochs 10 --ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --batch-size 20",
     "draem": "--epochs 2 --textures images --image-size 64 --width 16 --lr 1e-3",
     "fanogan": "--epochs 10 --gan-epochs 12 --image-size 32 --batch-size 16 --lr 1e-3",
-    "ganomaly": "--epochs 60 --image-size 32 --features 16 --lr 5e-4",
+    "ganomaly": "--epochs 100 --image-size 32 --features 16 --lr 5e-4",
     "mkd": f"--epochs 1 {NET} --batch-size 8 --lr 3e-3",
     "patchsvdd": "--epochs 1 --image-size 96 --batch-size 8 --repeat 2 --bank 2000 --lr 1e-3 --svdd 0.001",
     "rd4ad": f"--epochs 1 {NET} --batch-size 8",
