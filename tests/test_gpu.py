@@ -20,6 +20,7 @@ def test_the_right_part_finds_no_difference_on_one_device(tmp_path):
     assert row["same"] == row["scores"] == row["auroc"] == 0 and row["again"] and row["predict"], row
 
 
+@pytest.mark.long
 def test_speed_is_measured_next_to_the_networks_alone_and_gives_the_hours_of_the_suite(tmp_path):
     row = rows("fast", tmp_path / "g.jsonl", "ganomaly")[0]
     assert 0.1 < row["train_share"] < 1.5 and row["bare_train"] > 0 and row["score"] > 0, row
@@ -27,6 +28,7 @@ def test_speed_is_measured_next_to_the_networks_alone_and_gives_the_hours_of_the
     assert hours["oct2017"] > 3 * hours["brain"] > 0 and hours["sum_of_five_seeds"] > 5 * hours["oct2017"]
 
 
+@pytest.mark.long
 def test_full_size_parts_run_in_small(tmp_path):
     found = rows("full", tmp_path / "g.jsonl")
     assert [row["what"].split(":")[0] for row in found] == ["PatchCore", "PaDiM", "clip_recon"]

@@ -74,7 +74,7 @@ def finished(request, phantom, tmp_path_factory):
     arguments = ["--data", "phantom", "--root", phantom, "--device", "cpu", *SHORT[method]]
 
     def make(out):
-        done = run_script(f"methods/{method}.py", *arguments, "--out", out, "--maps", 3)
+        done = run_script(f"methods/{method}.py", *arguments, "--out", out, "--maps", 2)
         assert done.returncode == 0, done.stderr
         assert done.stderr == "" or "Warning" in done.stderr, done.stderr  # no progress bar outside a terminal
         (out / "stdout.txt").write_text(done.stdout)
@@ -147,7 +147,7 @@ def test_pictures_show_the_image_and_its_map(finished):
         assert not (folder / "maps").exists()
         return
     panels = [Image.open(p) for p in (folder / "maps").iterdir()]
-    assert len(panels) == 3 and len({p.size for p in panels}) == 1
+    assert len(panels) == 2 and len({p.size for p in panels}) == 1
     assert all(np.asarray(p).std() > 0 for p in panels)
 
 
@@ -193,7 +193,7 @@ def test_a_finished_run_is_kept_and_other_arguments_ask_for_overwrite(finished, 
     monkeypatch.setattr(common.fcntl, "flock", lambda *_: None)  # this process leaves, but does not end
     method, folder, arguments, _ = finished
     written = (folder / "results.json").stat().st_mtime_ns
-    arguments = [*arguments, "--out", folder.parents[2], "--maps", 3]
+    arguments = [*arguments, "--out", folder.parents[2], "--maps", 2]
     with pytest.raises(SystemExit) as left:
         run_here(method, *arguments)
     assert not left.value.code and "nothing to do" in capsys.readouterr().out
