@@ -196,8 +196,8 @@ def read_log(file):
 
 
 def read_lesions(file):
-    """Return the PRO of the smallest, middle and largest third of the lesions (`SIZES`) from their overlaps at 20 false
-    positive rates up to 30%, and the largest area in pixels of the first two thirds; {} if the file does not exist."""
+    """Return the PRO of small, medium and large lesions (`SIZES`: thirds by area) from their overlaps at 20 false
+    positive rates up to 30%, and the two limits of area in pixels. Return {} if the file does not exist."""
     if not file.exists():
         return {}
     kinds = dict(path=str, lesion=str, area=float, overlap=str) | dict.fromkeys(LEVELS, float)

@@ -1,7 +1,7 @@
 """Check new data before the first run: are all files usable, and is an image or a patient in two splits?
 
 Prints one line per kind of finding. Errors (exit code 1): the same image, or one patient, in two splits; masks that are
-missing, all black, or of another size than their image; files that cannot be read. Notices (exit code 0): counts other
+missing, all black, or not the size of their image; files that cannot be read. Notices (exit code 0): counts other
 than the published ones, near-duplicates, mixed sizes or formats, odd masks, names that may belong to one patient. Two
 files are written below <root>/.cache: a record of the check (JSON), which runs on the same files quote, and a picture
 (PNG) with samples and the closest pairs.

@@ -10,9 +10,9 @@ The rule:
 1. Every axial slice with liver (label above 0) of the cases 1 to 10 is used. Slices with tumour (label 2) are anomalous
    and have it as mask. --all-cases uses every case of the source, --patients FILE the cases that it lists.
 2. Window, mask, equalisation and orientation are those of btcv.py; give it the same --equalize.
-3. Whole patients go to valid so that its slices add up to the published 93 normal and 73 anomalous (the same shares of
-   a smaller source), or come closest to it. Valid has normal and anomalous slices if any choice allows it. Patients are
-   tried in an order given by --seed; the others are test.
+3. Whole patients go to valid so that its slices match the published 93 normal and 73 anomalous (fewer, in proportion,
+   from a smaller source) or come as close as possible. Valid has normal and anomalous slices if any choice allows it.
+   Patients are tried in an order given by --seed; the others are test.
    --patients FILE (CSV: case,split, with the case's number) defines the division instead.
 
 Published: valid 93 + 73, test 833 + 660, i.e. 733 of the 7,190 slices with tumour in the 131 cases. The thesis does not

@@ -92,7 +92,7 @@ def slice_of(volume, middle, rng, size):
 
 
 def lesions(image, rng):
-    """Draw lesions inside the brain; return the change of the image (size, size) and its mask."""
+    """Draw lesions inside the brain; return the change to the image (size, size) and the lesion mask."""
     size = len(image)
     brain = ndimage.binary_fill_holes(ndimage.gaussian_filter(image, size / 64) > 0.25)
     inside = np.argwhere(ndimage.binary_erosion(brain, iterations=max(1, size // 32)))

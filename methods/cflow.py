@@ -159,7 +159,7 @@ class Flow(nn.ModuleList):
 
 
 class CFlow(nn.Module):
-    """P_l = h_l * w_l positions of layer l, C_l channels; codes of D numbers."""
+    """Shapes: layer l has P_l = h_l * w_l positions and C_l channels; a position's code has D numbers."""
 
     def __init__(self, backbone, weights, image_size, blocks, condition):
         super().__init__()

@@ -56,7 +56,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images per batch; changes nothing but speed and memory"""
+    """images per batch; affects only speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1

@@ -95,7 +95,7 @@ class Args:
     svdd: Annotated[float, Interval(ge=0, le=1)] = 0.9
     """lambda, weight of the two SVDD losses (thesis, Table 3.2; official code: 1, in its example 1e-3)"""
     bank: Annotated[int, Ge(1)] = 1_300_000
-    """maximum number of normal patches per scale to compare with, at least one from each image (our choice)"""
+    """maximum number of normal patches kept per scale, but at least one from each image (our choice)"""
 
 
 def position_corners(count, size, patch):

@@ -19,7 +19,7 @@ Differences from the official code:
 - The epoch is chosen on valid (thesis, 3.4.1; official: the lowest training loss).
 - |std|, which divides the error, is at least 1e-6; nothing keeps the official one from zero.
 - Sizes other than 256: groups of 4x4 tokens as long as the grid is divisible by 4; the rest is the last group (2x2 at
-  128 pixels). The scales of the score follow the groups.
+  128 pixels). The scales of the score follow from the group sizes.
 - On a GPU the transformer runs in bfloat16 (autocast): its dense layers are almost all of the cost.
 
 Kept, though it looks accidental: both position tables are random codes that are never trained, one norm serves the

@@ -52,7 +52,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images per batch; changes nothing but speed and memory"""
+    """images per batch; affects only speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """value of white in 16-bit images; 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
@@ -144,7 +144,7 @@ class WinCLIP(nn.Module):
         return F.normalize(whole[:, 0] @ encoder.proj, dim=-1), features
 
     def text_score(self, feature):
-        """Return ascore_0 (paper, Eq. 1) of features (..., D): the anomalous class' softmax probability."""
+        """Return ascore_0 (paper, Eq. 1) of features (..., D): the anomalous class's softmax probability."""
         return (feature @ self.text.T / TAU).softmax(dim=-1)[..., 1].clamp(min=FLOOR)
 
     def memory_score(self, feature, k):
