@@ -752,6 +752,11 @@ def calibrate(model, valid, args, device):
             "maxima": result.maxima.tolist() if result.maxima is not None and comparable else None}
 
 
+# Instead of `calibrate`'s result where there are no normal images to decide by; zero-shot maps are in [0, 1].
+NOTHING_SEEN = {"from": "nothing", "labels": [], "scores": [], "scans": [], "map_range": (0, 1), "dice": None,
+                "maxima": None}
+
+
 def decide(seen, args):
     """Compute thresholds from the result of `calibrate`: image, pixel and scan at args.specificity, image_f1 (best F1).
 
@@ -1044,7 +1049,7 @@ def finish(run, model, splits):
         remove(folder / old)  # without results.json a run is not finished
     seen = calibrate(model, valid or train, args, run.device)
     if not valid:  # training images give a colour scale, but no thresholds
-        seen |= {"labels": [], "scores": [], "scans": [], "maxima": None, "from": "nothing"}
+        seen = NOTHING_SEEN | dict(map_range=seen["map_range"])
     decision = decide(seen, args)
     run.kept |= dict(seen=seen, decision=decision)
     print(stated(decision))

@@ -19,15 +19,11 @@ from PIL import Image
 
 import common
 
-# For a zero-shot model, which has seen no normal images: no decisions, maps in [0, 1].
-NOTHING_SEEN = {"from": "nothing", "labels": [], "scores": [], "scans": [], "maxima": None, "dice": None,
-                "map_range": (0, 1)}
-
 
 def predict(run, model):
     """Score args.predict and write the run folder. If files are damaged, list them at the end and exit with code 1."""
     args, folder, asked = run.args, run.folder, Path(run.args.predict)
-    decision = common.decide(run.kept.get("seen", NOTHING_SEEN), args)
+    decision = common.decide(run.kept.get("seen", common.NOTHING_SEEN), args)
     for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
         common.remove(folder / old)
     files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)
