@@ -369,7 +369,7 @@ class Split:
 
     def batch(self, indices, device="cpu"):
         """Return images (B, 3, H, W), float32 in [0, 1], on `device`."""
-        return torch.from_numpy(np.asarray(self.images[indices])).to(device).float() / 255
+        return to_device(self.images[indices], device).float() / 255
 
     def batches(self, batch_size, device="cpu", shuffle=None, drop_last=False, fetch=None):
         """Yield all images in batches, in file order, or shuffled by a seed (an int or a tuple such as (seed, epoch)).
@@ -384,11 +384,18 @@ class Split:
             yield fetch(indices) if fetch else self.batch(indices, device)
 
 
+def to_device(array, device):
+    """Copy an array to a device; to a GPU without waiting, which needs pinned memory."""
+    tensor = torch.from_numpy(np.asarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else tensor.to(device)
+
+
 class Features:
     """Features of a split's images from a frozen network, for training loops that need them in each epoch.
 
     They are computed once into a file in the run folder if it takes at most args.cache_features GiB and half of the
-    free disk; otherwise again for each batch. A line says which."""
+    free disk; otherwise again for each batch. So are more than 2 MiB per image on a GPU, which reads such features more
+    slowly than it computes them (tests/README.md). A line says which."""
 
     def __init__(self, extract, split, args, run):
         """extract: function from images (B, 3, H, W) to [(B, ...), ...], the same each time."""
@@ -397,10 +404,12 @@ class Features:
         self.sizes = [math.prod(shape) for shape in self.shapes]
         needed = sum(self.sizes) * 4 * len(split) / 2**30
         budget = min(args.cache_features, shutil.disk_usage(run.folder).free / 2**31)
-        run.notes["features_cached"] = needed <= budget
-        print(f"features of {split.name}: {needed:.2f} GiB, " + ("cached" if needed <= budget else
-              f"above the budget of {budget:.2f} (--cache-features), computed again each epoch"), flush=True)
-        if needed <= budget:
+        faster = self.device.type == "cuda" and sum(self.sizes) * 4 > 2**21
+        cached = run.notes["features_cached"] = needed <= budget and not faster
+        why = "which is faster on a GPU" if faster else f"above the budget of {budget:.2f} (--cache-features)"
+        print(f"features of {split.name}: {needed:.2f} GiB, "
+              + ("cached" if cached else f"computed again each epoch, {why}"), flush=True)
+        if cached:
             with atomic(run.folder / "features") as tmp, open(tmp, "w+b") as f:
                 for image in split.batches(args.batch_size, run.device):
                     f.write(torch.cat([f.flatten(1).float().cpu() for f in extract(image)], dim=1).numpy().tobytes())
@@ -413,7 +422,7 @@ class Features:
             if self.file is None:
                 return self.extract(self.split.batch(indices, self.device))
             rows = np.memmap(self.file, np.float32, "r", shape=(len(self.split), sum(self.sizes)))  # see `images`
-            parts = torch.from_numpy(np.asarray(rows[indices])).to(self.device).split(self.sizes, dim=1)
+            parts = to_device(rows[indices], self.device).split(self.sizes, dim=1)
             return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
         return self.split.batches(batch_size, self.device, shuffle, drop_last, fetch)

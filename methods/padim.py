@@ -96,7 +96,7 @@ class PaDiM(nn.Module):
         self.drawn[torch.randperm(total)[:d]] = True  # the same channels at all positions
         self.register_buffer("mean", torch.zeros(positions, d))  # mu, (P, d)
         self.register_buffer("lower", torch.ones(d, d, dtype=torch.bool).tril(), persistent=False)
-        self.register_buffer("factor", torch.zeros(positions, d * (d + 1) // 2))  # the lower triangle of L, see `fit`
+        self.register_buffer("whitening", torch.zeros(positions, d * (d + 1) // 2))  # lower triangle of W, see `fit`
 
     def features(self, image):
         features = self.backbone(common.normalize(image))
@@ -114,7 +114,7 @@ class PaDiM(nn.Module):
     @torch.no_grad()
     def fit(self, batches):
         """Compute mean and covariance S of each position from batches of normal images (paper, Eq. 1)."""
-        self.factor = None  # frees memory for `scatter`, 4.6 GiB with 550 features
+        self.whitening = None  # frees memory for `scatter`, 4.6 GiB with 550 features
         n, d = 0, self.mean.zero_().shape[1]
         scatter = [m.new_zeros(len(m), d, d) for m in self.mean.split(CHUNK)]  # sum of (x - mu)(x - mu)^T
         for image in batches:
@@ -123,24 +123,25 @@ class PaDiM(nn.Module):
                 before = x - mean[:, None]  # (CHUNK, B, d)
                 mean += before.sum(dim=1) / n
                 s.baddbmm_(before.mT, x - mean[:, None])  # exactly the sum around the new mean (Chan et al. 1979)
-        factor = []
+        whitening, identity = [], torch.eye(d, device=self.mean.device)
         while scatter:
-            cov = scatter.pop(0)  # frees each chunk before the next factor is computed
+            cov = scatter.pop(0)  # frees each chunk before the next one is computed
             cov = (cov.cpu() if cov.device.type == "mps" else cov).double().div_(max(n - 1, 1))  # mps has no float64
             cov.diagonal(dim1=1, dim2=2).add_(EPSILON)
-            factor.append(torch.linalg.cholesky(cov).float().to(self.mean.device)[:, self.lower])  # S = L L^T
-        self.factor = torch.cat(factor)
+            L = torch.linalg.cholesky(cov)  # S = L L^T
+            W = torch.linalg.solve_triangular(L, identity.to(cov), upper=False)  # L^-1, so S^-1 = W^T W
+            whitening.append(W.float().to(self.mean.device)[:, self.lower])
+        self.whitening = torch.cat(whitening)
 
     @torch.inference_mode()
     def predict(self, image):
         """Anomaly map (B, H, W): the Mahalanobis distance, smoothed; anomaly score (B,): its maximum."""
         self.eval()
-        distance, full = [], self.factor.new_zeros(CHUNK, *self.lower.shape)
-        chunks = (x.split(CHUNK) for x in (self.embed(image), self.mean, self.factor))
+        distance = []
+        chunks = (x.split(CHUNK) for x in (self.embed(image), self.mean, self.whitening))
         for x, mean, triangle in zip(*chunks, strict=True):
-            factor = full[: len(mean)].masked_scatter_(self.lower, triangle)  # L, (CHUNK, d, d)
-            # z L^T = x - mu: rows of z (CHUNK, B, d) are L^-1 (x - mu), whitened
-            z = torch.linalg.solve_triangular(factor.mT, x - mean[:, None], upper=True, left=False)
+            W = triangle.new_zeros(len(mean), *self.lower.shape).masked_scatter_(self.lower, triangle)  # (CHUNK, d, d)
+            z = (x - mean[:, None]) @ W.mT  # rows of z (CHUNK, B, d): W (x - mu)
             distance.append(torch.linalg.vector_norm(z, dim=2))  # paper, Eq. 2: sqrt((x - mu)^T S^-1 (x - mu))
         distance = torch.cat(distance).T.unflatten(1, self.grid)  # (P, B) -> (B, h, w)
         anomaly_map = F.interpolate(distance[:, None], image.shape[-2:], mode="bilinear")[:, 0]

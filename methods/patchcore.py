@@ -181,8 +181,9 @@ def greedy_coreset(points, count, batch=2048):
     return torch.cat(picks)
 
 
-def nearest(points, centers, rows=2048, columns=2048):
+def nearest(points, centers, rows=None, columns=2048):
     """Euclidean distance of each of the points (n, d) to its nearest center (m, d): (n,)."""
+    rows = rows or (65536 if points.is_cuda else 2048)  # large products for a GPU; for a CPU, what fits its cache
     middle = centers.mean(dim=0)  # subtracted, so that |x|^2 - 2 x c + |c|^2 loses fewer digits
     result = torch.full((len(points),), torch.inf, device=points.device)
     for c in centers.split(columns):

@@ -20,11 +20,14 @@ suite: from the lines of `fast`: hours of each method on each benchmark at the p
 
 import contextlib
 import csv
+import gc
 import io
 import json
+import math
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,7 +55,9 @@ UNTRAINED = {"clip_recon": ["--clip-weights", "none"], "clip_zeroshot": ["--clip
 STAGES = {"fanogan": "--gan-epochs", "deepsvdd": "--ae-epochs"}  # what is trained before --epochs begin
 # Budgets. Published settings otherwise.
 FEW = {"ddpm": 4, "clip_recon": 8, "patchsvdd": 8}  # images of each split and class, else 32
-BRIEF = {"patchsvdd": ["--repeat", 10]}
+FAST = {"ddpm": 8, "cflow": 32, "patchsvdd": 16, "clip_recon": 64, "winclip": 64, "anogan": 64, "draem": 64}  # else 256
+SECONDS = 40  # most that `fast` gives to a method
+BRIEF = {"patchsvdd": ["--repeat", 10], "cutpaste": ["--steps-per-epoch", 8]}
 STEP = {"ddpm": ["--sample-steps", 2], "anogan": ["--steps", 5], "patchsvdd": ["--repeat", 1]}  # to compare devices
 BATCH = {"clip_recon": 1, "ddpm": 1, "csflow": 4, "cutpaste": 4}  # images a step, to compare devices; else 2
 
@@ -67,8 +72,8 @@ class Args:
     """cuda, or cpu to test this script"""
     small: bool = False
     """smallest budgets, for a CPU"""
-    out: str = "gpu.jsonl"
-    """the JSON lines, one for each part and method"""
+    out: Path = Path(__file__).with_suffix(".jsonl")
+    """a line is added for each part and method"""
     worker: str | None = None
     """the phantom's root: do one method in this process (called by this script itself)"""
 
@@ -110,6 +115,10 @@ def exactly():
 
 class Stopped(Exception):
     pass
+
+
+def too_long(*_):
+    raise TimeoutError(f"took more than {SECONDS} s")
 
 
 def run(method, out, *flags, stop=None):
@@ -239,12 +248,17 @@ def phantom(args):
         subprocess.run([sys.executable, ROOT / "datasets/phantom.py", "--root", root, "--size", str(size),
                         f"--train={count}", f"--valid={min(count, 32)}", f"--test={min(count, 64)}"], check=True,
                        stdout=subprocess.DEVNULL)
+        if args.part == "fast" and not args.small:  # every training image twice, for longer epochs
+            for image in list(Path(root, "phantom/train").rglob("*.png")):
+                shutil.copy(image, image.with_name(f"copy_{image.name}"))
         yield Path(root)
 
 
 def note(args, row):
     """Append a row to --out and print it; figures with three digits."""
-    row |= dict(device=torch.cuda.get_device_name() if args.device == "cuda" else args.device, torch=torch.__version__)
+    if "device" not in row:
+        device = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+        row |= dict(device=device, torch=torch.__version__)
     with open(args.out, "a") as f:
         f.write(json.dumps(row) + "\n")
     shown = {k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -300,7 +314,9 @@ class Calls:
             hook.remove()
 
     def seconds(self, device, repeats=3):
-        """Median seconds of all recorded forward passes and, where gradients were on, backward passes."""
+        """Median seconds of all recorded forward passes and, where gradients were on, backward passes. nan if none."""
+        if not self.calls:
+            return math.nan
         taken = []
         for _ in range(repeats + 1):
             started = now(device)
@@ -323,40 +339,79 @@ def now(device):
     return time.perf_counter()
 
 
+@contextlib.contextmanager
+def timed(device, seconds):
+    """Adds the seconds spent in loading, predicting and metrics to the dict `seconds`, unless it is empty."""
+    def wrap(name, function):
+        def wrapped(*args, **kwargs):
+            if not seconds:
+                return function(*args, **kwargs)
+            started = now(device)
+            result = function(*args, **kwargs)
+            seconds[name] += now(device) - started
+            return result
+        return wrapped
+
+    places = [("load", common.Split, "batch"), ("predict", common, "score"), ("metrics", common.PixelMetrics, "update"),
+              ("metrics", common.PixelMetrics, "compute")]
+    before = [getattr(owner, attribute) for _, owner, attribute in places]
+    try:
+        for name, owner, attribute in places:
+            setattr(owner, attribute, wrap(name, getattr(owner, attribute)))
+        yield
+    finally:
+        for (_, owner, attribute), function in zip(places, before, strict=True):
+            setattr(owner, attribute, function)
+
+
+ZERO = dict(load=0.0, predict=0.0, metrics=0.0)
+
+
+def milliseconds(seconds, total):
+    return {name: round(1000 * s, 1) for name, s in (seconds | dict(total=total)).items()}
+
+
 def fast(method, args, root):
     """Images a second of one method: ours and bare, in training and scoring."""
     flags, trained = settings(method, root, args.small)
-    count = 4 if args.small else min(FEW.get(method, 128), 128)
+    count = 4 if args.small else FAST.get(method, 256)
     flags += ["--limit", count, "--device", args.device, *BRIEF.get(method, []),
               *([STAGES[method], 3] if method in STAGES else []), *(["--epochs", 3, "--eval-every", 3] * trained)]
-    ends, scored, calls = [], [], Calls()
+    ends, scored, calls, parts = [], [], Calls(), {}
     validate, evaluate = common.Run.validate, common.evaluate
 
     def timed_validate(run, model, epoch, *rest, **losses):
         ends.append(now(args.device))
         if epoch == 2:
             calls.__enter__()
+            parts.update(ZERO)
         if epoch == 3:
             calls.__exit__()
+            row["train_parts"] = milliseconds(parts, ends[2] - ends[1])
+            parts.clear()
             row["bare_train"] = calls.seconds(args.device)
             run.started += now(args.device) - ends[-1]
             calls.calls.clear()
         validate(run, model, epoch, *rest, **losses)
 
     def timed_evaluate(model, split, *rest):
+        parts.update(ZERO)
         started = now(args.device)
         result = evaluate(model, split, *rest)
-        scored.append((len(split) / (now(args.device) - started), split.name))
+        seconds = now(args.device) - started
+        scored.append((len(split) / seconds, split.name))
+        row["score_parts"] = milliseconds(parts, seconds)
+        parts.clear()
         if split.name == "test":
             with Calls() as calls:
                 model.predict(split.batch(np.arange(min(rest[0], len(split))), args.device))
-            row["bare_score"] = min(rest[0], len(split)) / max(calls.seconds(args.device), 1e-9)
+            row["bare_score"] = min(rest[0], len(split)) / calls.seconds(args.device)
         return result
 
     row = dict(part="fast", method=method, images=count)
     common.Run.validate, common.evaluate = timed_validate, timed_evaluate
     try:
-        with tempfile.TemporaryDirectory() as out:
+        with tempfile.TemporaryDirectory() as out, timed(args.device, parts):
             started = now(args.device)
             results, _, _ = run(method, Path(out), *flags)
     finally:
@@ -365,7 +420,7 @@ def fast(method, args, root):
         # The third epoch ran with the recording hooks, which cost little; the second without
         images = count if method != "cutpaste" else results["args"]["batch_size"] * results["args"]["steps_per_epoch"]
         row["train"] = images / (ends[1] - ends[0])
-        row["bare_train"] = images / max(row.pop("bare_train"), 1e-9)
+        row["bare_train"] = images / row["bare_train"]
         row["train_share"] = row["train"] / row["bare_train"]
         if method in STAGES:
             row["stage"] = 3 * count / (ends[0] - started - (ends[1] - ends[0]))
@@ -392,14 +447,27 @@ def full(args):
     import padim
     import patchcore
 
-    for images, share in [(20, 0.1)] if args.small else [(2000, 0.02), (4000, 0.02), (8000, 0.02), (1000, 0.1),
-                                                         (2000, 0.1), (26315, 0.0005)]:
+    for images, share in [(20, 0.1)] if args.small else [(1000, 0.1), (2000, 0.1), (4000, 0.1), (8000, 0.1),
+                                                         (26315, 0.002)]:
         def coreset(images=images, share=share):
             points = torch.randn(images * 1024, patchcore.PROJECTED, device=args.device, dtype=torch.float16)
             patchcore.greedy_coreset(points, max(2, int(share * len(points))))
+            return dict(images=images, share=share)
 
         with torch.inference_mode():
             yield measured(f"PatchCore: {share:.2%} of {images} images' patches picked, made-up features", coreset)
+
+    def search():
+        asked = tyro.cli(patchcore.Args, args=["--weights", "none"])
+        model = patchcore.build_model(asked).to(args.device)
+        model.memory_bank = torch.randn(200 if args.small else 2694656, 1536, device=args.device)
+        some = torch.rand(2 if args.small else asked.batch_size, 3, 256, 256, device=args.device)
+        model.predict(some)
+        started = now(args.device)
+        model.predict(some)
+        return dict(images=26315, ms_per_image=1000 * (now(args.device) - started) / len(some))
+
+    yield measured("PatchCore: scores with a bank of 26,315 images at 10%, made-up features", search)
 
     def fit():
         images = 4 if args.small else 7500
@@ -437,13 +505,16 @@ def full(args):
 
 # ---------------------------------------------------------------------------------------------------------------- suite
 def suite(args):
-    """Yields rows: hours of a method on each benchmark, one seed, from the lines that `fast` wrote to --out."""
+    """Yields rows: hours of a method on each benchmark, one seed, from the lines of `fast` (and `full`) in --out."""
     from check import PUBLISHED
 
-    rows = [json.loads(line) for line in Path(args.out).read_text().splitlines()] if Path(args.out).exists() else []
-    rows = {row["method"]: row for row in rows if row.get("part") == "fast" and "score" in row}
+    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    rows = {row["method"]: row for row in lines if row["part"] == "fast" and "score" in row}
     if not rows:
         raise common.Error(f"{args.out} holds no lines of `fast`; run that part first")
+    # PatchCore's coreset takes seconds in proportion to N^2, its search milliseconds an image in proportion to N
+    coreset, search = ({row["images"]: row for row in lines if row["part"] == "full" and row["what"].startswith(what)}
+                       for what in ("PatchCore: 10.00%", "PatchCore: scores"))
     for method, row in rows.items():
         spec = runpy.run_path(str(ROOT / f"methods/{method}.py"), run_name="asked")["Args"]()
         hours = {}
@@ -452,12 +523,16 @@ def suite(args):
             epochs = getattr(spec, "epochs", 1) or -(-300_000 // train)  # ddpm: whatever the benchmark
             every = getattr(spec, "eval_every", 1)
             images = spec.batch_size * spec.steps_per_epoch if method == "cutpaste" else train
-            brief = {"patchsvdd": spec.repeat / 10 if method == "patchsvdd" else 1}.get(method, 1)  # see BRIEF
+            brief = spec.repeat / 10 if method == "patchsvdd" else 1  # see BRIEF
             seconds = epochs * images / row["train"] * brief + (test + valid * (epochs // every)) / row["score"]
             if method in STAGES:
                 seconds += getattr(spec, STAGES[method][2:].replace("-", "_")) * train / row["stage"]
+            if method == "patchcore" and coreset and search:
+                seconds += coreset[max(coreset)]["seconds"] * (train / max(coreset)) ** 2
+                seconds += (test + valid) * search[26315]["ms_per_image"] / 1000 * train / 26315
             hours[data] = seconds / 3600
-        yield dict(part="suite", method=method, **hours, sum_of_five_seeds=5 * sum(hours.values()))
+        yield dict(part="suite", method=method, **hours, sum_of_five_seeds=5 * sum(hours.values()),
+                   device=row["device"], torch=row["torch"])
 
 
 if __name__ == "__main__":
@@ -469,12 +544,19 @@ if __name__ == "__main__":
     elif args.part == "right":
         in_processes(args)
     elif args.part == "fast":
+        signal.signal(signal.SIGALRM, too_long)
         with phantom(args) as root:
             for method in args.methods or METHODS:
+                started = time.time()
+                signal.alarm(SECONDS)
                 try:
-                    note(args, fast(method, args, root))
+                    row = fast(method, args, root)
                 except (Exception, SystemExit) as e:
-                    note(args, dict(part="fast", method=method, error=f"{type(e).__name__}: {e}"[:300]))
+                    row = dict(part="fast", method=method, error=f"{type(e).__name__}: {e}"[:300],
+                               where=traceback.format_exc().splitlines()[-4:-1])
+                signal.alarm(0)
+                note(args, row | dict(seconds=round(time.time() - started, 1)))
+                gc.collect()
     else:
         for row in (full if args.part == "full" else suite)(args):
             note(args, row)

@@ -90,7 +90,7 @@ def test_grids_need_not_lie_in_one_another(images):
 def test_the_state_holds_one_triangle_a_position(images):
     model = fitted(images[:2], 100, batch=2)
     held = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-    assert set(held) == {"drawn", "mean", "factor"} and held["factor"].shape == (16 * 16, 100 * 101 // 2)
+    assert set(held) == {"drawn", "mean", "whitening"} and held["whitening"].shape == (16 * 16, 100 * 101 // 2)
 
 
 def test_a_single_training_image_gives_finite_maps(images):
