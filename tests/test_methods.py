@@ -3,11 +3,13 @@
 import ast
 import csv
 import dataclasses
+import io
 import json
 import os
 import runpy
 import shutil
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import nibabel
 import numpy as np
@@ -69,15 +71,15 @@ def run_here(method, *arguments):
 
 @pytest.fixture(scope="module", params=METHODS)
 def finished(request, phantom, tmp_path_factory):
-    """(method, run folder, common arguments, stdout) of a finished run, started from the shell."""
+    """(method, run folder, common arguments, stdout) of a finished run."""
     method = request.param
     arguments = ["--data", "phantom", "--root", phantom, "--device", "cpu", *SHORT[method]]
 
     def make(out):
-        done = run_script(f"methods/{method}.py", *arguments, "--out", out, "--maps", 2)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == "" or "Warning" in done.stderr, done.stderr  # no progress bar outside a terminal
-        (out / "stdout.txt").write_text(done.stdout)
+        with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as warned:
+            run_here(method, *arguments, "--out", out, "--maps", 2)
+        assert not warned.getvalue() or "Warning" in warned.getvalue()  # no progress bar outside a terminal
+        (out / "stdout.txt").write_text(said.getvalue())
 
     out = once(tmp_path_factory, f"finished-{method}", make)
     return method, out / "phantom" / method / "seed0", arguments, (out / "stdout.txt").read_text()
