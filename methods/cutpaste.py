@@ -37,8 +37,6 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import nn
-from torchvision.transforms.v2 import ColorJitter
-from torchvision.transforms.v2.functional import rotate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
@@ -104,11 +102,14 @@ class Args:
 
 # --------------------------------------------------------------------------------------------------------- augmentation
 # All settings are Runinho's. Random numbers come from PyTorch's CPU generator, so a seed means the same on all devices.
-jitter = ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1)
-
-
 def uniform(low, high):
     return torch.empty(1).uniform_(low, high).item()
+
+
+def jitter(image):
+    from torchvision.transforms.v2 import ColorJitter  # here: it takes a second to import
+
+    return ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1)(image)
 
 
 def corner(image, height, width):
@@ -142,6 +143,8 @@ def cutpaste(image):
 
 def scar(image):
     """Paste a thin, rotated rectangle; the corners of its bounding box are transparent."""
+    from torchvision.transforms.v2.functional import rotate
+
     width, height = round(uniform(2, 16)), round(uniform(10, 25))  # pixels
     patch = cut(image, height, width)
     opaque = torch.ones_like(patch[:1])

@@ -47,7 +47,6 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import nn
-from torchvision.transforms.v2.functional import gaussian_blur
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
@@ -344,7 +343,7 @@ class AnoDDPM(nn.Module):
                            for x in x_0.split(1)])  # one image at a time, because rounding depends on the batch
         anomaly_map = (recon - x_0).square().sum(dim=1)
         if self.args.sigma:
-            anomaly_map = gaussian_blur(anomaly_map, 8 * self.args.sigma + 1, self.args.sigma)
+            anomaly_map = common.smooth(anomaly_map, self.args.sigma)
         largest = anomaly_map.flatten(1).topk(1 if self.args.score == "max" else anomaly_map[0].numel() // 100)
         return anomaly_map, largest.values.mean(dim=1)
 

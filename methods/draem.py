@@ -33,11 +33,8 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from annotated_types import Ge, Gt, Interval
 from torch import nn
-from torchvision.datasets import DTD
-from torchvision.transforms.v2 import ColorJitter, InterpolationMode, RandomRotation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
@@ -192,18 +189,28 @@ def uniform(low, high):
     return torch.empty(1).uniform_(low, high).item()
 
 
-rotate = RandomRotation(90, InterpolationMode.BILINEAR)  # degrees; corners become black
-AUGMENTERS = [  # of textures (3, H, W) in [0, 1], with the ranges of the official code and imgaug's defaults
-    lambda a: torch.cat([TF.adjust_gamma(channel, uniform(0.5, 2)) for channel in a.split(1)]),
-    lambda a: (TF.adjust_brightness(a, uniform(0.8, 1.2)) + uniform(-30, 30) / 255).clamp(0, 1),
-    lambda a: TF.adjust_sharpness(a, uniform(0, 2)),
-    ColorJitter(hue=50 / 255, saturation=0.2),
-    lambda a: TF.solarize(a, uniform(32, 128) / 255) if uniform(0, 1) < 0.5 else a,
-    lambda a: TF.posterize(a, int(torch.randint(1, 9, ()))),  # bits
-    TF.invert,
-    TF.autocontrast,
-    TF.equalize,
-    RandomRotation(45, InterpolationMode.BILINEAR)]
+def rotate(image, degrees=90):
+    from torchvision.transforms.v2 import InterpolationMode, RandomRotation  # here: it takes a second to import
+
+    return RandomRotation(degrees, InterpolationMode.BILINEAR)(image)  # corners become black
+
+
+def augment(texture, k):
+    """Apply the k-th of ten augmentations to a texture (3, H, W) in [0, 1]: official code, with imgaug's defaults."""
+    import torchvision.transforms.v2.functional as TF
+    from torchvision.transforms.v2 import ColorJitter
+
+    return [
+        lambda a: torch.cat([TF.adjust_gamma(channel, uniform(0.5, 2)) for channel in a.split(1)]),
+        lambda a: (TF.adjust_brightness(a, uniform(0.8, 1.2)) + uniform(-30, 30) / 255).clamp(0, 1),
+        lambda a: TF.adjust_sharpness(a, uniform(0, 2)),
+        ColorJitter(hue=50 / 255, saturation=0.2),
+        lambda a: TF.solarize(a, uniform(32, 128) / 255) if uniform(0, 1) < 0.5 else a,
+        lambda a: TF.posterize(a, int(torch.randint(1, 9, ()))),  # bits
+        TF.invert,
+        TF.autocontrast,
+        TF.equalize,
+        lambda a: rotate(a, 45)][k](texture)
 
 
 def perlin(rows, columns, size, device):
@@ -239,8 +246,8 @@ def simulate(image, textures):
         texture = textures.batch(torch.randint(len(textures), (1,)).numpy(), device)[0]
     else:
         texture = noise.clamp(0, 1).expand(3, -1, -1)
-    for k in torch.randperm(len(AUGMENTERS))[:3]:
-        texture = AUGMENTERS[k](texture)  # A
+    for k in torch.randperm(10)[:3]:
+        texture = augment(texture, k)  # A
     beta = uniform(0.2, 1)
     return image, torch.where(mask, (1 - beta) * image + beta * texture, image), mask  # paper, Eq. 4
 
@@ -251,6 +258,8 @@ def load_textures(args, train):
         return train if args.textures == "images" else None
     folder, count = (Path(args.textures), 1) if args.textures != "dtd" else (Path(args.root) / "dtd/dtd/images", 5640)
     if args.textures == "dtd":
+        from torchvision.datasets import DTD
+
         try:
             DTD(args.root, download=True)
         except Exception as e:  # no network, a broken download, a full disk
