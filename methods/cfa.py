@@ -142,7 +142,7 @@ class CFA(nn.Module):
     def features(self, image):
         """Return 3x3 means of the frozen features of each layer: (B, 3, H, W) -> [(B, C_l, h_l, w_l)], finest first."""
         features = self.backbone(common.normalize(image))
-        return [F.avg_pool2d(features[k], 3, stride=1, padding=1) for k in self.layers]  # the zero padding counts
+        return [F.avg_pool2d(features[k], 3, stride=1, padding=1) for k in self.layers]  # includes the zero padding
 
     @torch.no_grad()
     def fill_memory_bank(self, batches):
@@ -177,7 +177,7 @@ class CFA(nn.Module):
         """Return the anomaly map (B, H, W), smoothed distances to nearest centres, and the score (B,), its maximum."""
         self.eval()
         distance = self.distances(self.features(image), self.neighbors).sqrt()  # (B, P, K); not squared here
-        patch_score = distance[..., 0] * F.softmin(distance, dim=2)[..., 0]  # lower if several centres are as near
+        patch_score = distance[..., 0] * F.softmin(distance, dim=2)[..., 0]  # lower if other centres are as near
         patch_score = patch_score.unflatten(1, self.descriptor.grid)  # (B, P) -> (B, h, w)
         anomaly_map = F.interpolate(patch_score[:, None], image.shape[-2:], mode="bilinear")[:, 0]
         anomaly_map = common.smooth(anomaly_map)

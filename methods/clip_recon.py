@@ -107,7 +107,7 @@ class Args:
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     model: str = "ViT-B-16-plus-240"
-    """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
+    """CLIP model: one of open_clip's with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
     """CLIP weights: an open_clip TAG, none (untrained), auto (laion400m_e32 if available, else none) or a FILE"""
     backbone: str = "clip"
@@ -128,9 +128,9 @@ class Args:
     join: Literal["add", "append"] = "add"
     """add: pi is added to each word (Eq. 4.2); append: pi is one more word, after the others (4.2.1)"""
     modules: Literal["both", "prompts", "adapter"] = "both"
-    """parts to train (thesis, Figure 4.7); prompts: there is no adapter; adapter: words keep their initial values"""
+    """parts to train (thesis, Figure 4.7); prompts: without an adapter; adapter: with fixed initial words"""
     loss: Literal["position", "layer"] = "position"
-    """position: 1 - cos averaged over positions (Eq. 4.5); layer: 1 - cos of layers as long vectors (RD4AD's code)"""
+    """position: 1 - cos averaged over positions (Eq. 4.5); layer: 1 - cos of each layer as one vector (RD4AD's code)"""
     adapter_reduction: Annotated[float, Gt(0)] = 16
     """how many times narrower the adapter's hidden layer is than its input (thesis, 4.2.2); 0.25: four times wider"""
     da_levels: Annotated[int, Ge(0)] = 3
@@ -140,7 +140,7 @@ class Args:
     smooth_sigma: Annotated[int, Ge(0)] = 0
     """standard deviation in pixels of the Gaussian filter that smooths the map; 0: no filter; 4: as in RD4AD"""
     patches_per_step: Annotated[int, Ge(1)] = 256
-    """number of patch locations, drawn at random, per training step; 256 are all locations at 256 pixels"""
+    """number of random patch locations per training step; at 256 pixels, 256 are all of them"""
 
 
 # ------------------------------------------------------------------------------------------------- model (thesis 4.2.2)

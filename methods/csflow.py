@@ -194,7 +194,7 @@ class CSFlow(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), mean z^2 at the largest scale, and the score (B,), mean z^2 / 2 at all."""
+        """Return the anomaly map (B, H, W), mean z^2 at scale 0, and the score (B,), mean z^2 / 2 over all scales."""
         self.eval()
         z, _ = self.flow(self.features(image))  # only the distance from the origin counts (official code)
         anomaly_map = F.interpolate(z[0].square().mean(1, keepdim=True), image.shape[-2:], mode="bilinear")[:, 0]

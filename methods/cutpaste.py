@@ -59,7 +59,7 @@ class Args:
     device: str = "auto"
     """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(32)] = 256
-    """images are resized to this width and height in pixels (BMAD's code); scars have up to 31 pixels at any size"""
+    """images are resized to this width and height in pixels (BMAD's code); scars keep their size of up to 31 pixels"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch (thesis, Table 3.5); each is used three times in training: normal, CutPaste, scar"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
@@ -91,7 +91,7 @@ class Args:
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     freeze_epochs: Annotated[int, Ge(0)] = 20
-    """number of first epochs in which only the head is trained (thesis, Table 3.5); 0 if the weights are untrained"""
+    """number of initial epochs that train only the head (thesis, Table 3.5); ignored if the weights are untrained"""
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """SGD's momentum (Runinho)"""
     weight_decay: Annotated[float, Ge(0)] = 3e-5
@@ -103,7 +103,7 @@ class Args:
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
-# All settings are Runinho's. Random numbers come from PyTorch's CPU generator, so a seed is the same on all devices.
+# All settings are Runinho's. Random numbers come from PyTorch's CPU generator, so they do not depend on the device.
 def uniform(low, high):
     return torch.empty(1).uniform_(low, high).item()
 
@@ -126,7 +126,7 @@ def cut(image, height, width):
 
 
 def paste(image, patch, mask):
-    """Return a copy of the image with the patch (3, h, w) pasted at a random place where the mask (1, h, w) is true."""
+    """Return a copy with the patch (3, h, w) pasted at a random place; pixels outside its mask (1, h, w) are kept."""
     _, height, width = patch.shape
     top, left = corner(image, height, width)
     image = image.clone()

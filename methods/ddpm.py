@@ -54,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 STEPS, BETAS = 1000, (1e-4, 0.02)  # T, and both ends of the linear schedule (DDPM, Sec. 4)
-TRAINED_STEPS = 800  # t is drawn below this (official code: sample_distance)
+TRAINED_STEPS = 800  # training draws t below this (official code: sample_distance)
 BLOCKS, HEADS = 2, 2  # residual blocks per level, attention heads (official code)
 OCTAVES, PERIOD, PERSISTENCE = 6, 64, 0.8  # periods of 64, 32, ... 2 pixels, each 0.8 as strong as the one before
 AVERAGE = 0.9999  # decay of the averaged weights (official code)
@@ -130,7 +130,7 @@ class Args:
 def smooth_noise(t, channels, size, generator=None):
     """Return slices of 3-D Perlin noise at t (b,), summed over octaves: (b, channels, size, size), mean 0, deviation 1.
 
-    Lattice corners have random gradients; a pixel is the weighted sum of gradient times offset over its corners."""
+    Lattice corners have random gradients; a pixel is the weighted sum, over its corners, of gradient times offset."""
     n, total = len(t) * channels, 0
     for octave in range(OCTAVES):
         period = PERIOD / 2**octave  # pixels, and steps of t
@@ -322,7 +322,7 @@ class AnoDDPM(nn.Module):
 
     @torch.no_grad()
     def average(self, unet, step):
-        """Average the weights after step `step` of `unet`, over about the last ninth of all steps, at most 10,000.
+        """Update the averaged weights after step `step`: the mean of about the last ninth of the steps, at most 10,000.
 
         Note: with a decay of 0.9999 from the start, the initial weights would still count 1 / e after 10,000 steps."""
         decay = min(AVERAGE, step / (9 + step))

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 SIZE = 32  # width and height of the network's input
-CENTER_MARGIN = 0.1  # minimum |c_i|, since zero weights would reach a coordinate of zero (official code)
+CENTER_MARGIN = 0.1  # minimum |c_i|, since zero weights would give a coordinate of zero (official code)
 WARM_UP = 10  # epochs before the soft boundary's radius is set (official code)
 
 
@@ -128,7 +128,7 @@ class Encoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """Draws the weights of `encoder` again and adds a decoder that mirrors it; only the encoder is kept."""
+    """An autoencoder of `encoder`, whose weights are drawn again, and a decoder that mirrors it and is not kept."""
 
     def __init__(self, encoder):
         super().__init__()

@@ -55,7 +55,7 @@ class Args:
     device: str = "auto"
     """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(64)] = 256
-    """images are resized to this width and height in pixels (official code), a multiple of 32"""
+    """images are resized to this width and height in pixels (official code); a multiple of 32"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (official code); each needs 1.1 GB of memory in training"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
@@ -88,7 +88,7 @@ class Args:
     """textures to blend in: dtd (official code; 600 MB, downloaded by torchvision to <root>/dtd), a FOLDER of images,
     images (the training images themselves) or noise (the Perlin noise of the mask; BMAD's code)"""
     width: Annotated[int, Ge(2)] = 128
-    """channels of the restoring network's first layer, twice the segmenting network's (official code); CPU: 16"""
+    """channels of the restoring network's first layer, twice the segmenting network's (official code); on a CPU, 16"""
 
 
 # ---------------------------------------------------------------------------------------- networks (paper, 3.1 and 3.2)
@@ -153,7 +153,7 @@ class DRAEM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the map M_o (B, H, W), probabilities of an anomaly, and the score (B,), the maximum of 21x21 means."""
+        """Return the map M_o (B, H, W), anomaly probabilities, and the score (B,), the maximum of its 21x21 means."""
         self.eval()
         anomaly_map = self(image)[1].softmax(dim=1)[:, 1]
         # paper, Eq. 5; pixels outside the image count as zero (official code, test_DRAEM.py)
@@ -178,7 +178,7 @@ def ssim(recon, image):
 
 
 def focal_loss(logits, mask, smooth=1e-5):
-    """Return the mean of -(1 - p)^2 log p, p: probability of the true class; logits (B, 2, H, W), mask (B, 1, H, W)."""
+    """Return the mean of -(1 - p)^2 log p for the probability p of the true class: (B, 2, H, W), mask (B, 1, H, W)."""
     anomalous = logits.softmax(dim=1)[:, 1:]
     p = torch.where(mask, anomalous, 1 - anomalous)
     p = (1 - smooth) * p + smooth * (1 - p) + smooth  # the smoothed labels of the official code, in closed form
@@ -186,7 +186,7 @@ def focal_loss(logits, mask, smooth=1e-5):
 
 
 # ------------------------------------------------------------------------------------- simulated anomalies (paper, 3.3)
-# All random numbers come from PyTorch's CPU generator, so a seed is the same on all devices.
+# All random numbers come from PyTorch's CPU generator, so they do not depend on the device.
 def uniform(low, high):
     return torch.empty(1).uniform_(low, high).item()
 
@@ -217,7 +217,7 @@ def augment(texture, k):
 
 def perlin(rows, columns, size, device):
     """Return Perlin noise (size, size), mean 0: the corners of rows x columns cells have random unit gradients; a pixel
-    is the weighted sum, over the four corners of its cell, of the gradient times the offset from it."""
+    is the weighted sum, over the four corners of its cell, of the gradient times the offset from the corner."""
     def weight(offset):  # of a corner: 1 at the corner, 0 one cell away, with zero slope at both
         s = 1 - offset.abs()
         return s**3 * (6 * s**2 - 15 * s + 10)

@@ -90,7 +90,7 @@ class Args:
     features: Annotated[int, Ge(1)] = 64
     """channels of the first convolution; each of the next ones doubles them (official code: ngf)"""
     instance_stats: bool = False
-    """in testing, normalise each image by its own batch normalisation statistics instead of the running ones"""
+    """in testing, use the batch normalisation statistics of each single image instead of the running ones"""
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -92,7 +92,7 @@ class Args:
     value_weight: Annotated[float, Ge(0)] = 0.01
     """lambda, weight of the value loss relative to the direction loss (thesis, Table 3.6)"""
     map_norm: Literal["image", "none"] = "image"
-    """image: stretch each map so that [minimum, 99th percentile] becomes [0, 1] (official code); none: do not"""
+    """image: stretch each map to [0, 1], from its minimum to its 99th percentile (official code); none: do not"""
 
 
 class Cloner(nn.Module):

@@ -133,7 +133,7 @@ class PatchCore(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), smoothed distances to the bank, and the score (B,), re-weighted."""
+        """Return the anomaly map (B, H, W), smoothed distances to the bank, and the re-weighted score (B,)."""
         self.eval()
         bank, patches = self.memory_bank, self.embed(image)  # (K, D), (B, h, w, D)
         patch_score = nearest(patches.flatten(0, 2), bank).view(patches.shape[:3])  # (B, h, w)

@@ -22,7 +22,7 @@ Differences from the official code:
 As in the official code, a neighbour that would extend beyond the image is moved back into it, which makes some position
 labels wrong.
 
-Parameters: encoder 360,832 + 41,152, position classifiers 25,864 each (1,024 of them frozen).
+Parameters: encoder 360,832 + 41,152, position classifiers 25,864 each, 1,024 of which are frozen.
 Note: until positions are learned, nothing keeps patches apart. While the position losses in log.csv stay at ln 8 =
 2.08, as in 150 steps on the phantom, the embedding is meaningless. The published training has 100,000 steps and more.
 Cost, measured on one busy CPU thread with 128 pixels and batches of 4: 71 s for 100 steps and the bank, 138 ms to score
@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 DIM = 64  # D, length of an embedding (thesis, Table 3.2)
-STRIDES = {64: 16, 32: 4}  # patch size K: stride of the test patches, pixels (official code)
+STRIDES = {64: 16, 32: 4}  # patch size K: stride of the test patches, in pixels (official code)
 DIRECTIONS = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])  # the 8 classes
 NOISE = 0.02  # standard deviation of the noise added to each channel and each value of position patches (official code)
 
@@ -102,7 +102,7 @@ class Args:
 def position_corners(count, size, patch):
     """Draw top left pixels (count, 2) of patches and of a neighbour of each, and the neighbours' directions (count,).
 
-    A neighbour is shifted by 3/4 K up to almost K along each axis of its direction."""
+    A neighbour is shifted by 3/4 K to almost K along each axis in which its position differs."""
     first = torch.randint(size - patch + 1, (count, 2))
     label = torch.randint(len(DIRECTIONS), (count,))
     offset = 3 * patch // 4 + torch.randint(patch // 4, (count, 2))
@@ -207,7 +207,7 @@ class PatchSVDD(nn.Module):
 
     @torch.no_grad()
     def fit(self, train, batch_size, device, limit):
-        """Fill the banks with the embeddings of patches of the training images, of the same patches each time."""
+        """Fill the banks with embeddings of training patches. The same patches are chosen each time."""
         chance, banks = torch.Generator().manual_seed(0), ([], [])
         keep = max(1, limit // len(train))  # patches per image
         for image in train.batches(batch_size, device):

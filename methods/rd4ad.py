@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 # The layers with strides 4, 8 and 16; their numbers of channels and the embedding's (stride 32); the kind of block; the
-# numbers of blocks in bottleneck and decoder, coarsest stage first (as in the official code, no mirror of the teacher).
+# numbers of blocks in bottleneck and decoder, coarsest stage first (official code; it does not mirror the teacher).
 BACKBONES = {
     "resnet18": (["layer1", "layer2", "layer3"], (64, 128, 256, 512), "basic", (2, 2, 2, 2)),
     "resnet50": (["layer1", "layer2", "layer3"], (256, 512, 1024, 2048), "bottleneck", (3, 3, 4, 6)),

@@ -132,7 +132,7 @@ class SimpleNet(nn.Module):
         return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
 
     def loss(self, features, noise):
-        """Return the truncated l1 loss (paper, Eq. 6) of features (n, D); it is zero where both keep the margin."""
+        """Return the truncated l1 loss (paper, Eq. 6) of features (n, D): zero where both kinds keep the margin."""
         normal = self.adaptor(features)  # q
         anomalous = normal + noise * torch.randn_like(normal)  # q-; both pass gradients to the adaptor
         answers = self.discriminator(torch.cat([normal, anomalous]))  # one batch, with joint statistics
@@ -141,7 +141,7 @@ class SimpleNet(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), -D(q) of each patch, smoothed, and the score (B,), its raw maximum."""
+        """Return the anomaly map (B, H, W), -D(q) smoothed, and the score (B,), the maximum of -D(q)."""
         self.eval()
         features = self.features(image)
         q = self.adaptor(features.flatten(0, 2))  # (B*h*w, D)

@@ -48,7 +48,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers with strides 4, 8 and 16, which have 448 and 152 channels together.
+# The layers with strides 4, 8 and 16; together they have 448 and 152 channels, respectively.
 LAYERS = {
     "resnet18": ["layer1", "layer2", "layer3"],
     "mobilenet_v2": ["features.3", "features.6", "features.13"],  # our choice: no published setting
@@ -72,7 +72,7 @@ class Args:
     device: str = "auto"
     """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (thesis, 4.3.3), a multiple of 16"""
+    """images are resized to this width and height in pixels (thesis, 4.3.3); a multiple of 16"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
@@ -204,7 +204,7 @@ class UTRAD(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), error / expected error over four scales, and its maximum (B,)."""
+        """Return the anomaly map (B, H, W), error / expected error at four scales, and the score (B,), its maximum."""
         self.eval()
         features = self.features(image)
         recon, std = self(features)

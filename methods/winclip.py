@@ -75,7 +75,7 @@ class Args:
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map in float32, at the original size of its image"""
     model: str = "ViT-B-16-plus-240"
-    """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
+    """CLIP model: one of open_clip's with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
     """CLIP weights: an open_clip TAG, none (untrained), auto (laion400m_e32 if available, else none) or a FILE"""
     clip_size: Annotated[int, Ge(16)] = 240
@@ -90,7 +90,7 @@ class Args:
     """none: medical sentences only mention normal and abnormal; named: they name the findings in WORDS, such as tumor
     or drusen (knowledge of the disease); or your own findings, separated by commas"""
     sentences: str | None = None
-    """text FILE that replaces all of these, with one sentence per line, after "normal:" or "anomalous:\""""
+    """use the sentences in this text FILE instead, one per line, each after "normal:" or "anomalous:\""""
     shots: Annotated[int, Ge(0)] = 0
     """K, number of normal training images to compare with; 0: WinCLIP, more: WinCLIP+ (paper: 1, 2, 4)"""
 
@@ -221,7 +221,7 @@ PAPER_TEMPLATES = ["a cropped photo of {a} {s}.", "a close-up photo of {a} {s}."
 
 
 def benchmark_words(data):
-    """Return the key in WORDS for --data: that of a benchmark or a folder with its name, otherwise generic."""
+    """Return the key of WORDS that matches the name of the --data folder, otherwise generic."""
     name = Path(data).resolve().name.lower()
     return next((key for key, folders in common.NAMES.items() if name in folders), "generic")
 
