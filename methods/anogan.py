@@ -7,7 +7,7 @@ remaining difference between the two images and between their discriminator feat
 Settings: the search follows the paper (500 steps, lambda = 0.1). No official code is known, so everything else follows
 LeeDoYup/AnoGAN-tf (carpedm20's DCGAN in TensorFlow 1): networks, 64 pixels, Adam with learning rate 2e-4 and beta1 =
 0.5, batches of 64, 25 epochs, and two steps of the generator for each step of the discriminator. The learning rate of
-the search is ours: with LeeDoYup's 1e-3, 500 steps do not converge; with 0.05, which the help of LeeDoYup's flag gives,
+the search is ours: with LeeDoYup's 1e-3, 500 steps do not converge; with the 0.05 in the help of LeeDoYup's flag,
 rounding changes scores by 1% of their range. The thesis names the method but has no row for it.
 Differences from the paper: images have three channels, and there is no map of the residual, since images of 64 pixels
 are too small to locate lesions.

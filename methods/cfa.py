@@ -3,8 +3,8 @@
 A learned 1x1 convolution, the descriptor, adapts the features of a pretrained CNN to the normal images: it pulls each
 patch into small hyperspheres around its nearest centres in a memory bank and pushes it away from the next nearest ones.
 The bank holds the mean output of the untrained descriptor at each position and stays fixed. The anomaly score of a
-patch is its distance to the nearest centre, higher where one centre is clearly the nearest. The push begins late,
-namely where the learned radius r exceeds the distance to a centre by a margin; r grows because that lowers the pull.
+patch is its distance to the nearest centre, higher where one centre is clearly the nearest. The push starts late,
+only once the learned radius r exceeds the distance to a centre by a margin; r grows because that reduces the pull.
 
 Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: wide_resnet50_2, 3 nearest neighbours, 3 hard
 negatives, radius 1e-5, learning rate 1e-3, weight decay 5e-4. Everything else follows the official code

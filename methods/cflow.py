@@ -5,10 +5,10 @@ its position in the image. The features of lesions are unlikely. The anomaly map
 of the image and added.
 
 Settings: thesis, Table 3.3: wide_resnet50_2, Adam with learning rate 1e-4, codes of 128 numbers, clamp 1.9. Where the
-thesis is silent, the official code (gudovskiy/cflow-ad) is followed: layers 2 to 4, 8 coupling blocks, each with a
+thesis is silent, we follow the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks, each with a
 random rotation of the channels, batches of 32 images, steps of 256 feature vectors, 200 epochs with warm-up and cosine
 schedule, images rotated by up to 5 degrees. With wide_resnet50_2, the flows have 81,647,616 trained weights.
-Differences from the paper: 256 pixels for all data.
+Differences from the paper: images of all data sets are resized to 256 pixels.
 Differences from the official code:
 - All likelihoods are relative to the maximum of their layer over the training images, which is stored with the weights.
   The official code uses the maximum over the whole test set, which is unknown when a single image is scored.

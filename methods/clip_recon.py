@@ -26,7 +26,7 @@ Decisions where the thesis leaves room, with flags for other likely readings (al
 - The "augmentation" (4.2.3) is not random and is part of the method, both in training and in testing. Its sum of two
   images is halved so that it stays in [0, 1] (`--da-sum saturate`: cut off at 1).
 - Figure 4.7 is a picture; we read its combinations as follows. `--modules prompts` has no adapter, so pi = 0.
-  `--modules adapter` keeps the initial words, since Eq. 4.2 always has a T_i and 4.2.1 calls the prompt blank.
+  `--modules adapter` keeps the initial words: Eq. 4.2 always has a T_i, and 4.2.1 calls the prompt blank, not absent.
 - The thesis does not say how a ResNet replaces CLIP's image encoder (its Figure 4.8). Here its stages are pooled to the
   grid of the ViT, normalised over channels and projected to the width of the text by a frozen orthonormal matrix. A
   learned projection with frozen targets would be as likely.
@@ -274,14 +274,14 @@ def binomial(channels, device):
 
 
 def down(image):
-    """Eq. 4.7: blur and keep every second pixel, (B, C, H, W) -> (B, C, H/2, W/2), rounded up, as OpenCV's pyrDown."""
+    """Eq. 4.7: blur and keep every second pixel like OpenCV's pyrDown, (B, C, H, W) -> (B, C, H/2, W/2), rounded up."""
     c = image.shape[1]
     return F.conv2d(F.pad(image, (2, 2, 2, 2), "reflect"), binomial(c, image.device), stride=2, groups=c)
 
 
 def up(image, size):
-    """F_up of Eq. 4.8: insert zeros between the pixels and blur with four times the kernel, as OpenCV's pyrUp, with
-    its padding, which is reflected at the top and left and replicated at the bottom and right."""
+    """F_up of Eq. 4.8: insert zeros between the pixels and blur with four times the kernel, like OpenCV's pyrUp, with
+    the same padding: reflected at the top and left, replicated at the bottom and right."""
     c = image.shape[1]
     image = F.pad(F.pad(image, (1, 0, 1, 0), "reflect"), (0, 1, 0, 1), "replicate")
     image = F.conv_transpose2d(image, 4 * binomial(c, image.device), stride=2, groups=c)

@@ -7,8 +7,8 @@ trained, and nothing is random.
 Settings: the thesis gives no sentences, sizes or model for this row, and does not say where its standard deviations
 come from. The model is that of WinCLIP, so that the two rows differ only in the method; the temperature is that of
 trained CLIP.
-Differences from the paper: it has no map. For ours, the patches of the last block pass through the norm and projection
-of the class token, as in AnoVL and VAND before these train or change anything. `--prompts ensemble` averages WinCLIP's
+Differences from the paper: it has no map. Ours sends the patches of the last block through the norm and projection of
+the class token, as AnoVL and VAND do before any training or other change. `--prompts ensemble` averages WinCLIP's
 medical sentences for each class.
 Note: CLIP was trained only through its class token, and its patches often contradict the text. A pixel AUROC below 0.5
 is then a property of plain CLIP, not an error. Attention from values to values (MaskCLIP, CLIP Surgery, AnoVL) corrects

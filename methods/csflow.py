@@ -11,9 +11,9 @@ shifts the other half, after neighbouring scales have exchanged information:
 Settings: thesis, Table 3.3 (clamp 3, gradients clamped to 1, Adam with learning rate 2e-4 and weight decay 1e-5).
 Everything else follows the official code (marco-rudolph/cs-flow), except that batches of 64, 300 epochs and 256 pixels
 are from BMAD's code (official code: 16, 240 and 768).
-Differences from the official code: torchvision's EfficientNet-B5 has the weights of efficientnet_pytorch's but pads
-symmetrically; the best epoch is chosen on valid (official code: the last one). The map is the official one, 8x8 at 256
-pixels.
+Differences from the official code: torchvision's EfficientNet-B5 has the same weights as efficientnet_pytorch's but
+pads symmetrically; the best epoch is chosen on valid (official code: the last one). The map is the official one, 8x8 at
+256 pixels.
 Differences from anomalib 2.7: its loss multiplies the log-determinant by the batch size, its betas are (0.5, 0.9), it
 uses the same permutation at all scales, and its map is the product of three scales.
 
@@ -113,7 +113,7 @@ class CrossConvolutions(nn.Module):
         self.stay = convolutions(3, hidden, 2 * channels)
         self.up = convolutions(2, hidden, 2 * channels)  # from scale 1 to 0, from 2 to 1
         self.down = convolutions(2, hidden, 2 * channels, stride=2)  # from scale 0 to 1, from 1 to 2
-        self.gamma = nn.Parameter(torch.zeros(3))  # zero, so that an untrained flow only permutes
+        self.gamma = nn.Parameter(torch.zeros(3))  # starts at zero: an untrained flow only permutes
 
     def forward(self, x):
         y = [F.leaky_relu(conv(x[s]), 0.1) for s, conv in enumerate(self.enter)]

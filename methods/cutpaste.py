@@ -9,8 +9,8 @@ Where the thesis is silent, we follow BMAD's code (DorisBao/BMAD, the thesis' be
 Runinho/pytorch-cutpaste, since there is no official code: ImageNet weights in the backbone and PyTorch's default
 initialisation in the head, 3-way classification, a head of 512, 512 and 128 units, 256 epochs of ONE step with 192
 images.
-Differences from the paper: it trains from scratch for 256 epochs of 256 steps (`--weights none --steps-per-epoch 256
---freeze-epochs 0`), translates images at random and does not shrink the covariance.
+Differences from the paper: the paper trains from scratch for 256 epochs of 256 steps (`--weights none
+--steps-per-epoch 256 --freeze-epochs 0`), translates images at random and does not shrink the covariance.
 Differences from Runinho's code:
 - All training images are used for training (Runinho: only the first 3,000 files).
 - Images are floats and are not rounded to 256 levels after each change.

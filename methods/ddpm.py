@@ -25,7 +25,7 @@ Differences from the official code:
 - Training images are not shifted or rotated at random. The score is the maximum of the map, as for the thesis' other
   methods; the official code only scores single pixels.
 - A denoising step adds noise with the variance of the posterior (DDPM, Eq. 7), not beta. Both suit the full chain, but
-  the beta of a shortened chain is much more than its last step, at t = 0, can remove.
+  in a shortened chain beta is more noise than its last step, at t = 0, can remove.
 - There are two attention heads in training and in testing (official code: one in testing, although the weights were
   trained with two).
 - The last weights are kept, as in the official code; with --choose-on-valid, the best epoch is chosen on valid, as in
@@ -301,7 +301,7 @@ class AnoDDPM(nn.Module):
         self.draw_noise = smooth_noise if args.noise == "simplex" else white_noise
         self.unet = UNet(args.channels, args.image_size, args.base_channels, args.multipliers, args.attention)
         self.diffusion = Diffusion(args.noise_level, args.sample_steps)
-        # All steps but the last one, at t[0], add noise; the field at index 0 serves for the jump to t[-1].
+        # All steps but the last one, at t[0], add noise, so the field at index 0 is free for the jump to t[-1].
         t, generator = self.diffusion.t.clone(), torch.Generator().manual_seed(args.seed)
         t[0] = t[-1]
         fields = [self.draw_noise(t, args.channels, args.image_size, generator) for _ in range(args.repeats)]

@@ -4,10 +4,10 @@ A network without biases learns to map normal images close to a fixed point c. T
 squared distance of its embedding from c. The weights are initialised by an autoencoder, and c is set once, to the mean
 embedding that these weights give: with a trained c, or a bias in any layer, the network could map every image to c.
 
-Settings: thesis, Table 3.2 (LeNet, Adam 1e-4, weight decay 0.5e-7, batches of 200). Where the thesis is silent, BMAD's
-code is followed (DorisBao/BMAD, the thesis' benchmark): 300 + 300 epochs, ImageNet scaling, and the autoencoder's
-learning rate, weight decay and batch size. Architecture, schedule and the rule for c are those of the official code,
-lukasruff/Deep-SVDD-PyTorch.
+Settings: thesis, Table 3.2 (LeNet, Adam with learning rate 1e-4, weight decay 0.5e-7, batches of 200). Where the thesis
+is silent, we follow BMAD's code (DorisBao/BMAD, the thesis' benchmark): 300 + 300 epochs, ImageNet scaling, and the
+autoencoder's learning rate, weight decay and batch size. Architecture, schedule and the rule for c are those of the
+official code, lukasruff/Deep-SVDD-PyTorch.
 Differences from the official code:
 - The loader resizes images to 256 pixels, and the model resizes these to 32, with antialiasing, not in one step. With
   an input size other than 32 the network would differ: half of all weights belong to positions of the last map.
@@ -128,7 +128,7 @@ class Encoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """An autoencoder of `encoder`, whose weights are drawn again, and a decoder that mirrors it and is not kept."""
+    """An autoencoder: `encoder`, whose weights are drawn again, and a decoder that mirrors it and is not kept."""
 
     def __init__(self, encoder):
         super().__init__()

@@ -7,8 +7,8 @@ test image, the second network marks the anomalous pixels.
 Settings: thesis, Table 3.5 (Adam with learning rate 1e-4). Everything else follows the official code (VitjanZ/DRAEM):
 data pipeline, textures, widths, losses, initial weights, 700 epochs in batches of 8, and a learning rate multiplied by
 0.2 after 80% and 90% of the epochs.
-Differences from the paper, all as in the official code: the schedule (paper: x 0.1 after 400 and 600 epochs), an
-opacity of the texture from 0.2 (paper: 0.1), ten augmentations of the texture (paper: seven) and rotations of up to 90
+Differences from the paper, all as in the official code: the schedule (paper: x 0.1 after 400 and 600 epochs), a
+texture opacity of at least 0.2 (paper: 0.1), ten augmentations of the texture (paper: seven) and rotations of up to 90
 degrees (paper: 45).
 Differences from the official code: an epoch visits each image once (official code: draws with replacement); the best
 epoch is chosen on valid (official code: the last one); SSIM's range is 1 (official code: 2 where the restoration
@@ -23,7 +23,7 @@ the official code (BMAD: PyTorch's defaults, as in anomalib).
 
 Parameters: 69,048,579 (restoration) + 28,374,146 (segmentation), as in the official code.
 Cost, measured on one CPU thread: 200 images of 64 pixels with --width 16 and batches of 8: 10 s per epoch, 13 ms to
-score an image, 1.0 GiB. Published settings on an H100: 0.24 s per step of 8 images, 0.01 s for their anomalies.
+score an image, 1.0 GiB. Published settings on an H100: 0.24 s per step of 8 images, 0.01 s to simulate their anomalies.
 """
 
 import math
@@ -88,7 +88,7 @@ class Args:
     """textures to blend in: dtd (official code; 600 MB, downloaded by torchvision to <root>/dtd), a FOLDER of images,
     images (the training images themselves) or noise (the Perlin noise of the mask; BMAD's code)"""
     width: Annotated[int, Ge(2)] = 128
-    """channels of the restoring network's first layer, twice the segmenting network's (official code); on a CPU, 16"""
+    """channels of the restoring network's first layer; the segmenting one has half (official code); 16 suits a CPU"""
 
 
 # ---------------------------------------------------------------------------------------- networks (paper, 3.1 and 3.2)

@@ -1,7 +1,7 @@
 """f-AnoGAN (Schlegl, Seeboeck, Waldstein, Langs, Schmidt-Erfurth, Medical Image Analysis 54, 2019; not on arXiv).
 
 A Wasserstein GAN learns to generate normal images from random codes. Then the GAN is frozen, and an encoder learns to
-map normal images to their codes (izi_f: from image to z to image, compared also by the critic's features f). What the
+map normal images to their codes (izi_f: from image to z to image, compared in the critic's features f, too). What the
 GAN cannot generate is anomalous: the anomaly score is the residual of the image plus that of its features.
 
 Settings: thesis, Table 3.5 (Adam with learning rate 2e-4, batches of 32, codes of length 100). The networks, the rest

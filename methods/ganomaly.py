@@ -1,15 +1,15 @@
 """GANomaly (Akcay, Atapour-Abarghouei, Breckon, ACCV 2018, arXiv:1805.06725).
 
 An encoder and a decoder reconstruct the image, and a second encoder encodes the reconstruction. Training uses only
-normal images, with a discriminator whose features of image and reconstruction have to match. On normal images the two
-codes agree, so the distance between them is the anomaly score of an image.
+normal images, and the reconstruction has to match the image in the features of a discriminator, too. On normal images
+the two codes agree, so the distance between them is the anomaly score of an image.
 
 Settings: thesis, Table 3.5 (Adam with learning rate 2e-4 and betas 0.5 and 0.999, loss weights 1, 50, 1). Batches of 32
 and at most 100 epochs are from BMAD's code (the thesis' benchmark); losses, networks and initial weights are those of
 the official code, samet-akcay/ganomaly.
 Differences from the paper: the codes are compared by the squared distance, as in the official code, not by L1 distance.
 Differences from the official code:
-- Images have 256 pixels, as in all methods here, instead of 32. The networks grow with the image (3.9 M weights at 32).
+- Images are resized to 256 pixels by default, not to 32. The networks grow with the image (3.9 M weights at 32).
 - The test uses the running statistics of batch normalisation. The official test uses those of the test batch, so its
   scores depend on the other images; `--instance-stats` gives the official scores for batches of one image.
 - The best epoch is chosen on valid, not on test, and scores are not rescaled by their range on test.
@@ -40,7 +40,7 @@ import common
 
 W_ADV, W_CON, W_ENC = 1, 50, 1  # weights of the generator's losses (thesis, Table 3.5)
 BETAS = 0.5, 0.999  # Adam's (thesis, Table 3.5)
-COLLAPSED = 1e-5  # if its loss falls below this, the discriminator has won and is initialised again (official code)
+COLLAPSED = 1e-5  # if the discriminator's loss falls below this, it has won and is initialised again (official code)
 
 
 @dataclass

@@ -9,7 +9,7 @@ BMAD's code, which produced the thesis' row (official code: from 51 for MNIST to
 smaller of the official ones.
 Differences from the official code (rohban-lab/Knowledge_Distillation_AD): images are normalised like ImageNet's, on
 which the source was trained (official code: only for CIFAR-10; BMAD: always); the best epoch is chosen on valid
-(official code: the last one); images have 256 pixels (official code: 128; BMAD: 224).
+(official code: the last one); images are resized to 256 pixels (official code: 128; BMAD: 224).
 The official map is stretched to [0, 1] image by image, so the highest values of a normal image count as much as those
 of a lesion, and a map does not tell how anomalous its image is. With `--map-norm none`, maps are comparable across
 images, as in other methods. On the phantom (128 pixels, mobilenet_v2, 12 epochs, one seed), pixel AUROC was 0.80 with

@@ -14,7 +14,7 @@ Differences from BMAD's code: the deeper layer is upsampled bilinearly, as in th
 neighbour, and the data are read in one pass (BMAD's three epochs triple some of its banks).
 The features of all patches would take 166 GB for the 26,315 images of oct2017. Therefore a first pass over the images
 keeps only projections of the features, in half precision (6.9 GB), from which the coreset is chosen. The projections
-are then freed, and a second pass stores the chosen patches (16.6 GB). Both are kept in the memory of the device.
+are then freed, and a second pass stores the chosen patches (16.6 GB). Both are held in the device's memory.
 """
 
 import sys

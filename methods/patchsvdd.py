@@ -2,7 +2,7 @@
 
 An encoder of patches learns two things from normal images. Patches that almost coincide should be embedded close
 together: each patch has its neighbours, not one common point, as its SVDD centre. And the embeddings of two neighbours
-should tell on which side of the first the second lies, which requires an encoder that looks at the content. The anomaly
+should tell on which side of the first the second lies, for which the encoder must look at the content. The anomaly
 score of a patch is its distance to the nearest patch of the normal images, at two scales: 64 and 32 pixels.
 
 Settings: thesis, Table 3.2 (D = 64, lambda = 0.9). Everything else follows the official code,
@@ -14,8 +14,8 @@ Differences from the official code:
 - At most `--bank` patches per scale are kept, the same number from each image, drawn at random. They take 0.33 GB per
   scale; all patches of 26,315 images would take 22 GB. The official code keeps all, up to 1.3 million for an MVTec AD
   class.
-- The best epoch is chosen on valid. The official code scores test in each epoch, keeps the last epoch, and trains in
-  299 of the 300.
+- The best epoch is chosen on valid. The official code evaluates on test in each epoch, keeps the last one, and trains
+  in 299 of the 300.
 - The last layer of the position classifiers has normalised columns and is frozen from the start; the official code
   normalises it in such a way that no gradient reaches it.
 
@@ -24,7 +24,7 @@ labels wrong.
 
 Parameters: encoder 360,832 + 41,152, position classifiers 25,864 each, 1,024 of which are frozen.
 Note: until positions are learned, nothing keeps patches apart. While the position losses in log.csv stay at ln 8 =
-2.08, as in 150 steps on the phantom, the embedding is meaningless. The published training has 100,000 steps and more.
+2.08, as in 150 steps on the phantom, the embedding is meaningless. The published training takes 100,000 steps or more.
 Cost, measured on one busy CPU thread with 128 pixels and batches of 4: 71 s for 100 steps and the bank, 138 ms to score
 an image against 10,000 patches, 0.96 GiB. The default settings were not timed; a step takes 219 GFLOP.
 """
@@ -110,7 +110,7 @@ def position_corners(count, size, patch):
 
 
 def jittered_corners(count, size, patch):
-    """Draw the top left pixels (count, 2) of patches, and these shifted by up to K/32 per axis, but not by (0, 0)."""
+    """Draw top left pixels (count, 2) of patches, and the same shifted by up to K/32 per axis, but not by (0, 0)."""
     first = torch.randint(size - patch + 1, (count, 2))
     reach = patch // 32
     side = 2 * reach + 1
@@ -191,7 +191,7 @@ class PatchSVDD(nn.Module):
         return *position, *svdd
 
     def embed(self, image):
-        """Embed all patches of images (B, 3, H, W): (B, D, h, w) for 64 pixels, 16 apart, and for 32 pixels, 4 apart.
+        """Embed all patches of images (B, 3, H, W) as (B, D, h, w): of 64 pixels, 16 apart, and of 32 pixels, 4 apart.
 
         For a whole image, cell (i, j) of the encoder's output is the embedding of the 32x32 patch at pixel (2i, 2j)."""
         fine = torch.cat([self.small(x - self.mean)[..., ::2, ::2] for x in image.split(1)])  # one by one, for memory

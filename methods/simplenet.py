@@ -9,11 +9,11 @@ run.sh: noise 0.015, margin 0.5, 40 x 4 passes, batches of 8), and the epoch tha
 Differences from the paper: features are pooled as in the official code (see `pool`), whereas the paper averages each
 channel's 3x3 neighbourhood.
 Differences from the official code: every tenth epoch is evaluated on valid to choose the best, not every fourth on
-test; images have 256 pixels instead of 329 cropped to 288 (lesions may lie at the border); features are not upsampled
-to the size of the image, since nothing uses that, and the network stops after its third stage.
-Backbones without published settings: the noise of 0.015 presumes the scale of wide_resnet50_2's features, so it becomes
-a multiple of the standard deviation of the first batch's features. resnet18 and mobilenet_v2, which are too narrow for
-1,536 pooled values, use the 3x3 mean of each channel.
+test; images are resized to 256 pixels, not to 329 and cropped to 288 (lesions may lie at the border); features are not
+upsampled to the size of the image, since nothing uses that, and the network stops after its third stage.
+The noise of 0.015 presumes the scale of wide_resnet50_2's features. With backbones that have no published settings, it
+is a multiple of the standard deviation of the first batch's features. resnet18 and mobilenet_v2, which are too narrow
+for 1,536 pooled values, use the 3x3 mean of each channel.
 
 Parameters: adaptor 2,360,832, discriminator 1,576,960 (and 24,862,528 frozen ones in wide_resnet50_2).
 Cost of the default settings, measured on one busy CPU thread: 1.1 s per training image, 0.65 s per test image, 1.6 GiB
@@ -35,7 +35,7 @@ import common
 
 # The layers with strides 8 and 16, and the number of values per position after pooling.
 LAYERS = {
-    "wide_resnet50_2": (["layer2", "layer3"], [768, 768]),  # run.sh: 1,536 of each, then 1,536 of both
+    "wide_resnet50_2": (["layer2", "layer3"], [768, 768]),  # run.sh pools each layer to 1,536, then both to 1,536
     "resnet50": (["layer2", "layer3"], [768, 768]),
     "resnet18": (["layer2", "layer3"], [128, 256]),  # our choice, like the next: no published setting
     "mobilenet_v2": (["features.6", "features.13"], [32, 96]),

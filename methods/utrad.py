@@ -27,10 +27,10 @@ one norm serves the encoders of all levels and another one the decoders, and the
 attention weights.
 
 Parameters: 91.719 M as published, 2.122 M of them fixed position codes, and 2.783 M frozen ones in resnet18.
-In short runs, dividing by the expected error does harm until that is learned (loss_std). With 800 steps of `--width 64
+In short runs, dividing by the expected error hurts until it is learned (loss_std). With 800 steps of `--width 64
 --layers 1 --batch-size 2 --lr 3e-3` on the phantom at 64 pixels, pixel AUROC is 0.74, or 0.87 with the error alone.
-Cost: 275 GFLOP per image at 256 pixels (counted), three times that in training. Measured on one busy CPU thread with
-200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`: 4 epochs 176 s, 1.5 GiB; 81 ms per test image.
+Cost: 275 GFLOP per image at 256 pixels (counted), three times that in training. With 200 phantom images, 128 pixels,
+mobilenet_v2, `--width 128 --layers 1`, on one busy CPU thread: 176 s for 4 epochs, 81 ms to score an image, 1.5 GiB.
 """
 
 import sys
