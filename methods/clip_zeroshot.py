@@ -7,9 +7,9 @@ trained, and nothing is random.
 Settings: the thesis gives no sentences, sizes or model for this row, and does not say where its standard deviations
 come from. The model is that of WinCLIP, so that the two rows differ only in the method; the temperature is that of
 trained CLIP.
-Differences from the paper: it has no map. Ours sends the patches of the last block through the norm and projection of
-the class token, as AnoVL and VAND do before any training or other change. `--prompts ensemble` averages WinCLIP's
-medical sentences for each class.
+Differences from the paper: the paper has no map. Ours sends the patches of the last block through the norm and
+projection of the class token, as AnoVL and VAND do before any training or other change. `--prompts ensemble` averages
+WinCLIP's medical sentences for each class.
 Note: CLIP was trained only through its class token, and its patches often contradict the text. A pixel AUROC below 0.5
 is then a property of plain CLIP, not an error. Attention from values to values (MaskCLIP, CLIP Surgery, AnoVL) corrects
 it, but that is another method. Scores are never inverted here.
@@ -64,7 +64,7 @@ class Args:
     checkpoint: str | None = None
     """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
-    """score this image, folder of images, NIfTI volume, DICOM series or folder of scans; zero-shot or --checkpoint"""
+    """score this image, image folder, NIfTI volume, DICOM series or scan folder, zero-shot or with --checkpoint"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"

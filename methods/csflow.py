@@ -40,7 +40,7 @@ import common
 
 # The layer with stride 32.
 LAYERS = {
-    "efficientnet_b5": "features.6",  # the last of its nine blocks of 304 channels (official code: block 35)
+    "efficientnet_b5": "features.6",  # the last of nine blocks with 304 channels (official code: block 35)
     "mobilenet_v2": "features.17",  # our choice: no published setting
 }
 KERNELS = [3, 3, 3, 5]  # of the four coupling blocks (official code, config.py)

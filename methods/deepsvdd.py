@@ -9,8 +9,8 @@ is silent, we follow BMAD's code (DorisBao/BMAD, the thesis' benchmark): 300 + 3
 autoencoder's learning rate, weight decay and batch size. Architecture, schedule and the rule for c are those of the
 official code, lukasruff/Deep-SVDD-PyTorch.
 Differences from the official code:
-- The loader resizes images to 256 pixels, and the model resizes these to 32, with antialiasing, not in one step. With
-  an input size other than 32 the network would differ: half of all weights belong to positions of the last map.
+- Images are resized in two steps, to 256 pixels by the loader and then, with antialiasing, to 32 by the model. Another
+  input size than 32 would change the network: half of all weights belong to positions of the last map.
 - ImageNet scaling, as in the code behind the thesis' numbers; `--scaling gcn` is the official scaling. The sigmoid of
   the autoencoder cannot reach values outside [0, 1], so its loss stays high with ImageNet scaling, but its features are
   useful all the same.

@@ -127,7 +127,7 @@ class Level(nn.Module):
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), layers, decoder_norm)
         self.bottleneck = nn.Sequential(nn.Linear(width, width // 4), nn.LayerNorm(width // 4), nn.GELU(),
                                         nn.Linear(width // 4, width), nn.LayerNorm(width))
-        self.register_buffer("position", torch.randn(side**2, width))  # no parameter: never trained
+        self.register_buffer("position", torch.randn(side**2, width))  # a buffer, since it is never trained
         self.query = nn.Parameter(torch.randn(side**2, width))  # the same for all groups
         self.side = side
 
@@ -169,7 +169,7 @@ class UTRAD(nn.Module):
         self.scales = [1, *accumulate(sides, mul)]  # 1, 4, 16, 64: sides of token, group, group of groups, image
         norms = nn.LayerNorm(width), nn.LayerNorm(width)  # one for encoders, one for decoders, shared by all levels
         self.embed = nn.Conv2d(channels, width, 1, bias=False)
-        self.register_buffer("position", torch.randn(width, grid, grid))  # no parameter: never trained
+        self.register_buffer("position", torch.randn(width, grid, grid))  # a buffer, since it is never trained
         self.levels = nn.ModuleList(Level(side, width, layers, activation, *norms) for side in sides)
         self.recon = nn.Conv2d(width, channels, 1, bias=False)
         std = []

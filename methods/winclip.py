@@ -67,7 +67,7 @@ class Args:
     checkpoint: str | None = None
     """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
-    """score this image, folder of images, NIfTI volume, DICOM series or folder of scans; zero-shot or --checkpoint"""
+    """score this image, image folder, NIfTI volume, DICOM series or scan folder, zero-shot or with --checkpoint"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
