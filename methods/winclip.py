@@ -92,7 +92,7 @@ class Args:
     sentences: str | None = None
     """use the sentences in this text FILE instead, one per line, each after "normal:" or "anomalous:\""""
     shots: Annotated[int, Ge(0)] = 0
-    """K, number of normal training images to compare with; 0: WinCLIP, more: WinCLIP+ (paper: 1, 2, 4)"""
+    """K, number of normal reference images from train, drawn by --seed; 0: WinCLIP, else WinCLIP+ (paper: 1, 2, 4)"""
 
 
 class WinCLIP(nn.Module):
