@@ -1,31 +1,33 @@
 """AnoGAN (Schlegl, Seeboeck, Waldstein, Schmidt-Erfurth, Langs, IPMI 2017, arXiv:1703.05921).
 
-A DCGAN learns to generate normal images from random codes z. For each image to be scored, gradient steps then search
-for the code whose image is most similar to it. What the GAN cannot generate is anomalous: the score is the remaining
-difference between the two images and between their discriminator features.
+A DCGAN learns to generate normal images from random codes z. To score an image, gradient descent then searches for the
+code whose generated image is most similar to it. What the GAN cannot generate is anomalous: the anomaly score is the
+remaining difference between the two images and between their discriminator features.
 
-Settings: the paper for the search (500 steps, lambda = 0.1). No official code is known, so everything else follows
-LeeDoYup/AnoGAN-tf (carpedm20's DCGAN in TensorFlow 1): networks, 64 pixels, Adam 2e-4, batches of 64, 25 epochs, two
-steps of the generator for one of the discriminator; Adam with beta1 = 0.5. The search's learning rate is ours: with
-LeeDoYup's 1e-3, 500 steps do not converge; with the 0.05 in the help of its flag, rounding moves scores by 1% of their
-range. The thesis names the method but has no row for it.
-Differences from the paper: three channels; no map of the residual, since images of 64 pixels are too small to locate
-lesions.
+Settings: the search follows the paper (500 steps, lambda = 0.1). No official code is known, so everything else follows
+LeeDoYup/AnoGAN-tf (carpedm20's DCGAN in TensorFlow 1): networks, 64 pixels, Adam with learning rate 2e-4 and beta1 =
+0.5, batches of 64, 25 epochs, and two steps of the generator for each step of the discriminator. The learning rate of
+the search is ours: with LeeDoYup's 1e-3, 500 steps do not converge; with the 0.05 in the help of LeeDoYup's flag,
+rounding changes scores by 1% of their range. The thesis names the method but has no row for it.
+Differences from the paper: images have three channels, and there is no map of the residual, since images of 64 pixels
+are too small to locate lesions.
 Differences from LeeDoYup/AnoGAN-tf:
-- 500 steps as in the paper (LeeDoYup: 100); the score is the loss after the last step, not before it.
-- Every image's search starts from the same random code, which is part of the model, so no score depends on other
-  images. LeeDoYup's search starts from the code and the Adam moments at which the previous image's search ended.
+- The search takes 500 steps, as in the paper (LeeDoYup: 100), and the score is the loss after the last step, not
+  before it.
+- The search starts from the same random code for all images. This code is part of the model, so no score depends on
+  other images. LeeDoYup's starts from the code and the Adam moments with which the previous image's search ended.
 - The features use the running statistics of batch normalisation (LeeDoYup: those of the single image and its generated
-  twin).
-- The images of a batch are searched together: the sum of the losses has each code's own gradient, and Adam works
-  element by element. In float32 the steps amplify rounding, which differs with the batch, to 2e-4 of the range of
-  scores (float64: 2e-16).
-- Convolutions are padded equally on all sides (LeeDoYup: as in TensorFlow); an incomplete last batch is used for
-  training; images come in random order; the epoch is chosen on valid.
+  counterpart).
+- The images of a batch are searched together: in the sum of their losses, each code has its own gradient, and Adam
+  works element by element. In float32, the steps amplify rounding errors, which depend on the batch, to 2e-4 of the
+  range of scores (float64: 2e-16).
+- Convolutions are padded equally on all sides (LeeDoYup: as in TensorFlow), an incomplete last batch is used for
+  training, images come in random order, and the best epoch is chosen on valid.
 
 Parameters at 64 pixels: generator 5,135,363, discriminator 4,316,545.
-Cost, measured: 200 images at 32 pixels, width 16, 10 epochs: 14 s on one busy CPU thread, 0.8 GiB; 50 steps of the
-search in batches of 16: 58 ms per image. The default was not timed; its 500 steps are about 0.4 TFLOP.
+Cost, measured on one busy CPU thread: 200 images of 32 pixels, width 16, 10 epochs: 14 s, 0.8 GiB of memory; 50 steps
+of the search in batches of 16: 58 ms per image. The default settings were not timed; their 500 steps take about 0.4
+TFLOP.
 """
 
 import sys
@@ -42,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 BETAS = 0.5, 0.999  # Adam's, in training and in the search (LeeDoYup)
-GENERATOR_STEPS = 2  # per step of the discriminator, whose loss should not go to zero (LeeDoYup)
+GENERATOR_STEPS = 2  # per step of the discriminator, so that its loss does not go to zero (LeeDoYup)
 
 
 @dataclass
@@ -50,37 +52,37 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 64
-    """images are resized to this width and height in pixels (paper): a power of two, at least 16"""
+    """images are resized to this width and height in pixels (paper); a power of two, at least 16"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch, in training and in the search (LeeDoYup)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 25
     """passes over the normal training images (LeeDoYup)"""
     lr: Annotated[float, Gt(0)] = 2e-4
@@ -90,17 +92,17 @@ class Args:
     latent: Annotated[int, Ge(1)] = 100
     """length of the code z (LeeDoYup)"""
     width: Annotated[int, Ge(1)] = 64
-    """channels at half the image's size, doubled whenever the size is halved (LeeDoYup)"""
+    """number of channels at half the image size; doubled whenever the size is halved (LeeDoYup)"""
     steps: Annotated[int, Ge(1)] = 500
     """number of steps in the search for each image's code (paper)"""
     search_lr: Annotated[float, Gt(0)] = 5e-3
     """Adam's learning rate in the search (our choice, see above; LeeDoYup: 1e-3)"""
     feature_weight: Annotated[float, Interval(ge=0, le=1)] = 0.1
-    """lambda, weight of the feature residual; the image residual has 1 - lambda (paper)"""
+    """lambda, weight of the feature residual; the image residual has the weight 1 - lambda (paper)"""
 
 
 def channels(image_size, width):
-    """Return the channels of all feature maps from half the image's size down to 4x4, e.g. 64, 128, 256, 512."""
+    """Return the number of channels at each size from half the image down to 4x4, e.g. 64, 128, 256, 512."""
     return [width * 2**i for i in range((image_size // 8).bit_length())]
 
 
@@ -142,14 +144,14 @@ class AnoGAN(nn.Module):
     def __init__(self, image_size, latent=100, width=64, steps=500, search_lr=5e-3, feature_weight=0.1):
         super().__init__()
         if image_size < 16 or image_size & (image_size - 1):
-            raise common.Error(f"--image-size {image_size}: the networks double 4x4 up to it; give 16, 32, 64, ...")
+            raise common.Error(f"--image-size {image_size}: give a power of two, at least 16: 16, 32, 64, ...")
         self.steps, self.search_lr, self.feature_weight = steps, search_lr, feature_weight
         self.generator = Generator(image_size, latent, width).apply(init_weights)
         self.discriminator = Discriminator(image_size, width).apply(init_weights)
-        self.register_buffer("start", 2 * torch.rand(latent) - 1)  # z_1 of every search
+        self.register_buffer("start", 2 * torch.rand(latent) - 1)  # z_1, where each search starts
 
     def residual(self, z, x, features):
-        """Return the loss (B,) of codes z (B, latent) for images x (B, 3, H, W) in [-1, 1] with these features."""
+        """Return the loss (B,) of codes z (B, latent) for images x (B, 3, H, W) in [-1, 1] and the features of x."""
         recon = self.generator(z)
         image = (x - recon).abs().sum(dim=(1, 2, 3))  # L_R, paper, Eq. 3
         feature = (features - self.discriminator.features(recon)).abs().sum(dim=(1, 2, 3))  # L_D, paper, Eq. 5
@@ -157,31 +159,31 @@ class AnoGAN(nn.Module):
 
     def search(self, x):
         """Return the codes (B, latent) of images x (B, 3, H, W) and their residuals (B,)."""
-        self.eval()  # batch normalisation would make the images depend on each other
+        self.eval()  # in training mode, batch normalisation would make the images depend on each other
         with torch.no_grad():
             features = self.discriminator.features(x)
         z = self.start.repeat(len(x), 1).requires_grad_()
         optimizer = torch.optim.Adam([z], self.search_lr, BETAS)
         with torch.enable_grad():
             for _ in range(self.steps):
-                # not the mean: its gradients shrink as the batch grows, until Adam's epsilon matters
-                z.grad, = torch.autograd.grad(self.residual(z, x, features).sum(), z)  # for z only
+                # not the mean, whose gradients shrink as the batch grows until Adam's epsilon matters
+                z.grad, = torch.autograd.grad(self.residual(z, x, features).sum(), z)  # only for z
                 optimizer.step()
         with torch.no_grad():
             return z.detach(), self.residual(z, x, features)
 
     def predict(self, image):
-        """No anomaly map; anomaly score (B,): the residual after the search."""
+        """Return None (no anomaly map) and the anomaly score (B,), the residual after the search."""
         return None, self.search(2 * image - 1)[1]
 
 
 def discriminator_loss(real, fake):
-    """Cross-entropy of the logits (B,) of real and generated images against their labels."""
+    """Return the cross-entropy between the logits (B,) of real and generated images and their labels."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log sigmoid(real) - log(1 - sigmoid(fake))
 
 
 def generator_loss(fake):
-    """Cross-entropy of the logits (B,) of generated images against the label of real ones."""
+    """Return the cross-entropy between the logits (B,) of generated images and the label of real images."""
     return F.softplus(-fake).mean()
 
 

@@ -1,23 +1,24 @@
 """CFA (Lee, Lee, Song, IEEE Access 2022, arXiv:2206.04325).
 
-A learned 1x1 descriptor adapts the features of a pretrained CNN to the normal images: it pulls each patch into small
-hyperspheres around its nearest centres in a memory bank and pushes it away from the next ones. The bank holds the
-untrained descriptor's mean at each position and stays fixed. The anomaly score of a patch is its distance to the
-nearest centre, higher where one centre is clearly the nearest. The push begins late: only where the learned radius r
-exceeds a centre's distance by a margin; r grows because that lowers the pull.
+A learned 1x1 convolution, the descriptor, adapts the features of a pretrained CNN to the normal images: it pulls each
+patch into small hyperspheres around its nearest centres in a memory bank and pushes it away from the next nearest ones.
+The bank holds the mean output of the untrained descriptor at each position and stays fixed. The anomaly score of a
+patch is its distance to the nearest centre, higher where one centre is clearly the nearest. The push starts late,
+only once the learned radius r exceeds the distance to a centre by a margin; r grows because that reduces the pull.
 
 Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: wide_resnet50_2, 3 nearest neighbours, 3 hard
-negatives, radius 1e-5, learning rate 1e-3, weight decay 5e-4. The rest: official code
+negatives, radius 1e-5, learning rate 1e-3, weight decay 5e-4. Everything else follows the official code
 (sungwool/CFA_for_anomaly_localization): layers 1 to 3, AdamW with AMSGrad (the thesis says Adam), batches of 4, 30
-epochs, nu 1e-3, alpha 0.1, neither k-means on the memory bank nor a narrower descriptor (the paper's compression ratios
-gamma_c = gamma_d = 1).
-Trained with wide_resnet50_2: 3,216,640 weights of the descriptor and the radius.
+epochs, nu 1e-3, alpha 0.1, and neither k-means on the memory bank nor a narrower descriptor (the paper's compression
+ratios gamma_c = gamma_d = 1).
+With wide_resnet50_2, the descriptor and the radius have 3,216,640 trained weights.
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
-paper crops 256 to 224; the thesis' benchmark, BMAD, resized to 224).
-Differences from the official code: all training images have the same weight in the memory bank (official: all batches);
-the epoch is chosen on valid, not on test; the border is mirrored before smoothing, as in SciPy. None in loss or score.
-Differences from anomalib and from BMAD's code, which produced the thesis' row: they never train the radius, so that the
-repulsion is always zero (--no-learn-radius does the same); anomalib fills the memory bank with the CNN's batch norm in
+paper crops from 256 to 224 pixels; the thesis' benchmark, BMAD, resizes to 224).
+Differences from the official code, none of them in loss or score: all training images have the same weight in the
+memory bank (in the official code, all batches do), the best epoch is chosen on valid, not on test, and the border is
+mirrored before smoothing, as in SciPy.
+Differences from anomalib and from BMAD's code, which produced the thesis' row: neither trains the radius, so their
+repulsion is always zero (as with --no-learn-radius); anomalib fills the memory bank while the CNN's batch norm is in
 training mode.
 """
 
@@ -34,14 +35,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers of strides 4, 8 and 16.
+# The layers with strides 4, 8 and 16.
 LAYERS = {
     "resnet18": ["layer1", "layer2", "layer3"],
     "resnet50": ["layer1", "layer2", "layer3"],
     "wide_resnet50_2": ["layer1", "layer2", "layer3"],
     "mobilenet_v2": ["features.3", "features.6", "features.13"],  # our choice: no published setting
 }
-NU, ALPHA = 1e-3, 0.1  # the loss is divided by nu; repulsion where r^2 > |phi - c|^2 + alpha (official code, cfa.py)
+NU, ALPHA = 1e-3, 0.1  # the loss is divided by nu; patches are repelled if r^2 > |phi - c|^2 + alpha (official cfa.py)
 
 
 @dataclass
@@ -49,37 +50,37 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 4
-    """images per batch (official code); an incomplete last one is left out in training"""
+    """images per batch (official code); in training, an incomplete last batch is dropped"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 30
     """passes over the normal training images (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -89,24 +90,24 @@ class Args:
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
-    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
+    """maximum disk space in GiB for cached features of the training images; 0: recompute them in each epoch"""
     weight_decay: Annotated[float, Ge(0)] = 5e-4
     """AdamW's weight decay (thesis, Table 3.4)"""
     neighbors: Annotated[int, Ge(1)] = 3
     """K, number of nearest centres that attract a patch and enter its score (thesis, Table 3.4)"""
     hard_negatives: Annotated[int, Ge(1)] = 3
-    """J, number of the next centres, which repel a patch (thesis, Table 3.4)"""
+    """J, number of next nearest centres, which repel a patch (thesis, Table 3.4)"""
     radius: Annotated[float, Gt(0)] = 1e-5
     """r, initial radius of the hyperspheres (thesis, Table 3.4)"""
     learn_radius: bool = True
-    """train r (official code); if not, no patch is ever repelled, as in anomalib and BMAD's code"""
+    """train r (official code); otherwise no patch is ever repelled, as in anomalib and BMAD's code"""
 
 
 class Descriptor(nn.Module):
     """A 1x1 convolution of features and position (CoordConv): features of all layers [(B, C_l, h_l, w_l)], finest first
-    -> phi (B, D, h, w) on the finest grid, D: the sum of all C_l."""
+    -> phi (B, D, h, w) on the finest grid, where D is the sum of all C_l."""
 
     def __init__(self, channels, grid):
         super().__init__()
@@ -125,27 +126,27 @@ class CFA(nn.Module):
     def __init__(self, backbone, weights, image_size, neighbors, hard_negatives, radius, learn_radius):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone}: choose {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.layers, self.neighbors, self.hard_negatives = LAYERS[backbone], neighbors, hard_negatives
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         shapes = [f.shape for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (1, C_l, h_l, w_l)
         channels, grid = [c for _, c, _, _ in shapes], shapes[0][2:]
         if neighbors + hard_negatives > grid.numel():
-            raise common.Error(f"--neighbors {neighbors} --hard-negatives {hard_negatives}: take at most "
-                               f"{grid.numel()} together, the number of centres at {image_size} pixels")
+            raise common.Error(f"--neighbors {neighbors} --hard-negatives {hard_negatives}: there are only "
+                               f"{grid.numel()} centres at {image_size} pixels; lower one of the two")
         self.descriptor = Descriptor(channels, grid)
         self.register_buffer("memory_bank", torch.zeros(grid.numel(), sum(channels)))  # C in the paper, (P, D)
         self.radius = nn.Parameter(torch.tensor(radius), requires_grad=learn_radius)
 
     @torch.no_grad()
     def features(self, image):
-        """Return 3x3 means of each layer's frozen features: (B, 3, H, W) -> [(B, C_l, h_l, w_l)], finest first."""
+        """Return 3x3 means of the frozen features of each layer: (B, 3, H, W) -> [(B, C_l, h_l, w_l)], finest first."""
         features = self.backbone(common.normalize(image))
-        return [F.avg_pool2d(features[k], 3, stride=1, padding=1) for k in self.layers]  # counts the zero padding
+        return [F.avg_pool2d(features[k], 3, stride=1, padding=1) for k in self.layers]  # includes the zero padding
 
     @torch.no_grad()
     def fill_memory_bank(self, batches):
-        """Set C to the untrained descriptor's mean at each position over the `features` of all normal images."""
+        """Set C to the untrained descriptor's mean output at each position over the `features` of all normal images."""
         n, mean = 0, 0
         for features in batches:
             phi = self.descriptor(features)
@@ -156,10 +157,10 @@ class CFA(nn.Module):
     def distances(self, features, k):
         """Return squared distances |phi - c|^2 from each patch to its k nearest centres, ascending: (B, P, k)."""
         squared = []
-        for patches in self.descriptor(features).flatten(2).mT:  # (P, D): one image at a time, for its P * P distances
+        for patches in self.descriptor(features).flatten(2).mT:  # (P, D): one image has P * P distances
             with torch.no_grad():
                 nearest = torch.cdist(patches, self.memory_bank).topk(k, largest=False).indices  # (P, k)
-            # computed again from the differences: cdist is less precise, and its gradient takes P * P values
+            # computed again from the differences: cdist is less precise, and its gradient needs P * P values
             difference = patches[:, None] - self.memory_bank[nearest]  # (P, k, D)
             squared.append(difference.square().sum(dim=2).sort(dim=1).values)
         return torch.stack(squared)
@@ -168,15 +169,15 @@ class CFA(nn.Module):
         distance = self.distances(features, self.neighbors + self.hard_negatives)
         r2 = self.radius.square()
         attraction = F.relu(distance[..., : self.neighbors] - r2).mean()  # L_att: the K nearest centres
-        repulsion = F.relu(r2 - distance[..., self.neighbors :] - ALPHA).mean()  # L_rep: the J next ones
+        repulsion = F.relu(r2 - distance[..., self.neighbors :] - ALPHA).mean()  # L_rep: the J next nearest ones
         return (attraction + repulsion) / NU
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): smoothed distances to the nearest centre; anomaly score (B,): its maximum."""
+        """Return the anomaly map (B, H, W), smoothed distances to nearest centres, and the score (B,), its maximum."""
         self.eval()
-        distance = self.distances(self.features(image), self.neighbors).sqrt()  # (B, P, K); not squared as in the loss
-        patch_score = distance[..., 0] * F.softmin(distance, dim=2)[..., 0]  # lower where centres are equally near
+        distance = self.distances(self.features(image), self.neighbors).sqrt()  # (B, P, K); not squared here
+        patch_score = distance[..., 0] * F.softmin(distance, dim=2)[..., 0]  # lower if other centres are as near
         patch_score = patch_score.unflatten(1, self.descriptor.grid)  # (B, P) -> (B, h, w)
         anomaly_map = F.interpolate(patch_score[:, None], image.shape[-2:], mode="bilinear")[:, 0]
         anomaly_map = common.smooth(anomaly_map)

@@ -1,28 +1,30 @@
 """CFLOW-AD (Gudovskiy, Ishizaka, Kozuka, WACV 2022, arXiv:2107.12571).
 
 For each of three layers of a pretrained CNN, a normalizing flow learns how likely a feature vector is, given a code of
-its position in the image. Features of lesions are unlikely. The likelihood maps of all layers are enlarged to the image
-and added.
+its position in the image. The features of lesions are unlikely. The anomaly maps of all layers are enlarged to the size
+of the image and added.
 
-Settings: thesis, Table 3.3: wide_resnet50_2, Adam with learning rate 1e-4, codes of 128 numbers, clamp 1.9. Where it is
-silent, the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks each with a random rotation of the
-channels, batches of 32 images, steps of 256 feature vectors, 200 epochs with warm-up and cosine, images rotated by up
-to 5 degrees. Trained with wide_resnet50_2: 81,647,616 weights.
-Differences from the paper: 256 pixels on all data.
+Settings: thesis, Table 3.3: wide_resnet50_2, Adam with learning rate 1e-4, codes of 128 numbers, clamp 1.9. Where the
+thesis is silent, we follow the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks, each with a
+random rotation of the channels, batches of 32 images, steps of 256 feature vectors, 200 epochs with warm-up and cosine
+schedule, images rotated by up to 5 degrees. With wide_resnet50_2, the flows have 81,647,616 trained weights.
+Differences from the paper: images of all data sets are resized to 256 pixels.
 Differences from the official code:
-- All likelihoods are relative to the likeliest vector of their layer in the training images, kept with the weights; the
-  official code takes that of the whole test set, which a single image cannot know.
-- The epoch is chosen on valid, not on test.
-- A step updates the flow of one layer; with the official code's PyTorch, Adam's momentum moves the others, too.
-- The CNN pads with zeros, as in its training (official: by reflection).
-- The rotations come from a QR decomposition, as SciPy's draw of 2,048 dimensions is very slow.
+- All likelihoods are relative to the maximum of their layer over the training images, which is stored with the weights.
+  The official code uses the maximum over the whole test set, which is unknown when a single image is scored.
+- The best epoch is chosen on valid, not on test.
+- A step updates only the flow of one layer; in the official code, with its version of PyTorch, Adam's momentum moves
+  the other flows, too.
+- The CNN pads with zeros, as when it was trained (official code: by reflection).
+- The random rotations come from a QR decomposition, since SciPy draws them very slowly in 2,048 dimensions.
 
-Differences from anomalib and BMAD's code, which produced the thesis' row: likelihoods relative to the likeliest vector
-of each batch, so that scores of different batches are not comparable; channels permuted, not rotated; 64 vectors per
-step (--fiber-batch 64), a constant learning rate (--schedule constant) and images as they are (--augment-degrees 0).
+Differences from anomalib and BMAD's code, which produced the thesis' row: their likelihoods are relative to the maximum
+of each batch, so scores from different batches are not comparable; channels are permuted, not rotated; they use 64
+vectors per step (--fiber-batch 64), a constant learning rate (--schedule constant) and no rotated images
+(--augment-degrees 0).
 
-Cost, measured on one CPU thread: mobilenet_v2 at 128 pixels 50 ms per image in training and 18 ms in testing, 0.9 GiB;
-wide_resnet50_2 at 256 pixels 1.3 s per image in testing. Its rotations take 9 s to draw and 176 MB of the checkpoint.
+Cost, measured on one CPU thread: mobilenet_v2 at 128 pixels: 50 ms per training image, 18 ms per test image, 0.9 GiB;
+wide_resnet50_2 at 256 pixels: 1.3 s per test image, 9 s to draw the rotations, which take 176 MB of the checkpoint.
 """
 
 import math
@@ -39,7 +41,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers of strides 8, 16 and 32.
+# The layers with strides 8, 16 and 32.
 LAYERS = {
     "resnet18": ["layer2", "layer3", "layer4"],
     "resnet50": ["layer2", "layer3", "layer4"],
@@ -54,37 +56,37 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images per batch (official code); an incomplete last one is left out in training"""
+    """images per batch (official code); in training, an incomplete last batch is dropped"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 200
     """passes over the normal training images (official code: 25 times 8)"""
     lr: Annotated[float, Gt(0)] = 1e-4
@@ -94,23 +96,23 @@ class Args:
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
-    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
+    """maximum disk space in GiB for cached features of the training images; 0: recompute them in each epoch"""
     blocks: Annotated[int, Ge(1)] = 8
-    """coupling blocks of each flow (official code)"""
+    """number of coupling blocks in each flow (official code)"""
     condition: Annotated[int, Ge(4)] = 128
-    """length of the code of a position, a multiple of 4 (thesis, Table 3.3)"""
+    """length of the positional code, a multiple of 4 (thesis, Table 3.3)"""
     fiber_batch: Annotated[int, Ge(1)] = 256
-    """feature vectors, all of one layer, per training step (official code)"""
+    """number of feature vectors, all from one layer, per training step (official code)"""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """of the learning rate: cosine with warm-up (official code), or constant (anomalib, BMAD's code)"""
+    """learning rate schedule: cosine with warm-up (official code), or constant (anomalib, BMAD's code)"""
     augment_degrees: Annotated[float, Interval(ge=0, le=180)] = 5
-    """maximum rotation of a training image in degrees (official code); 0 switches it off"""
+    """maximum rotation of training images in degrees (official code); 0: no rotation"""
 
 
 def positional_code(dim, h, w):
-    """Return (h*w, dim): sine and cosine of column, then row, at dim / 4 wavelengths from 2 pi to 2 pi 10,000."""
+    """Return codes (h*w, dim): sine and cosine of column, then row, at dim / 4 wavelengths from 2 pi to 2 pi 10,000."""
     frequency = 10000 ** (-torch.arange(0, dim // 2, 2) / (dim // 2))  # (dim / 4,)
     row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     angles = [position.flatten()[:, None] * frequency for position in (column, row)]  # (h*w, dim / 4) each
@@ -118,7 +120,7 @@ def positional_code(dim, h, w):
 
 
 class CouplingBlock(nn.Module):
-    """Affine coupling, global affine and rotation: FrEIA's AllInOneBlock of 2021, as in the official code."""
+    """Affine coupling, global affine map and rotation: FrEIA's AllInOneBlock of 2021, as in the official code."""
 
     def __init__(self, channels, condition):
         super().__init__()
@@ -131,7 +133,7 @@ class CouplingBlock(nn.Module):
         self.register_buffer("rotation", q * r.diagonal().sign())  # uniform over all orthogonal matrices
 
     def forward(self, x, code):
-        """x (..., C), its positions' code (..., D) -> y (..., C), log |det dy/dx| (...)."""
+        """x (..., C), the code of its position (..., D) -> y (..., C), log |det dy/dx| (...)."""
         x1, x2 = x.split(self.split, dim=-1)
         log_scale, shift = (0.1 * self.subnet(torch.cat([x1, code], dim=-1))).chunk(2, dim=-1)
         log_scale = CLAMP * torch.tanh(log_scale)
@@ -152,19 +154,19 @@ class Flow(nn.ModuleList):
         return x, log_det
 
     def log_likelihood(self, x, code):
-        """Return log p(x | code) / C for x (..., C): log-density of z under N(0, I), plus log |det dz/dx|."""
+        """Return log p(x | code) / C for x (..., C): the log-density of z under N(0, I) plus log |det dz/dx|."""
         z, log_det = self(x, code)
         channels = x.shape[-1]
         return (log_det - z.square().sum(-1) / 2) / channels - math.log(2 * math.pi) / 2
 
 
 class CFlow(nn.Module):
-    """Shapes: layer l has P_l = h_l * w_l positions and C_l channels; a position's code has D numbers."""
+    """Shapes: layer l has P_l = h_l * w_l positions and C_l channels; a positional code has D numbers."""
 
     def __init__(self, backbone, weights, image_size, blocks, condition):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone}: choose {', '.join(LAYERS)}, or add its layers to LAYERS")
         if condition % 4:
             raise common.Error(f"--condition {condition}: give a multiple of 4")
         self.backbone = common.feature_extractor(backbone, LAYERS[backbone], weights)
@@ -178,7 +180,7 @@ class CFlow(nn.Module):
 
     @torch.no_grad()
     def features(self, image):
-        """Return each layer's frozen features: (B, 3, H, W) -> [(B, P_l, C_l)]."""
+        """Return the frozen features of each layer: (B, 3, H, W) -> [(B, P_l, C_l)]."""
         maps = self.backbone(common.normalize(image))
         return [maps[k].flatten(2).mT.contiguous() for k in self.layers]
 
@@ -188,15 +190,15 @@ class CFlow(nn.Module):
             yield x.flatten(0, 1), self.get_buffer(f"code{l}").repeat(len(x), 1)
 
     def fiber_batches(self, features, size):
-        """Yield (l, x, code): `size` random feature vectors of layer l and their codes, until all are used."""
+        """Yield (l, x, code): `size` random feature vectors of layer l with their codes, until all have been used."""
         for l, (x, code) in enumerate(self.with_codes(features)):
             shuffled = torch.randperm(len(x)).to(x.device)
-            whole = len(x) // size * size  # the rest is left out
+            whole = len(x) // size * size  # the rest is dropped
             for rows in shuffled[: whole or len(x)].split(size):
                 yield l, x[rows], code[rows]
 
     def log_likelihoods(self, features):
-        """Return the log-likelihoods of all positions, a (B, P_l) for each layer."""
+        """Return the log-likelihoods of all positions: one (B, P_l) per layer."""
         return [flow.log_likelihood(x, code).view(len(features[0]), -1)
                 for flow, (x, code) in zip(self.flows, self.with_codes(features), strict=True)]
 
@@ -210,7 +212,7 @@ class CFlow(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): sum over layers of 1 - likelihood relative to `likeliest`; score (B,): its maximum."""
+        """Return the anomaly map (B, H, W), sum of 1 - relative likelihood, and the score (B,), its maximum."""
         self.eval()
         anomaly_map = torch.zeros_like(image[:, :1])  # (B, 1, H, W)
         for l, log_p in enumerate(self.log_likelihoods(self.features(image))):
@@ -225,7 +227,7 @@ def build_model(args):
 
 
 def learning_rate(lr, step, steps):
-    """Return the rate at `step` of `steps`: a cosine in 25 stages from lr to lr / 1,000 after a ramp from lr / 10."""
+    """Return the rate at `step` of `steps`: after a ramp from lr / 10, a cosine in 25 stages from lr to lr / 1,000."""
     def cosine(stage):
         return lr / 1000 + (lr - lr / 1000) * (1 + math.cos(math.pi * stage / 25)) / 2
 
@@ -241,13 +243,13 @@ if __name__ == "__main__":
     if not args.checkpoint:
         frozen = common.Features(model.features, train, args, run)
         optimizer = torch.optim.Adam(model.flows.parameters(), args.lr, fused=True)
-        from torchvision.transforms.v2 import RandomRotation  # here: its import would delay --help by a second
+        from torchvision.transforms.v2 import RandomRotation  # imported here: it would delay --help by a second
 
         rotate, per_epoch = RandomRotation(args.augment_degrees), max(1, len(train) // args.batch_size)
         for epoch in run.epochs(model, optimizer):
             losses, order = [], dict(shuffle=(args.seed, epoch), drop_last=True)
             batches = frozen.batches(args.batch_size, **order)
-            if args.augment_degrees:  # the images differ in each epoch: no cached features
+            if args.augment_degrees:  # images differ in each epoch, so no features are cached
                 images = train.batches(args.batch_size, run.device, **order)
                 batches = (model.features(torch.stack([rotate(x) for x in image])) for image in images)
             for step, features in enumerate(batches, (epoch - 1) * per_epoch):
@@ -255,7 +257,7 @@ if __name__ == "__main__":
                     optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, args.epochs * per_epoch)
                 for l, x, code in model.fiber_batches(features, args.fiber_batch):
                     loss = -F.logsigmoid(model.flows[l].log_likelihood(x, code)).mean()
-                    optimizer.zero_grad()  # to None: Adam leaves the other layers' flows alone
+                    optimizer.zero_grad()  # to None, so that Adam leaves the flows of the other layers alone
                     loss.backward()
                     optimizer.step()
                     losses.append(loss.detach())

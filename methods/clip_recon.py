@@ -11,35 +11,35 @@ encoders disagree.
 
 Eq. 4.1, 4.2: text_i = [SOS, T_i + pi_i, EOT] with pi_i = h(f_i^last), f^last of the last block (f^4 by default)
 Eq. 4.3:      M_i^k = 1 - cos(f_i^k, p_i^k)     Eq. 4.5: loss = sum over k of the mean of M_i^k over i
-The map is S = sum over k of Psi(M^k); Psi enlarges bilinearly. Eq. 4.7 to 4.9 are the augmentation.
+The anomaly map is S = sum over k of Psi(M^k), where Psi enlarges bilinearly. Eq. 4.7 to 4.9 are the augmentation.
 
-Settings: thesis, 4.3.3; there is no public code. Where it says nothing, the text side follows CoCoOp (Zhou et al., CVPR
-2022, arXiv:2203.05557), which conditions its prompt on the image as this method does on the patch; map and loss follow
-RD4AD (arXiv:2201.10703). Two things are AnoVL's (Deng et al., 2023, arXiv:2308.15939): blocks 3, 6, 9, 12, and CLIP's
-own last norm and projection on each.
-Decisions where the thesis leaves room, with a flag for other likely readings (also --blocks, --join, --smooth-sigma):
-- The image side is not trained: it would collapse, with both sides agreeing on a constant.
+Settings: thesis, 4.3.3; there is no public code. Where the thesis says nothing, the text side follows CoCoOp (Zhou et
+al., CVPR 2022, arXiv:2203.05557), which conditions its prompt on the image as this method does on the patch, and map
+and loss follow RD4AD (arXiv:2201.10703). Two choices are from AnoVL (Deng et al., 2023, arXiv:2308.15939): blocks 3, 6,
+9, 12, and CLIP's own last norm and projection applied to each of them.
+Decisions where the thesis leaves room, with flags for other likely readings (also --blocks, --join, --smooth-sigma):
+- The image side is not trained. If it were, both sides would collapse to the same constant.
 - The text is read at EOT, after SOS and the words, as in CoOp's code (`--frame bare`: at the last word). It is not
   padded to 77 tokens: attention is causal, so later tokens change nothing.
-- 1 - cos is minimised (the text says the similarity is), at each position (`--loss layer`: over each layer as one long
-  vector, as in RD4AD's code). Eq. 4.4's sum over channels is left out: the cosine already sums over them.
-- The "augmentation" (4.2.3) is part of the method: not random, in training and in testing. Its sum of two images is
-  halved, to stay in [0, 1] (`--da-sum saturate`: cut off at 1).
-- Figure 4.7 is a picture; we read its combinations as follows: `--modules prompts` has no adapter, pi = 0. `--modules
-  adapter` keeps the initial words: Eq. 4.2 always has a T_i, and 4.2.1 calls the prompt blank, not absent.
-- The thesis does not say how a ResNet replaces CLIP's image encoder (its Figure 4.8). Ours: stages are pooled to the
-  ViT's grid, normalised over channels and projected to the text's width by a frozen orthonormal matrix. A learned
-  projection against frozen targets is as likely.
-- Batches of 8, AdamW's defaults, no schedule; the epoch is chosen on valid, as in chapter 3.
-- CLIP was trained at 240 pixels: its positions are interpolated to 256 as open_clip does it.
+- 1 - cos is minimised (the text says that the similarity is), at each position (`--loss layer`: over each layer as one
+  long vector, as in RD4AD's code). The sum over channels in Eq. 4.4 is omitted: the cosine already sums over them.
+- The "augmentation" (4.2.3) is not random and is part of the method, both in training and in testing. Its sum of two
+  images is halved so that it stays in [0, 1] (`--da-sum saturate`: cut off at 1).
+- Figure 4.7 is a picture; we read its combinations as follows. `--modules prompts` has no adapter, so pi = 0.
+  `--modules adapter` keeps the initial words: Eq. 4.2 always has a T_i, and 4.2.1 calls the prompt blank, not absent.
+- The thesis does not say how a ResNet replaces CLIP's image encoder (its Figure 4.8). Here its stages are pooled to the
+  grid of the ViT, normalised over channels and projected to the width of the text by a frozen orthonormal matrix. A
+  learned projection with frozen targets would be as likely.
+- Batches of 8, AdamW's defaults, no schedule; the best epoch is chosen on valid, as in chapter 3.
+- CLIP was trained at 240 pixels. Its position embeddings are interpolated to 256, as in open_clip.
 
-On a GPU both encoders and the adapter run in bfloat16; cosines, loss and updates stay in float32. The published adapter
-is narrow, with 16 times fewer hidden units than inputs: pi_i may vary too little between images, and p^k is then the
-same for all of them (`--adapter-reduction 0.25`: four times more units than inputs; figures: tests/README.md).
+On a GPU, both encoders and the adapter run in bfloat16; cosines, loss and updates stay in float32. The published
+adapter is narrow, with 16 times fewer hidden units than inputs, so pi_i may vary too little between images, and p^k is
+then the same for all of them (`--adapter-reduction 0.25`: four times more units than inputs; see tests/README.md).
 
-Trained parameters: words 2,621,440, adapter 51,880. Cost, measured, of the default on one CPU thread: 17 s to train on
-an image (image encoder 0.9 s, text encoder 8.0 s, its backward pass 7.9 s), 8 s to score one; 1.8 GiB, and more for
-each image of a training batch.
+Trained parameters: words 2,621,440, adapter 51,880. Cost of the default settings, measured on one CPU thread: 17 s per
+training image (image encoder 0.9 s, text encoder 8.0 s, its backward pass 7.9 s), 8 s to score an image; 1.8 GiB of
+memory, and more for each image of a training batch.
 """
 
 import sys
@@ -56,12 +56,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-STAGES = {  # 1 to 4 of the other backbones: strides 4, 8, 16 and 32
+STAGES = {  # stages 1 to 4 of the other backbones, with strides 4, 8, 16 and 32
     "resnet18": ["layer1", "layer2", "layer3", "layer4"],
     "resnet50": ["layer1", "layer2", "layer3", "layer4"],
     "mobilenet_v2": ["features.3", "features.6", "features.13", "features.17"],  # our choice: no published setting
 }
-SOS, EOT = 49406, 49407  # ids of CLIP's tokens that start and end a text
+SOS, EOT = 49406, 49407  # ids of the tokens that start and end a text in CLIP
 
 
 @dataclass
@@ -69,83 +69,83 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (thesis, 4.3.3)"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images per batch (our choice: the thesis is silent); in training each takes 1.3 GiB of memory on a CPU"""
+    """images per batch (our choice: the thesis is silent); in training, each needs 1.3 GiB of memory on a CPU"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 400
     """passes over the normal training images (thesis, 4.3.3)"""
     lr: Annotated[float, Gt(0)] = 1e-3
-    """AdamW's learning rate (thesis, 4.3.3); runs of a few hundred steps need 1e-2"""
+    """AdamW's learning rate (thesis, 4.3.3); for runs of a few hundred steps, use 1e-2"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     model: str = "ViT-B-16-plus-240"
-    """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
+    """CLIP model: one of open_clip's with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
-    """weights of CLIP: a TAG published by open_clip, none (untrained), auto (laion400m_e32, else none), or a FILE"""
+    """CLIP weights: an open_clip TAG, none (untrained), auto (laion400m_e32 if available, else none) or a FILE"""
     backbone: str = "clip"
     """image encoder: clip (CLIP's own), resnet18, resnet50 (thesis, Table 4.1), mobilenet_v2"""
     weights: str = "imagenet"
-    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
+    """maximum disk space in GiB for cached features of the training images; 0: recompute them in each epoch"""
     prompt_tokens: Annotated[int, Interval(ge=1, le=75)] = 16
     """M, number of learned words at each patch location (thesis, 4.3.3)"""
     layers: Annotated[tuple[int, ...], Interval(ge=1, le=4)] = (1, 2, 3, 4)
-    """stages whose distances are summed (thesis, 4.3.4)"""
+    """stages whose distances are added up (thesis, 4.3.4)"""
     blocks: Literal["stages", "first"] = "stages"
-    """what layers 1 to 4 are: stages: the ends of both encoders' quarters (blocks 3, 6, 9, 12 of 12); first: the first
-    four blocks, where the adapter still reads the last one"""
+    """blocks of both encoders that serve as layers 1 to 4; stages: the last of each quarter (blocks 3, 6, 9, 12 of 12);
+    first: the first four blocks, while the adapter still reads the last one"""
     frame: Literal["sos-eot", "bare"] = "sos-eot"
     """sos-eot: words between CLIP's start and end tokens, read at the end (CoOp's code); bare: read at the last word"""
     join: Literal["add", "append"] = "add"
     """add: pi is added to each word (Eq. 4.2); append: pi is one more word, after the others (4.2.1)"""
     modules: Literal["both", "prompts", "adapter"] = "both"
-    """parts to train (thesis, Figure 4.7): prompts: without an adapter; adapter: the words keep their initial values"""
+    """parts to train (thesis, Figure 4.7); prompts: without an adapter; adapter: with fixed initial words"""
     loss: Literal["position", "layer"] = "position"
-    """position: 1 - cos averaged over positions (Eq. 4.5); layer: of each layer as one long vector (RD4AD's code)"""
+    """position: 1 - cos averaged over positions (Eq. 4.5); layer: 1 - cos of each layer as one vector (RD4AD's code)"""
     adapter_reduction: Annotated[float, Gt(0)] = 16
-    """the adapter's hidden layer is this many times narrower than its input (thesis, 4.2.2); 0.25: four times wider"""
+    """how many times narrower the adapter's hidden layer is than its input (thesis, 4.2.2); 0.25: four times wider"""
     da_levels: Annotated[int, Ge(0)] = 3
-    """K, pyramid levels of the augmentation (our choice: the thesis is silent); 0 switches it off"""
+    """K, number of pyramid levels in the augmentation (our choice: the thesis is silent); 0: no augmentation"""
     da_sum: Literal["half", "saturate"] = "half"
-    """sum of the image I and its low frequencies S; half: (I + S) / 2; saturate: min(I + S, 1)"""
+    """how the image I and its low frequencies S are added; half: (I + S) / 2; saturate: min(I + S, 1)"""
     smooth_sigma: Annotated[int, Ge(0)] = 0
-    """standard deviation of the map's Gaussian filter in pixels; 0: no filter; 4: as in RD4AD"""
+    """standard deviation in pixels of the Gaussian filter that smooths the map; 0: no filter; 4: as in RD4AD"""
     patches_per_step: Annotated[int, Ge(1)] = 256
-    """patch locations per training step, drawn at random; at 256 pixels 256 are all of them"""
+    """number of random patch locations per training step; at 256 pixels, 256 are all of them"""
 
 
 # ------------------------------------------------------------------------------------------------- model (thesis 4.2.2)
 class ClipRecon(nn.Module):
-    """P patch locations, M words each; D: width of CLIP's joint space, W: of its text encoder."""
+    """Shapes: P patch locations with M words each; D: width of CLIP's joint space, W: width of its text encoder."""
 
     def __init__(self, args):
         super().__init__()
@@ -156,9 +156,9 @@ class ClipRecon(nn.Module):
         if args.blocks == "stages":
             self.image_blocks, text_blocks = ([ceil(k * d / 4) for k in (1, 2, 3, 4)] for d in (depth, text_depth))
         else:
-            self.image_blocks, text_blocks = sorted({1, 2, 3, 4, depth}), [1, 2, 3, 4]  # the last one: for the adapter
+            self.image_blocks, text_blocks = sorted({1, 2, 3, 4, depth}), [1, 2, 3, 4]  # the last: for the adapter
         self.text_blocks = [text_blocks[k - 1] for k in self.layers]
-        # only two of CLIP's 49,408 token embeddings are used: the others, 126 MB, are dropped
+        # only two of CLIP's 49,408 token embeddings are used; the others, 126 MB, are dropped
         clip.token_embedding = nn.Embedding.from_pretrained(clip.token_embedding.weight[[SOS, EOT]].clone()).eval()
         self.cnn_encoder = None
         if args.backbone != "clip":
@@ -174,14 +174,14 @@ class ClipRecon(nn.Module):
 
     @torch.no_grad()
     def image_features(self, image):
-        """Return f^1 to f^4 of all four layers and, as last entry, f^last: [(B, P, D)]; frozen."""
+        """Return the frozen features of all four layers, f^1 to f^4; the last entry is f^last: [(B, P, D)]."""
         if self.args.da_levels:
             image = enhance(image, self.args.da_levels, self.args.da_sum)
         with torch.autocast("cuda", torch.bfloat16, enabled=image.is_cuda):
             return self.cnn_encoder(image) if self.cnn_encoder else image_features(self.clip, image, self.image_blocks)
 
     def words(self, last, prompts):
-        """Return the text encoder's input (B, P, tokens, W), Eq. 4.2; B is 1 without an adapter."""
+        """Return the input of the text encoder (B, P, tokens, W), Eq. 4.2; B is 1 without an adapter."""
         words = prompts[None]  # (1, P, M, W)
         if self.adapter:
             pi = self.adapter(F.normalize(last.float(), dim=-1))[:, :, None]  # h(f^last): (B, P, D) -> (B, P, 1, W)
@@ -193,13 +193,13 @@ class ClipRecon(nn.Module):
         return words
 
     def distances(self, features, where=slice(None), whole=False):
-        """Return M^k (Eq. 4.3), a (B, P) in [0, 2] for each layer, from `image_features`; where: only these locations.
+        """Return M^k (Eq. 4.3) from `image_features`: one (B, P) in [0, 2] per layer; where: only at these locations.
 
-        whole: 1 - cos of each layer as one vector over all its positions instead, a (B,) each."""
+        whole: return 1 - cos of each layer as one vector over all positions instead, one (B,) per layer."""
         features = [f[:, where] for f in features]
         with torch.autocast("cuda", torch.bfloat16, enabled=self.prompts.is_cuda):
             words = self.words(features[-1], self.prompts[where])
-            # no torch.no_grad: the words' gradient passes through the frozen encoder
+            # no torch.no_grad here: the gradient of the words passes through the frozen encoder
             texts = text_features(self.clip, words.flatten(0, 1), self.text_blocks)
         pairs = [(features[k - 1].float(), p.float().unflatten(0, words.shape[:2]))  # f^k, p^k: (B, P, D)
                  for k, p in zip(self.layers, texts, strict=True)]
@@ -209,10 +209,10 @@ class ClipRecon(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): S, the sum of all M^k enlarged; anomaly score (B,): its maximum."""
+        """Return the anomaly map (B, H, W), S, the sum of all enlarged M^k, and the score (B,), its maximum."""
         self.eval()
-        total = sum(self.distances(self.image_features(image))).unflatten(1, self.grid)  # sum first: Psi is linear
-        # corners not aligned, unlike RD4AD: a patch's value belongs to its centre
+        total = sum(self.distances(self.image_features(image))).unflatten(1, self.grid)  # added first: Psi is linear
+        # unlike in RD4AD, corners are not aligned: the value of a patch belongs to its centre
         anomaly_map = F.interpolate(total[:, None], image.shape[-2:], mode="bilinear")[:, 0]
         if self.args.smooth_sigma:
             anomaly_map = common.smooth(anomaly_map, self.args.smooth_sigma)
@@ -222,7 +222,7 @@ class ClipRecon(nn.Module):
 # ------------------------------------------------------------------------------------------------------ frozen encoders
 def text_features(clip, tokens, blocks):
     """Run embedded texts (n, tokens, W) through the text encoder; return the last token after each of `blocks` (counted
-    from 1) in CLIP's joint space: [(n, D)]."""
+    from 1), in CLIP's joint space: [(n, D)]."""
     x = tokens + clip.positional_embedding[: tokens.shape[1]]
     mask = clip.attn_mask[: tokens.shape[1], : tokens.shape[1]]  # causal
     features = []
@@ -242,17 +242,17 @@ def image_features(clip, image, blocks):
 
 
 class CNNEncoder(nn.Module):
-    """A frozen CNN instead of CLIP's image encoder: four stages on one grid, (B, P, D) each."""
+    """A frozen CNN in place of CLIP's image encoder: four stages on the same grid, (B, P, D) each."""
 
     def __init__(self, backbone, weights, grid, width):
         super().__init__()
         self.grid = grid
         self.cnn = common.feature_extractor(backbone, STAGES[backbone], weights)
-        generator = torch.Generator().manual_seed(0)  # part of the architecture: the same for all runs
+        generator = torch.Generator().manual_seed(0)  # fixed, as part of the architecture: the same in all runs
         for s, feature in enumerate(self.cnn(torch.zeros(1, 3, 64, 64)).values()):
             c = feature.shape[1]
             q = torch.linalg.qr(torch.randn(max(c, width), min(c, width), generator=generator)).Q
-            self.register_buffer(f"map{s}", q if c > width else q.T)  # (C, D), orthonormal; keeps cosines if C <= D
+            self.register_buffer(f"map{s}", q if c > width else q.T)  # (C, D), orthonormal; preserves cosines if C <= D
 
     def forward(self, image):
         features = []
@@ -262,7 +262,7 @@ class CNNEncoder(nn.Module):
             else:
                 feature = F.interpolate(feature, self.grid, mode="bilinear")
             patches = feature.flatten(2).mT  # (B, P, C)
-            # centred, since all cosines of features after a ReLU are positive
+            # centred, since features after a ReLU have only positive cosines
             features.append(F.layer_norm(patches, patches.shape[-1:]) @ self.get_buffer(f"map{s}"))
         return features
 
@@ -274,14 +274,14 @@ def binomial(channels, device):
 
 
 def down(image):
-    """Eq. 4.7: blur and take every second pixel, (B, C, H, W) -> (B, C, H/2, W/2), rounded up; OpenCV's pyrDown."""
+    """Eq. 4.7: blur and keep every second pixel like OpenCV's pyrDown, (B, C, H, W) -> (B, C, H/2, W/2), rounded up."""
     c = image.shape[1]
     return F.conv2d(F.pad(image, (2, 2, 2, 2), "reflect"), binomial(c, image.device), stride=2, groups=c)
 
 
 def up(image, size):
-    """F_up of Eq. 4.8: insert zeros between the pixels and blur with four times the kernel; OpenCV's pyrUp, including
-    its padding, reflected at the top and left, replicated at the bottom and right."""
+    """F_up of Eq. 4.8: insert zeros between the pixels and blur with four times the kernel, like OpenCV's pyrUp, with
+    the same padding: reflected at the top and left, replicated at the bottom and right."""
     c = image.shape[1]
     image = F.pad(F.pad(image, (1, 0, 1, 0), "reflect"), (0, 1, 0, 1), "replicate")
     image = F.conv_transpose2d(image, 4 * binomial(c, image.device), stride=2, groups=c)
@@ -289,7 +289,7 @@ def up(image, size):
 
 
 def enhance(image, levels, how="half"):
-    """Add the blurred copy (Eq. 4.9: "residual" S_K) to the image (B, 3, H, W); the result stays in [0, 1]."""
+    """Add the blurred copy (the "residual" S_K of Eq. 4.9) to the image (B, 3, H, W); the sum stays in [0, 1]."""
     low, sizes = image, []
     for _ in range(levels):
         sizes.append(low.shape[-2:])
@@ -302,10 +302,10 @@ def enhance(image, levels, how="half"):
 def build_model(args):
     longest = 75 - (args.join == "append")  # of CLIP's 77 tokens
     for allowed, rule in [
-            (args.backbone in ["clip", *STAGES], f"--backbone is clip, {', '.join(STAGES)}; add yours to STAGES"),
-            (args.layers, "--layers takes some of 1 2 3 4"),
-            (args.prompt_tokens <= longest, f"--prompt-tokens with --join {args.join}: at most {longest}"),
-            (4 * args.smooth_sigma <= args.image_size, "--smooth-sigma is at most a quarter of --image-size"),
+            (args.backbone in ["clip", *STAGES], f"--backbone: choose clip, {', '.join(STAGES)}, or add it to STAGES"),
+            (args.layers, "--layers: give one or more of 1 2 3 4"),
+            (args.prompt_tokens <= longest, f"--prompt-tokens: give at most {longest} with --join {args.join}"),
+            (4 * args.smooth_sigma <= args.image_size, "--smooth-sigma: give at most a quarter of --image-size"),
             (args.image_size >= 3 * 2 ** max(args.da_levels - 1, 0),
              f"--da-levels: {args.image_size} pixels cannot be halved {args.da_levels} times")]:
         if not allowed:
@@ -316,7 +316,7 @@ def build_model(args):
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.Run(__file__, args)
-    torch.use_deterministic_algorithms(True, warn_only=run.device.type != "cuda")  # else attention varies on a GPU
+    torch.use_deterministic_algorithms(True, warn_only=run.device.type != "cuda")  # otherwise attention varies on a GPU
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
@@ -327,7 +327,7 @@ if __name__ == "__main__":
             for features in frozen.batches(args.batch_size, shuffle=(args.seed, epoch)):
                 where = torch.randperm(len(model.prompts))[: args.patches_per_step].to(run.device)
                 distances = model.distances(features, where, whole=args.loss == "layer")
-                loss = sum(d.mean() for d in distances)  # Eq. 4.5: all layers have the same weight
+                loss = sum(d.mean() for d in distances)  # Eq. 4.5: all layers are weighted equally
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

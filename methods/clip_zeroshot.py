@@ -1,19 +1,21 @@
 """CLIP, zero-shot (Radford et al., ICML 2021, arXiv:2103.00020), a row of the thesis' Tables 4.1 to 4.4.
 
-One sentence per class: an image is anomalous if its feature is closer to that of "{m} of an abnormal {o}" than to that
-of "{m} of a normal {o}" (m: kind of image, o: organ). The map asks the same of each patch. Nothing is trained, nothing
-is random.
+There is one sentence per class: an image is anomalous if its feature is closer to that of "{m} of an abnormal {o}" than
+to that of "{m} of a normal {o}" (m: kind of image, o: organ). The map compares each patch in the same way. Nothing is
+trained, and nothing is random.
 
-Settings: the thesis gives no sentences, sizes or model for its row, and does not say where its standard deviations come
-from. The model is WinCLIP's, so that the two rows differ by method alone; the temperature is that of trained CLIP.
-Differences from the paper: it has no map. Ours puts the last block's patches through the class token's norm and
-projection, as AnoVL and VAND do before they train or change anything. `--prompts ensemble` averages WinCLIP's medical
-sentences for each class.
-Note: CLIP was trained through its class token only, and its patches often answer the opposite of the text. A pixel
-AUROC below 0.5 is then a property of plain CLIP, not an error; attention from values to values (MaskCLIP, CLIP Surgery,
-AnoVL) corrects it, but is another method. Scores are never inverted here.
+Settings: the thesis gives no sentences, sizes or model for this row, and does not say where its standard deviations
+come from. The model is that of WinCLIP, so that the two rows differ only in the method; the temperature is that of
+trained CLIP.
+Differences from the paper: the paper has no map. Ours sends the patches of the last block through the norm and
+projection of the class token, as AnoVL and VAND do before any training or other change. `--prompts ensemble` averages
+WinCLIP's medical sentences for each class.
+Note: CLIP was trained only through its class token, and its patches often contradict the text. A pixel AUROC below 0.5
+is then a property of plain CLIP, not an error. Attention from values to values (MaskCLIP, CLIP Surgery, AnoVL) corrects
+it, but that is another method. Scores are never inverted here.
 
-Cost, measured, of the default on one CPU thread: 3 s for the sentences, 0.7 s per image; 1.8 GiB for batches of eight.
+Cost of the default settings, measured on one CPU thread: 3 s for the sentences, 0.7 s per image; 1.8 GiB of memory with
+batches of eight.
 """
 
 import re
@@ -38,74 +40,74 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch; affects only speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
-    """score this image, folder of images, NIfTI volume, DICOM series or folder of scans; zero-shot or --checkpoint"""
+    """score this image, image folder, NIfTI volume, DICOM series or scan folder, zero-shot or with --checkpoint"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     model: str = "ViT-B-16-plus-240"
-    """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
+    """CLIP model: one of open_clip's with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
-    """weights of CLIP: a TAG published by open_clip, none (untrained), auto (laion400m_e32, else none), or a FILE"""
+    """CLIP weights: an open_clip TAG, none (untrained), auto (laion400m_e32 if available, else none) or a FILE"""
     clip_size: Annotated[int, Ge(16)] = 240
-    """width and height in pixels to which images are resized again for CLIP; 240: the model's own 15 x 15 patches"""
+    """images are resized again for CLIP, to this width and height in pixels; 240: the model's own 15 x 15 patches"""
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
-    """what the sentences are about (see WORDS); auto: the benchmark of --data, generic for other folders"""
+    """what the sentences are about (see WORDS); auto: the benchmark given by --data, or generic for other folders"""
     prompts: Literal["plain", "ensemble"] = "plain"
-    """one sentence per class, or the average over many"""
+    """plain: one sentence per class; ensemble: the average over many sentences"""
     organ: str | None = None
     """what the images show, in your own words, such as "knee", instead of the organ in WORDS"""
     findings: str = "none"
     """none: ensemble sentences only mention normal and abnormal; named: they name the findings in WORDS, such as tumor
     or drusen (knowledge of the disease); or your own findings, separated by commas. Plain sentences never name any"""
     sentences: str | None = None
-    """instead of all these: a text FILE with one sentence per line, after "normal:" or "anomalous:\""""
+    """use the sentences in this text FILE instead, one per line, each after "normal:" or "anomalous:\""""
 
 
 class ZeroShot(nn.Module):
-    """P = h * w patches; D: width of CLIP's joint space, W: of its image encoder."""
+    """Shapes: P = h * w patches; D: width of CLIP's joint space, W: width of its image encoder."""
 
     def __init__(self, args):
         super().__init__()
         self.clip, self.size = common.load_clip(args.model, args.clip_weights, args.clip_size), args.clip_size
-        self.register_buffer("text", torch.zeros(2, self.clip.visual.output_dim))  # normal and anomalous class
+        self.register_buffer("text", torch.zeros(2, self.clip.visual.output_dim))  # of normal and anomalous class
 
     @torch.inference_mode()
     def set_classes(self, classes):
-        """Set the text features from `sentences`: averaged over a state's sentences, then over a class' states."""
+        """Set the text features from `sentences`, averaged over the sentences of each state, then over states."""
         for i, states in enumerate(classes):
             means = [encode_text(self.clip, texts).mean(dim=0) for texts in states]  # (D,) each
             self.text[i] = F.normalize(torch.stack(means).mean(dim=0), dim=0)
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W), anomaly score (B,): the anomalous class's softmax probability."""
+        """Return the anomaly map (B, H, W) and the score (B,): softmax probabilities of the anomalous class."""
         self.eval()
         encoder, small = self.clip.visual, image
         if image.shape[-1] != self.size:
@@ -121,8 +123,8 @@ class ZeroShot(nn.Module):
 
 
 def encode_text(clip, sentences):
-    """Return features of unit length, (n, D)."""
-    import open_clip  # here: its import would delay --help by a second
+    """Return the text features (n, D) of n sentences, with unit length."""
+    import open_clip  # imported here: it would delay --help by a second
 
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)
     return clip.encode_text(tokens, normalize=True)
@@ -133,7 +135,7 @@ def build_model(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences
-# What the sentences are about, in our own words: kind of image, names of the organ, possible findings.
+# What the sentences are about, in our own words: the kind of image, names of the organ, possible findings.
 WORDS = {
     "brain": ("axial FLAIR MRI slice", ["brain", "head"], ["tumor", "glioma", "edema", "lesion", "mass"]),
     "liver": ("axial abdominal CT slice", ["liver", "liver parenchyma"],
@@ -160,25 +162,25 @@ TEMPLATES = ["{m} of the {s}", "a {m} of a {s}", "an image of the {s}", "a medic
 
 
 def benchmark_words(data):
-    """Return the key of WORDS for --data: a benchmark or a folder with its name, else generic."""
+    """Return the key of WORDS that matches the name of the --data folder, otherwise generic."""
     name = Path(data).resolve().name.lower()
     return next((key for key, folders in common.NAMES.items() if name in folders), "generic")
 
 
 def own_sentences(file):
-    """Read `sentences` from a text file; each class has a single state."""
+    """Read `sentences` from a text file. Each class has a single state."""
     try:
         lines = [line.partition(":") for line in Path(file).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise common.Error(f"--sentences {file} cannot be read ({e}); give a text file") from e
     classes = [[[text.strip() for name, _, text in lines if name.strip() == kind]] for kind in ("normal", "anomalous")]
     if sum(len(states[0]) for states in classes) < len(lines) or not all(states[0] for states in classes):
-        raise common.Error(f'--sentences {file}: each line begins with "normal:" or "anomalous:"; both are needed')
+        raise common.Error(f'--sentences {file}: begin each line with "normal:" or "anomalous:"; both are needed')
     return classes
 
 
 def sentences(words, prompts, findings, organ=None):
-    """Return, for the normal and the anomalous class, a list of states, each a list of sentences."""
+    """Return a list of states, each a list of sentences, for the normal and for the anomalous class."""
     modality, organs, names = WORDS[words]
     organs = [organ] if organ else organs
     names = names if findings in ("none", "named") else [name.strip() for name in findings.split(",")]

@@ -1,38 +1,40 @@
-"""DDPM, as AnoDDPM (Wyatt, Leach, Schmon, Willcocks: AnoDDPM, CVPR Workshops 2022; not on arXiv).
+"""DDPM, as in AnoDDPM (Wyatt, Leach, Schmon, Willcocks: AnoDDPM, CVPR Workshops 2022; not on arXiv).
 
 A diffusion model (Ho, Jain, Abbeel: DDPM, arXiv:2006.11239) learns to remove noise from normal images. A test image is
-noised a quarter of the way and denoised again: whatever the noise has hidden is replaced by what normal images look
-like, so the two differ where the image is anomalous. Noise with a spectrum like 1/f also hides large lesions, white
-noise does not; therefore AnoDDPM uses simplex noise.
+noised a quarter of the way and denoised again. What the noise has hidden is replaced by what normal images look like,
+so the two images differ where the test image is anomalous. Noise with a spectrum like 1/f also hides large lesions,
+which white noise does not. AnoDDPM therefore uses simplex noise.
 
-Why it is not the method that the thesis cites for its row "DDPM" (Wolleb et al., MICCAI 2022): that method guides the
-denoising by a classifier of healthy and diseased images, and its diffusion model sees both. The benchmarks' training
-images are normal only; training on the anomalous ones of valid would leak labels. Without the classifier, its DDIM
-encoding and decoding returns the image as it is, lesion included. The thesis does not say how its row was produced.
-AnoDDPM needs no labels; `--noise gauss` is the plain DDPM's reconstruction.
+Why this is not the method that the thesis cites for its row "DDPM" (Wolleb et al., MICCAI 2022): that method guides the
+denoising by a classifier of healthy and diseased images, and its diffusion model sees both kinds. The benchmarks have
+only normal training images, and training on the anomalous images of valid would leak labels. Without the classifier,
+its DDIM encoding and decoding returns the image unchanged, lesion included. The thesis does not say how its row was
+produced. AnoDDPM needs no labels, and `--noise gauss` gives the reconstruction of plain DDPM.
 
 Settings: the official code (Julian-Wyatt/AnoDDPM, 3052f04, args28.json): network, schedule, 0 <= t < 800 in training,
-AdamW 1e-4, gradients clipped at norm 1, averaged weights, 300,000 images (epochs: brain 40, liver 195, resc 70, oct2017
-12, chest 38, histo 59).
+AdamW with learning rate 1e-4, gradients clipped to norm 1, averaged weights, 300,000 images (epochs: brain 40, liver
+195, resc 70, oct2017 12, chest 38, histo 59).
 Differences from the official code:
-- Perlin's gradient noise, on a cubic lattice, replaces simplex noise, with the same periods and persistence.
-- A noise field is normalised to mean 0 and standard deviation 1, as the schedule assumes (official: used as it is). In
-  training each image and channel has its own field (official: one per batch).
-- Scoring starts at t = 250 (official: 200 for the figures, 250 elsewhere), in 50 steps instead of all (--sample-steps
-  0), with the same noise for all images, drawn from the seed: a score depends on the image only.
-- Batches of 8, in bfloat16 on a GPU (official: single images). Averaged weights forget their initial values (see
-  `average`).
-- Training images are not shifted and rotated at random. The score is the map's maximum, as for the thesis' other
+- Perlin's gradient noise on a cubic lattice replaces simplex noise, with the same periods and persistence.
+- Each noise field is normalised to mean 0 and standard deviation 1, as the schedule assumes (official code: not
+  normalised). In training, each image and channel has its own field (official code: one per batch).
+- Scoring starts at t = 250 (official code: 200 for the figures, 250 elsewhere) and takes 50 steps instead of all
+  (--sample-steps 0). All images get the same noise, drawn from the seed, so a score depends only on the image.
+- Batches of 8, in bfloat16 on a GPU (official code: single images). The averaged weights forget their initial values
+  (see `average`).
+- Training images are not shifted or rotated at random. The score is the maximum of the map, as for the thesis' other
   methods; the official code only scores single pixels.
-- A step back adds noise of the posterior's variance (DDPM, Eq. 7), not beta: both suit the full chain, but the beta of
-  a shortened chain is much more than its last step, of t = 0, can remove.
-- Two attention heads in training and test (official: one in the test, with weights trained with two).
-- The last weights are taken, as in the official code; --choose-on-valid chooses the epoch as the other methods here do.
+- A denoising step adds noise with the variance of the posterior (DDPM, Eq. 7), not beta. Both suit the full chain, but
+  in a shortened chain beta is more noise than its last step, at t = 0, can remove.
+- There are two attention heads in training and in testing (official code: one in testing, although the weights were
+  trained with two).
+- The last weights are kept, as in the official code; with --choose-on-valid, the best epoch is chosen on valid, as in
+  the other methods here.
 
 Parameters: 131,649,793 with one channel, as in the official code; 32,950,401 with --base-channels 64. A forward pass at
-256 pixels: 563 and 142 GFLOP; scoring an image takes 50 of them.
+256 pixels takes 563 and 142 GFLOP, respectively; scoring an image takes 50 passes.
 Cost, measured on one busy CPU thread: 200 images of 64 pixels with --base-channels 16 --multipliers 1 1 2 2 --attention
-8, batches of 2: 34 s per epoch, 0.3 s to score an image in 5 steps, 0.9 GiB. The default was not timed.
+8 and batches of 2: 34 s per epoch, 0.3 s to score an image in 5 steps, 0.9 GiB. The default settings were not timed.
 """
 
 import copy
@@ -51,8 +53,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-STEPS, BETAS = 1000, (1e-4, 0.02)  # T, and the linear schedule's ends (DDPM, Sec. 4)
-TRAINED_STEPS = 800  # t is drawn below this (official code: sample_distance)
+STEPS, BETAS = 1000, (1e-4, 0.02)  # T, and both ends of the linear schedule (DDPM, Sec. 4)
+TRAINED_STEPS = 800  # training draws t below this (official code: sample_distance)
 BLOCKS, HEADS = 2, 2  # residual blocks per level, attention heads (official code)
 OCTAVES, PERIOD, PERSISTENCE = 6, 64, 0.8  # periods of 64, 32, ... 2 pixels, each 0.8 as strong as the one before
 AVERAGE = 0.9999  # decay of the averaged weights (official code)
@@ -63,81 +65,81 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (official code)"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images per batch; each takes about 2.7 GiB in training in float32, half of it in bfloat16"""
+    """images per batch; in training, each needs about 2.7 GiB of memory in float32, half as much in bfloat16"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(0)] = 0
     """passes over the normal training images; 0: enough to see 300,000 images (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """AdamW's learning rate (official code)"""
     eval_every: Annotated[int, Ge(1)] = 10
-    """validate every N epochs; the best checkpoint is kept"""
+    """with --choose-on-valid: validate every N epochs; the best checkpoint is kept"""
     choose_on_valid: bool = False
-    """keep the epoch that is best on valid instead of the last"""
+    """keep the weights of the epoch that is best on valid, instead of the last ones"""
     noise: Literal["simplex", "gauss"] = "simplex"
-    """noise that hides the image: octaves of smooth noise (AnoDDPM) or white noise (DDPM)"""
+    """noise that hides the image: simplex, octaves of smooth noise (AnoDDPM), or gauss, white noise (DDPM)"""
     channels: Literal[1, 3] = 1
-    """1 for grey images (official code), 3 for coloured ones"""
+    """number of image channels: 1 for grey images (official code), 3 for coloured ones"""
     base_channels: Annotated[int, Ge(1)] = 128
     """channels of the U-Net's first level (official code)"""
     multipliers: Annotated[tuple[int, ...], Ge(1)] = (1, 1, 2, 2, 4, 4)
-    """channels of each level, times --base-channels; each level has half the size of the one before (official code)"""
+    """channels of each level, in units of --base-channels; each level halves the size (official code)"""
     attention: Annotated[tuple[int, ...], Ge(1)] = (32, 16, 8)
-    """sizes in pixels of the levels with attention (official code)"""
+    """sizes of the levels that have attention, in pixels (official code)"""
     noise_level: Annotated[int, Interval(ge=1, le=1000)] = 250
-    """lambda, the step of 1000 up to which a test image is noised (official code: 200 or 250)"""
+    """lambda, the step (of 1000) up to which test images are noised (official code: 200 or 250)"""
     sample_steps: Annotated[int, Ge(0)] = 50
-    """number of evenly spaced denoising steps; 0: all --noise-level of them (official code)"""
+    """number of evenly spaced denoising steps; 0: one for each step of --noise-level (official code)"""
     repeats: Annotated[int, Ge(1)] = 1
-    """number of reconstructions to average for each image (official code: 1 for its numbers, 5 for its pictures)"""
+    """number of reconstructions to average for each image (official code: 1 for the numbers, 5 for the pictures)"""
     sigma: Annotated[int, Ge(0)] = 0
-    """standard deviation of the map's Gaussian filter in pixels; 0: no filter"""
+    """standard deviation in pixels of the Gaussian filter that smooths the map; 0: no filter"""
     score: Literal["max", "top"] = "max"
-    """score of an image: the maximum of its map, or (top) the mean of the highest 1%, which is more stable"""
+    """score of an image: the maximum of its map (max) or the mean of its highest 1% (top), which is more stable"""
 
 
 # --------------------------------------------------------------------------------------------------------------- noise
 def smooth_noise(t, channels, size, generator=None):
-    """Octaves of Perlin's 3-D gradient noise, sliced at t (b,): (b, channels, size, size), mean 0, deviation 1.
+    """Return slices of 3-D Perlin noise at t (b,), summed over octaves: (b, channels, size, size), mean 0, deviation 1.
 
-    Each lattice corner has a random gradient; a pixel is the weighted sum of gradient times offset from the corner."""
+    Lattice corners have random gradients; a pixel is the weighted sum, over its corners, of gradient times offset."""
     n, total = len(t) * channels, 0
     for octave in range(OCTAVES):
         period = PERIOD / 2**octave  # pixels, and steps of t
         side = int((size - 1) / period) + 2  # corners
-        gradient = torch.randn(2, 3, n, side, side, generator=generator).to(t.device)  # one sequence for all devices
+        gradient = torch.randn(2, 3, n, side, side, generator=generator).to(t.device)  # the same on all devices
         gradient = F.normalize(gradient, dim=1)
         place = torch.arange(size, device=t.device) / period  # in cells
         cell = place.long()
-        z = (t / period % 1).repeat_interleave(channels).view(n, 1, 1)  # place in its cell: each t has its own lattice
+        z = (t / period % 1).repeat_interleave(channels).view(n, 1, 1)  # place in the cell: each t has its own lattice
         for i, j, k in itertools.product((0, 1), repeat=3):
             g_x, g_y, g_z = gradient[i][:, :, cell + j][..., cell + k]  # (n, size, size) each
             dx, dy, dz = place - cell - k, (place - cell - j)[:, None], z - i
@@ -148,7 +150,7 @@ def smooth_noise(t, channels, size, generator=None):
 
 
 def fade(offset):
-    """Perlin's weight of a corner at this offset, in cells: 1 at 0, 0 at 1, flat at both."""
+    """Return Perlin's weight of a corner at this offset in cells: 1 at 0, 0 at 1, with zero slope at both."""
     s = 1 - offset.abs()
     return s**3 * (6 * s**2 - 15 * s + 10)
 
@@ -159,7 +161,7 @@ def white_noise(t, channels, size, generator=None):
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
 class Diffusion(nn.Module):
-    """DDPM's constants and equations. Denoising from step `level` - 1 visits `count` of the steps (0: all)."""
+    """The constants and equations of DDPM. Denoising from step `level` - 1 visits `count` of the steps (0: all)."""
 
     def __init__(self, level, count):
         super().__init__()
@@ -178,31 +180,31 @@ class Diffusion(nn.Module):
             self.register_buffer(name, value.float(), persistent=False)
 
     def q_sample(self, x_0, t, noise):
-        """Return x_t of x_0 in one jump (Eq. 4); t (b,)."""
+        """Return x_t, sampled from x_0 in one jump (Eq. 4); t (b,)."""
         left, added = self.sqrt_alpha_bar[t], self.sqrt_one_minus_alpha_bar[t]
         return left.view(-1, 1, 1, 1) * x_0 + added.view(-1, 1, 1, 1) * noise
 
     def step_back(self, x_t, i, epsilon, noise):
-        """Return x at the visited step before the i-th, given the network's epsilon at the i-th."""
+        """Return x at the visited step before the i-th, given the epsilon that the network predicts at the i-th."""
         x_0 = (x_t - self.sqrt_one_minus_alpha_bar[self.t[i]] * epsilon) / self.sqrt_alpha_bar[self.t[i]]  # Eq. 15
         return self.weight_x_0[i] * x_0.clamp(-1, 1) + self.weight_x_t[i] * x_t + self.sigma[i] * noise  # Eq. 6, 7
 
 
 # ------------------------------------------------------------------------------------------------------------- network
 def norm(channels):
-    """Group norm, 32 groups at the published widths. Groups of one channel would remove the added time step."""
+    """Return a group norm, with 32 groups at the published widths. One-channel groups would remove the time step."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def zero(layer):
-    """Set a layer to 0, so that its block starts as the identity."""
+    """Set all weights of a layer to 0, so that its block starts as the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 class ResBlock(nn.Module):
-    """BigGAN's two convolutions and skip connection, both resampled first if asked for; the time step is added."""
+    """BigGAN's residual block: two convolutions and a skip connection, optionally resampled, plus the time step."""
 
     def __init__(self, c_in, c_out, c_time, resample=None):
         super().__init__()
@@ -219,7 +221,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, and a skip connection."""
+    """Self-attention over all positions, with a skip connection."""
 
     def __init__(self, channels):
         super().__init__()
@@ -242,7 +244,7 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """x_t (B, C, H, W), steps t (B,) -> noise in x_t (B, C, H, W); Dhariwal and Nichol's network."""
+    """The network of Dhariwal and Nichol: x_t (B, C, H, W), steps t (B,) -> the noise in x_t (B, C, H, W)."""
 
     def __init__(self, channels, size, base, multipliers, attention):
         super().__init__()
@@ -291,7 +293,7 @@ class UNet(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------- method
 class AnoDDPM(nn.Module):
-    """`unet` has the averaged weights; the network being trained is not part of this model."""
+    """`unet` holds the averaged weights; the network that is trained is not part of this model."""
 
     def __init__(self, args):
         super().__init__()
@@ -299,7 +301,7 @@ class AnoDDPM(nn.Module):
         self.draw_noise = smooth_noise if args.noise == "simplex" else white_noise
         self.unet = UNet(args.channels, args.image_size, args.base_channels, args.multipliers, args.attention)
         self.diffusion = Diffusion(args.noise_level, args.sample_steps)
-        # All steps add noise but the last one, of t[0]; its field is used for the jump to t[-1].
+        # All steps but the last one, at t[0], add noise, so the field at index 0 is free for the jump to t[-1].
         t, generator = self.diffusion.t.clone(), torch.Generator().manual_seed(args.seed)
         t[0] = t[-1]
         fields = [self.draw_noise(t, args.channels, args.image_size, generator) for _ in range(args.repeats)]
@@ -320,15 +322,15 @@ class AnoDDPM(nn.Module):
 
     @torch.no_grad()
     def average(self, unet, step):
-        """Update the averaged weights after `unet`'s `step`-th step: about the last ninth of all steps, at most 10,000.
+        """Update the averaged weights after step `step`: the mean of about the last ninth of the steps, at most 10,000.
 
-        Note: with 0.9999 from the start, the initial weights would still have a weight of 1 / e after 10,000 steps."""
+        Note: with a decay of 0.9999 from the start, the initial weights would still count 1 / e after 10,000 steps."""
         decay = min(AVERAGE, step / (9 + step))
         for mean, p in zip(self.unet.parameters(), unet.parameters(), strict=True):
             mean.lerp_(p, 1 - decay)
 
     def reconstruct(self, x_0, fields):
-        """Noise x_0 (B, C, H, W) to --noise-level and denoise it; fields: the noise of each step, (steps, C, H, W)."""
+        """Noise x_0 (B, C, H, W) to --noise-level and denoise it; fields (steps, C, H, W): the noise of each step."""
         x = self.diffusion.q_sample(x_0, self.diffusion.t[-1:], fields[0])
         for i, t in reversed(list(enumerate(self.diffusion.t))):
             x = self.diffusion.step_back(x, i, self.unet(x, t.expand(len(x))), fields[i])
@@ -336,11 +338,11 @@ class AnoDDPM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): squared error summed over channels; anomaly score (B,): see --score."""
+        """Return the anomaly map (B, H, W), the squared error summed over channels, and the score (B,), see --score."""
         self.eval()
         x_0 = self.scaled(image)
         recon = torch.cat([sum(self.reconstruct(x, fields) for fields in self.fields) / len(self.fields)
-                           for x in x_0.split(1)])  # one image at a time, because rounding depends on the batch
+                           for x in x_0.split(1)])  # one by one, since rounding depends on the batch
         anomaly_map = (recon - x_0).square().sum(dim=1)
         if self.args.sigma:
             anomaly_map = common.smooth(anomaly_map, self.args.sigma)
@@ -353,25 +355,25 @@ def build_model(args):
     return AnoDDPM(args)
 
 
-def check(args):  # that the values fit together
+def check(args):  # whether the values fit together
     size, halvings = args.image_size, len(args.multipliers) - 1
     if halvings < 0 or min(args.multipliers) < 1:
         raise common.Error(f"--multipliers {args.multipliers}: give a whole number for each level")
     if size < 16 or size % 2**halvings:
-        raise common.Error(f"--image-size {size}: the network halves it {halvings} times; 16 or more, a multiple of "
-                           f"{2**halvings}, or fewer --multipliers")
+        raise common.Error(f"--image-size {size}: the network halves it {halvings} times; give a multiple of "
+                           f"{2**halvings}, at least 16, or fewer --multipliers")
     if args.base_channels < 8 or args.base_channels % 8:
-        raise common.Error(f"--base-channels {args.base_channels}: a multiple of 8, for norms and attention heads")
+        raise common.Error(f"--base-channels {args.base_channels}: give a multiple of 8, for norms and attention")
     if not 2 <= args.noise_level <= TRAINED_STEPS:
-        raise common.Error(f"--noise-level {args.noise_level}: 2 to {TRAINED_STEPS}, the steps that are trained")
+        raise common.Error(f"--noise-level {args.noise_level}: give 2 to {TRAINED_STEPS}, the trained steps")
     if args.sample_steps and not 2 <= args.sample_steps <= args.noise_level:
-        raise common.Error(f"--sample-steps {args.sample_steps}: 0 for all, or 2 to --noise-level ({args.noise_level})")
+        raise common.Error(f"--sample-steps {args.sample_steps}: give 0, or 2 to {args.noise_level} (--noise-level)")
     if 4 * args.sigma >= size:
-        raise common.Error(f"--sigma {args.sigma}: give less than a quarter of the image, {size // 4}")
+        raise common.Error(f"--sigma {args.sigma}: give less than a quarter of --image-size, {size // 4}")
 
 
 def whole_training(images):
-    """Return how many epochs show 300,000 images (official code: EPOCHS, of one image each)."""
+    """Return the number of epochs that show 300,000 images (official code: EPOCHS, of one image each)."""
     return math.ceil(300_000 / images)
 
 
@@ -382,7 +384,7 @@ if __name__ == "__main__":
     model = build_model(args).to(run.device)
     if not args.checkpoint:
         if args.channels == 1 and not torch.equal(*train.batch([0])[0, :2]):  # red and green
-            raise common.Error(f"--channels 1: the images of {args.data} are coloured; give --channels 3")
+            raise common.Error(f"--channels 1: the images of {args.data} are coloured; use --channels 3")
         run.total = args.epochs or whole_training(len(train))
         learner = copy.deepcopy(model.unet)
         optimizer = torch.optim.AdamW(learner.parameters(), args.lr, weight_decay=0)

@@ -1,23 +1,25 @@
 """DeepSVDD (Ruff et al., ICML 2018, PMLR 80:4393-4402; not on arXiv).
 
-A network without biases learns to map normal images close to a fixed point c; an image is as anomalous as the squared
-distance of its embedding to c. The weights are initialised by an autoencoder, and c is the mean embedding they give,
-set once: with a trained c, or a bias in any layer, the network could map every image to c.
+A network without biases learns to map normal images close to a fixed point c. The anomaly score of an image is the
+squared distance of its embedding from c. The weights are initialised by an autoencoder, and c is set once, to the mean
+embedding that these weights give: with a trained c, or a bias in any layer, the network could map every image to c.
 
-Settings: thesis, Table 3.2 (LeNet, Adam 1e-4, weight decay 0.5e-7, batch 200). Where it is silent, BMAD's code
-(DorisBao/BMAD, the thesis' benchmark): 300 + 300 epochs, ImageNet scaling, the autoencoder's rate, decay and batch.
-Architecture, schedule and the rule for c are those of the official lukasruff/Deep-SVDD-PyTorch.
+Settings: thesis, Table 3.2 (LeNet, Adam with learning rate 1e-4, weight decay 0.5e-7, batches of 200). Where the thesis
+is silent, we follow BMAD's code (DorisBao/BMAD, the thesis' benchmark): 300 + 300 epochs, ImageNet scaling, and the
+autoencoder's learning rate, weight decay and batch size. Architecture, schedule and the rule for c are those of the
+official code, lukasruff/Deep-SVDD-PyTorch.
 Differences from the official code:
-- Images are resized to 256 pixels by the loader and then to 32, antialiased, not in one step. Any other size than 32
-  would give a different network: half of all weights belong to positions of the last map.
-- ImageNet scaling, as behind the thesis' numbers; `--scaling gcn` is the official one. The autoencoder's sigmoid cannot
-  reach values outside [0, 1], so its loss stays high with ImageNet scaling; its features are useful all the same.
+- Images are resized in two steps, to 256 pixels by the loader and then, with antialiasing, to 32 by the model. Another
+  input size than 32 would change the network: half of all weights belong to positions of the last map.
+- ImageNet scaling, as in the code behind the thesis' numbers; `--scaling gcn` is the official scaling. The sigmoid of
+  the autoencoder cannot reach values outside [0, 1], so its loss stays high with ImageNet scaling, but its features are
+  useful all the same.
 - A coordinate of c that is exactly zero also becomes 0.1; in the official code it stays zero.
-- The epoch is chosen on valid (thesis, 3.4.1; official: the last one).
-- A last batch of a single image, which has no batch statistics, is left out (the official code stops with an error).
+- The best epoch is chosen on valid (thesis, 3.4.1; official code: the last one).
+- A last batch of a single image, which has no batch statistics, is dropped (the official code stops with an error).
 
-Parameters: 0.521 M, 0.805 M with the decoder of the first stage. Cost, measured on one CPU thread: 5 ms per image and
-epoch in either stage, 1 to 3 ms to score an image, 0.9 GiB.
+Parameters: 0.521 M, or 0.805 M with the decoder of the first stage. Cost, measured on one CPU thread: 5 ms per image
+and epoch in either stage, 1 to 3 ms to score an image, 0.9 GiB of memory.
 """
 
 import sys
@@ -34,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 SIZE = 32  # width and height of the network's input
-CENTER_MARGIN = 0.1  # minimum |c_i|: zero weights alone would match a coordinate of zero (official code)
+CENTER_MARGIN = 0.1  # minimum |c_i|, since zero weights would give a coordinate of zero (official code)
 WARM_UP = 10  # epochs before the soft boundary's radius is set (official code)
 
 
@@ -43,37 +45,37 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (thesis, 4.3.3), then to the network's 32"""
     batch_size: Annotated[int, Ge(1)] = 200
     """images per batch (thesis, Table 3.2)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 300
     """passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
@@ -83,34 +85,34 @@ class Args:
     weight_decay: Annotated[float, Ge(0)] = 0.5e-7
     """Adam's L2 penalty (thesis, Table 3.2; official code: 0.5e-6)"""
     milestone: Annotated[int, Ge(1)] = 50
-    """epochs after which the learning rate falls to a tenth (official code)"""
+    """number of epochs after which the learning rate falls to a tenth (official code)"""
     ae_epochs: Annotated[int, Ge(0)] = 300
     """epochs of autoencoder pretraining (BMAD's code); 0: start from random weights"""
     ae_lr: Annotated[float, Gt(0)] = 1e-5
     """the autoencoder's learning rate (BMAD's code; official code: 1e-4)"""
     ae_batch_size: Annotated[int, Ge(1)] = 64
-    """the autoencoder's images per batch (BMAD's code; official code: 200)"""
+    """images per batch for the autoencoder (BMAD's code; official code: 200)"""
     ae_weight_decay: Annotated[float, Ge(0)] = 0.5e-6
     """the autoencoder's L2 penalty (BMAD's code, official code)"""
     ae_milestone: Annotated[int, Ge(1)] = 250
-    """epochs after which the autoencoder's learning rate falls to a tenth (BMAD's code, official code)"""
+    """number of epochs after which the autoencoder's learning rate falls to a tenth (BMAD's code, official code)"""
     scaling: Literal["imagenet", "gcn"] = "imagenet"
-    """imagenet: mean and deviation (BMAD's code); gcn: global contrast normalisation, then [0, 1] (official code)"""
+    """imagenet: by ImageNet's statistics (BMAD's code); gcn: global contrast normalisation to [0, 1] (official code)"""
     objective: Literal["one-class", "soft-boundary"] = "one-class"
     """one-class: mean distance to c (paper, Eq. 4; BMAD's code); soft-boundary: a sphere with outliers (Eq. 3)"""
     nu: Annotated[float, Interval(gt=0, le=1)] = 0.1
-    """share of training images that may lie outside the soft boundary (official code)"""
+    """fraction of the training images that may lie outside the soft boundary (official code)"""
 
 
 def contrast_normalize(image):
     """Global contrast normalisation: subtract each image's mean, then divide by its mean absolute value."""
     image = image - image.mean(dim=(1, 2, 3), keepdim=True)
     scale = image.abs().mean(dim=(1, 2, 3), keepdim=True)
-    return torch.where(scale > 1e-6, image / scale, 0)  # a uniform image's rounding is not amplified
+    return torch.where(scale > 1e-6, image / scale, 0)  # does not amplify the rounding errors of a uniform image
 
 
 def normed(conv):
-    """Convolution, batch norm without scale and shift, leaky ReLU: no biases."""
+    """Convolution, batch norm without scale and shift, and leaky ReLU, all without biases."""
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels, eps=1e-4, affine=False), nn.LeakyReLU(0.01))
 
 
@@ -126,7 +128,7 @@ class Encoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """`encoder`, whose weights are drawn again, and a decoder that mirrors it; only the encoder is kept."""
+    """An autoencoder: `encoder`, whose weights are drawn again, and a decoder that mirrors it and is not kept."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -142,7 +144,7 @@ class Autoencoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight, nn.init.calculate_gain("leaky_relu"))
 
     def loss(self, image):
-        """Squared error, summed over each image (B, 3, 32, 32), averaged over images."""
+        """Return the squared error, summed over the values of each image (B, 3, 32, 32) and averaged over images."""
         return (self.decoder(self.encoder(image)) - image).square().sum(dim=(1, 2, 3)).mean()
 
 
@@ -151,9 +153,9 @@ class DeepSVDD(nn.Module):
         super().__init__()
         self.scaling, self.objective, self.nu = scaling, objective, nu
         self.encoder = Encoder()
-        self.register_buffer("center", torch.zeros(128))  # c: a constant, not a parameter
+        self.register_buffer("center", torch.zeros(128))  # c, a constant and not a parameter
         self.register_buffer("radius", torch.zeros(()))  # R of the soft boundary
-        self.register_buffer("low", torch.zeros(()))  # range of the contrast-normalised training images
+        self.register_buffer("low", torch.zeros(()))  # value range of the contrast-normalised training images
         self.register_buffer("high", torch.ones(()))
 
     def prepare(self, image):
@@ -165,7 +167,7 @@ class DeepSVDD(nn.Module):
 
     @torch.no_grad()
     def load(self, batches):
-        """Return all training images after `prepare`, (N, 3, 32, 32); set the range that `--scaling gcn` needs."""
+        """Return all training images after `prepare` (N, 3, 32, 32), and set the value range for `--scaling gcn`."""
         images = torch.cat([self.prepare(image) for image in batches])
         if self.scaling == "gcn":
             self.low, self.high = images.aminmax()
@@ -174,7 +176,7 @@ class DeepSVDD(nn.Module):
 
     @torch.no_grad()
     def init_center(self, images):
-        """Set c to the mean embedding, in eval mode; return how many of its coordinates were too close to zero."""
+        """Set c to the mean embedding in eval mode; return how many of its coordinates were too close to zero."""
         self.eval()
         c = sum(self.encoder(x).sum(dim=0) for x in images.split(1000)) / len(images)  # (128,)
         small = c.abs() < CENTER_MARGIN
@@ -182,11 +184,11 @@ class DeepSVDD(nn.Module):
         return int(small.sum())
 
     def distance(self, image):
-        """Return ||phi(x) - c||^2 of prepared images, (B,)."""
+        """Return ||phi(x) - c||^2 (B,) of prepared images."""
         return (self.encoder(image) - self.center).square().sum(dim=1)
 
     def loss(self, distance):
-        """Return the loss of distances (B,): paper, Eq. 4 or, with a soft boundary, Eq. 3, without weight decay."""
+        """Return the loss of distances (B,): paper, Eq. 4, or Eq. 3 with a soft boundary, both without weight decay."""
         if self.objective == "one-class":
             return distance.mean()
         return self.radius**2 + F.relu(distance - self.radius**2).mean() / self.nu
@@ -197,21 +199,21 @@ class DeepSVDD(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """No anomaly map; anomaly score (B,): the squared distance to c, minus R^2 with a soft boundary."""
+        """Return None (no anomaly map) and the score (B,), |phi(x) - c|^2, minus R^2 with a soft boundary."""
         self.eval()
-        distance = [self.distance(self.prepare(x)) for x in image.split(1)]  # one by one: equal images, equal rounding
+        distance = [self.distance(self.prepare(x)) for x in image.split(1)]  # one by one: equal images, equal scores
         return None, torch.cat(distance) - self.radius**2
 
 
 def batches(images, batch_size):
-    """Yield all images in random order; a batch of one has no statistics and is left out."""
+    """Yield all images in random order, but drop a batch of one, which has no batch statistics."""
     for index in torch.randperm(len(images)).to(images.device).split(batch_size):
         if len(index) > 1:
             yield images[index]
 
 
 def adam(network, lr, weight_decay, milestone):
-    """Return the optimiser and the schedule of a stage."""
+    """Return the optimiser and the learning rate schedule of a stage."""
     optimizer = torch.optim.Adam(network.parameters(), lr, weight_decay=weight_decay)
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [milestone])
 

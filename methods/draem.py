@@ -1,27 +1,29 @@
 """DRAEM (Zavrtanik, Kristan, Skocaj, ICCV 2021, arXiv:2108.07610).
 
 Textures are blended into normal images within random masks of Perlin noise. One network learns to restore the normal
-image; a second one gets the restoration together with its input and learns to segment the blended texture. In a test
-image, the second network marks the anomalous pixels.
+image. A second network gets the restoration together with its input and learns to segment the blended texture. In a
+test image, the second network marks the anomalous pixels.
 
-Settings: thesis, Table 3.5 (Adam 1e-4); otherwise the official code (VitjanZ/DRAEM): data pipeline, textures, widths,
-losses, initial weights, 700 epochs in batches of 8, learning rate x 0.2 after 80% and 90% of the epochs. Differences
-from the paper, all as in the official code: learning rate (paper: x 0.1 after 400 and 600 epochs), opacity of the
-texture from 0.2 (paper: 0.1), ten augmentations of the texture (paper: seven), rotation up to 90 degrees (paper: 45).
-Differences from the official code: an epoch visits each image once (official: draws with replacement); the epoch is
-chosen on valid (official: the last); SSIM's range is 1 (official: 2 where the restoration undershoots); torchvision
-augments the textures as floats (official: imgaug 0.4, 8 bits). By more than rounding this changes
-- brightness: one factor and one offset for all channels (official: the lightness in one of six colour spaces);
-- saturation: x 0.8 to 1.2 (official: shifted by up to 50 / 255, which gives grey textures a colour);
-- autocontrast: from the minimum to the maximum (official: cuts off 0 to 20% of the pixels at both ends first).
+Settings: thesis, Table 3.5 (Adam with learning rate 1e-4). Everything else follows the official code (VitjanZ/DRAEM):
+data pipeline, textures, widths, losses, initial weights, 700 epochs in batches of 8, and a learning rate multiplied by
+0.2 after 80% and 90% of the epochs.
+Differences from the paper, all as in the official code: the schedule (paper: x 0.1 after 400 and 600 epochs), a
+texture opacity of at least 0.2 (paper: 0.1), ten augmentations of the texture (paper: seven) and rotations of up to 90
+degrees (paper: 45).
+Differences from the official code: an epoch visits each image once (official code: draws with replacement); the best
+epoch is chosen on valid (official code: the last one); SSIM's range is 1 (official code: 2 where the restoration
+undershoots); torchvision augments textures as floats (official code: imgaug 0.4, 8 bits). Beyond rounding, this changes
+- brightness: one factor and one offset for all channels (official code: the lightness in one of six colour spaces);
+- saturation: x 0.8 to 1.2 (official code: shifted by up to 50 / 255, which gives grey textures a colour);
+- autocontrast: from the minimum to the maximum (official code: first cuts off 0 to 20% of the pixels at both ends).
 
-Differences from BMAD's code, which produced the thesis' row: photographs as textures (BMAD: --textures noise); images
-in [0, 1] (BMAD blends textures in [0, 1] into images scaled with ImageNet's statistics); the official code's initial
-weights (BMAD: PyTorch's defaults, as in anomalib).
+Differences from BMAD's code, which produced the thesis' row: textures are photographs (BMAD: --textures noise); images
+lie in [0, 1] (BMAD blends textures in [0, 1] into images scaled by ImageNet's statistics); initial weights are those of
+the official code (BMAD: PyTorch's defaults, as in anomalib).
 
 Parameters: 69,048,579 (restoration) + 28,374,146 (segmentation), as in the official code.
-Cost, measured on one CPU thread: 200 images of 64 pixels with --width 16, batches of 8: 10 s per epoch, 13 ms per image
-to score, 1.0 GiB. As published, on an H100: a step of 8 images 0.24 s, their simulated anomalies 0.01 s.
+Cost, measured on one CPU thread: 200 images of 64 pixels with --width 16 and batches of 8: 10 s per epoch, 13 ms to
+score an image, 1.0 GiB. Published settings on an H100: 0.24 s per step of 8 images, 0.01 s to simulate their anomalies.
 """
 
 import math
@@ -45,37 +47,37 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(64)] = 256
-    """images are resized to this width and height in pixels (official code), a multiple of 32"""
+    """images are resized to this width and height in pixels (official code); a multiple of 32"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images per batch (official code); each takes 1.1 GB in training"""
+    """images per batch (official code); each needs 1.1 GB of memory in training"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 700
     """passes over the normal training images (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
@@ -83,8 +85,8 @@ class Args:
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     textures: str = "dtd"
-    """textures to blend in: dtd (torchvision's, 600 MB, downloaded to <root>/dtd; official code), a FOLDER of images,
-    images (the training images) or noise (that of the mask; BMAD's code)"""
+    """textures to blend in: dtd (official code; 600 MB, downloaded by torchvision to <root>/dtd), a FOLDER of images,
+    images (the training images themselves) or noise (the Perlin noise of the mask; BMAD's code)"""
     width: Annotated[int, Ge(2)] = 128
     """channels of the restoring network's first layer; the segmenting one has half (official code); 16 suits a CPU"""
 
@@ -102,7 +104,7 @@ def up(c_in, c_out):
 
 
 def restoring_network(w):
-    """Encoder to 1/16 of the size, and decoder, without skip connections: (B, 3, H, W) -> (B, 3, H, W)."""
+    """An encoder down to 1/16 of the size and a decoder, without skip connections: (B, 3, H, W) -> (B, 3, H, W)."""
     pool = nn.MaxPool2d(2)
     return nn.Sequential(
         block(3, w, w), pool, block(w, 2 * w, 2 * w), pool, block(2 * w, 4 * w, 4 * w), pool,
@@ -112,7 +114,7 @@ def restoring_network(w):
 
 
 class SegmentingNetwork(nn.Module):
-    """U-Net to 1/32 of the size: restoration, image (B, 6, H, W) -> logits (B, 2, H, W), channel 1: anomalous."""
+    """U-Net down to 1/32 of the size: restoration, image (B, 6, H, W) -> logits (B, 2, H, W), channel 1: anomalous."""
 
     def __init__(self, w):
         super().__init__()
@@ -151,10 +153,10 @@ class DRAEM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map M_o (B, H, W): the probability of an anomaly; score (B,): the maximum mean of a 21x21 window."""
+        """Return the map M_o (B, H, W), anomaly probabilities, and the score (B,), the maximum of its 21x21 means."""
         self.eval()
         anomaly_map = self(image)[1].softmax(dim=1)[:, 1]
-        # paper, Eq. 5; pixels beyond the border count as zero (official code, test_DRAEM.py)
+        # paper, Eq. 5; pixels outside the image count as zero (official code, test_DRAEM.py)
         return anomaly_map, F.avg_pool2d(anomaly_map, 21, stride=1, padding=10).amax(dim=(1, 2))
 
 
@@ -163,7 +165,7 @@ def build_model(args):
 
 
 def ssim(recon, image):
-    """Structural similarity, averaged over pixels and channels; Gaussian windows of 11 pixels, zero padding."""
+    """Return the structural similarity, averaged over pixels and channels; 11x11 Gaussian windows, zero padding."""
     channels = image.shape[1]
     gaussian = torch.exp(-0.5 * ((torch.arange(11, device=image.device) - 5) / 1.5) ** 2)
     window = (torch.outer(gaussian, gaussian) / gaussian.sum() ** 2).expand(channels, 1, 11, 11)
@@ -176,27 +178,27 @@ def ssim(recon, image):
 
 
 def focal_loss(logits, mask, smooth=1e-5):
-    """Mean of -(1 - p)^2 log p over pixels, p: the true class' probability; (B, 2, H, W) and (B, 1, H, W)."""
+    """Return the mean of -(1 - p)^2 log p for the probability p of the true class: (B, 2, H, W), mask (B, 1, H, W)."""
     anomalous = logits.softmax(dim=1)[:, 1:]
     p = torch.where(mask, anomalous, 1 - anomalous)
-    p = (1 - smooth) * p + smooth * (1 - p) + smooth  # the official code's smoothed classes, in closed form
+    p = (1 - smooth) * p + smooth * (1 - p) + smooth  # the smoothed labels of the official code, in closed form
     return -((1 - p) ** 2 * p.log()).mean()
 
 
 # ------------------------------------------------------------------------------------- simulated anomalies (paper, 3.3)
-# All random numbers come from PyTorch's CPU generator, so a seed means the same on all devices.
+# All random numbers come from PyTorch's CPU generator, so they do not depend on the device.
 def uniform(low, high):
     return torch.empty(1).uniform_(low, high).item()
 
 
 def rotate(image, degrees=90):
-    from torchvision.transforms.v2 import InterpolationMode, RandomRotation  # here: it takes a second to import
+    from torchvision.transforms.v2 import InterpolationMode, RandomRotation  # imported here: it takes a second
 
     return RandomRotation(degrees, InterpolationMode.BILINEAR)(image)  # corners become black
 
 
 def augment(texture, k):
-    """Apply the k-th of ten augmentations to a texture (3, H, W) in [0, 1]: official code, with imgaug's defaults."""
+    """Apply the k-th of ten augmentations to a texture (3, H, W) in [0, 1]; ranges: official code, imgaug."""
     import torchvision.transforms.v2.functional as TF
     from torchvision.transforms.v2 import ColorJitter
 
@@ -214,9 +216,9 @@ def augment(texture, k):
 
 
 def perlin(rows, columns, size, device):
-    """Perlin noise (size, size) with mean 0: each corner of rows x columns cells has a random unit gradient; a pixel is
-    the weighted sum, over the four corners of its cell, of the gradient times the offset from that corner."""
-    def weight(offset):  # of a corner: 1 at the corner, 0 one cell away, flat at both
+    """Return Perlin noise (size, size), mean 0: the corners of rows x columns cells have random unit gradients; a pixel
+    is the weighted sum, over the four corners of its cell, of the gradient times the offset from the corner."""
+    def weight(offset):  # of a corner: 1 at the corner, 0 one cell away, with zero slope at both
         s = 1 - offset.abs()
         return s**3 * (6 * s**2 - 15 * s + 10)
 
@@ -233,7 +235,7 @@ def perlin(rows, columns, size, device):
 def simulate(image, textures):
     """A normal image (3, H, W) -> the image I to restore, the input I_a with an anomaly, its mask M_a (1, H, W).
 
-    textures: see `load_textures`. Half of the images get no anomaly."""
+    Half of the images get no anomaly. textures: see `load_textures`."""
     size, device = image.shape[-1], image.device
     if uniform(0, 1) < 0.3:
         image = rotate(image)
@@ -253,7 +255,7 @@ def simulate(image, textures):
 
 
 def load_textures(args, train):
-    """Return the images to blend in as a `common.Split`, or None for the mask's noise."""
+    """Return the texture images as a `common.Split`, or None if the noise of the mask is the texture."""
     if args.textures in ("images", "noise"):
         return train if args.textures == "images" else None
     folder, count = (Path(args.textures), 1) if args.textures != "dtd" else (Path(args.root) / "dtd/dtd/images", 5640)
@@ -264,10 +266,10 @@ def load_textures(args, train):
             DTD(args.root, download=True)
         except Exception as e:  # no network, a broken download, a full disk
             raise common.Error(f"DTD is not in {folder} and could not be downloaded ({e}); unpack {DTD._URL} in "
-                               f"{folder.parents[1]}, or take --textures FOLDER, images or noise") from e
+                               f"{folder.parents[1]}, or use --textures FOLDER, images or noise") from e
     entries = [(file, -1, None) for file in common.images_in(folder)]
-    if len(entries) < count:  # no folder with images, or DTD was not unpacked to the end
-        raise common.Error(f"--textures {args.textures}: {folder} has {len(entries)} images (DTD has 5640); remove it "
+    if len(entries) < count:  # the folder has no images, or DTD is incomplete
+        raise common.Error(f"--textures {args.textures}: {folder} has {len(entries)} images (DTD has 5640); remove it, "
                            "or give another folder, images or noise")
     return common.Split("textures", entries, args.image_size, folder, Path(args.root) / ".cache")
 

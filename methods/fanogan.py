@@ -1,23 +1,25 @@
 """f-AnoGAN (Schlegl, Seeboeck, Waldstein, Langs, Schmidt-Erfurth, Medical Image Analysis 54, 2019; not on arXiv).
 
-A Wasserstein GAN learns to generate normal images from random codes. Then, with the GAN frozen, an encoder learns the
-codes of normal images (izi_f: image to z to image, and the critic's features f). What the GAN cannot generate is
-anomalous: the score is the residual of the image and of its features.
+A Wasserstein GAN learns to generate normal images from random codes. Then the GAN is frozen, and an encoder learns to
+map normal images to their codes (izi_f: from image to z to image, compared in the critic's features f, too). What the
+GAN cannot generate is anomalous: the anomaly score is the residual of the image plus that of its features.
 
-Settings: thesis, Table 3.5 (Adam, 2e-4, batches of 32, codes of length 100); networks, the rest of the training and 200
-epochs for each stage: BMAD's code (the thesis' benchmark), which took them from A03ki/f-AnoGAN.
-Differences from the paper: the networks are those of PyTorch-GAN's DCGAN (paper: residual ones for 64 pixels,
-tSchlegl/f-AnoGAN). The critic has dropout and batch normalisation, so that the gradient penalty of an image depends on
-the other images of its batch; `--critic-norm layer` is the paper's normalisation, without dropout.
+Settings: thesis, Table 3.5 (Adam with learning rate 2e-4, batches of 32, codes of length 100). The networks, the rest
+of the training and the 200 epochs of each stage follow BMAD's code (the thesis' benchmark), which took them from
+A03ki/f-AnoGAN.
+Differences from the paper: the networks are those of PyTorch-GAN's DCGAN (paper and tSchlegl/f-AnoGAN: residual
+networks for 64 pixels). The critic has dropout and batch normalisation, so the gradient penalty of an image depends on
+the other images in its batch; `--critic-norm layer` uses the paper's normalisation, without dropout.
 Differences from A03ki/f-AnoGAN and BMAD's code:
-- x^ of the gradient penalty has one weight per image (Gulrajani et al., 2017), not one for each of its channels.
+- In the gradient penalty, x^ has one random weight per image (Gulrajani et al., 2017), not one per channel.
 - Higher scores are more anomalous (BMAD's test prints the AUROC of the opposite), and test images are never flipped.
-- The encoder's epoch is chosen on valid, not the last one.
-- The generator's step uses the images that the critic was just trained on; the other two generate them again, so that
-  the generator's running statistics count them twice.
+- The encoder is kept from the epoch that is best on valid, not from the last one.
+- The generator's step uses the images on which the critic was just trained. The other two generate them again, so the
+  generator's running statistics count them twice.
 
-Parameters at 256 pixels: generator 53.2 M (53.0 M in its linear layer), critic 0.13 M, encoder 3.4 M.
-Cost, measured: 200 images at 32 pixels, 15 + 15 epochs: 43 s on one busy CPU thread, 0.89 GiB; 4 ms per image.
+Parameters at 256 pixels: generator 53.2 M (53.0 M of them in its linear layer), critic 0.13 M, encoder 3.4 M.
+Cost, measured on one busy CPU thread: 200 images of 32 pixels, 15 + 15 epochs: 43 s, 0.89 GiB of memory; 4 ms to score
+an image.
 """
 
 import sys
@@ -35,7 +37,7 @@ import common
 BETAS = 0.5, 0.999  # Adam's (BMAD's code)
 N_CRITIC = 5  # steps of the critic per step of the generator (BMAD's code, paper)
 PENALTY = 10  # weight of the gradient penalty (BMAD's code, paper)
-EPS = 0.8  # of batch normalisation: PyTorch-GAN used Keras' momentum as eps, and all its copies do so, too
+EPS = 0.8  # of batch norm: PyTorch-GAN mistook Keras' momentum for eps, and all its copies kept this
 
 
 @dataclass
@@ -43,41 +45,41 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (thesis, 4.3.3): a multiple of 16, at least 32"""
+    """images are resized to this width and height in pixels (thesis, 4.3.3); a multiple of 16, at least 32"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch (thesis, Table 3.5)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     gan_epochs: Annotated[int, Ge(1)] = 200
-    """stage 1, the GAN: passes over the normal training images (BMAD's code)"""
+    """stage 1, the GAN: number of passes over the normal training images (BMAD's code)"""
     epochs: Annotated[int, Ge(1)] = 200
-    """stage 2, the encoder: passes over the normal training images (BMAD's code)"""
+    """stage 2, the encoder: number of passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 2e-4
     """Adam's learning rate in both stages (thesis, Table 3.5)"""
     eval_every: Annotated[int, Ge(1)] = 10
@@ -87,7 +89,7 @@ class Args:
     kappa: Annotated[float, Ge(0)] = 1.0
     """weight of the feature residual in the encoder's loss and in the score (paper)"""
     critic_norm: Literal["batch", "layer"] = "batch"
-    """normalisation in the critic: batch, with dropout (BMAD's code), or layer (paper)"""
+    """normalisation in the critic: batch, together with dropout (BMAD's code), or layer (paper)"""
 
 
 def augment(image):
@@ -114,7 +116,7 @@ class Generator(nn.Module):
 
 
 def trunk(norm="batch"):
-    """Return the layers that critic and encoder have in common: (B, 3, H, W) -> (B, 128 * H/16 * W/16)."""
+    """Return the layers that the critic and the encoder share: (B, 3, H, W) -> (B, 128 * H/16 * W/16)."""
     layers, channels = [], 3
     for width in (16, 32, 64, 128):
         layers += [nn.Conv2d(channels, width, 3, 2, 1), nn.LeakyReLU(0.2)]
@@ -140,15 +142,15 @@ class FAnoGAN(nn.Module):
     def __init__(self, image_size, latent, kappa, critic_norm):
         super().__init__()
         if image_size < 32 or image_size % 16:
-            raise common.Error(f"--image-size {image_size}: critic and encoder halve it 4 times; give 32, 48, 64, ...")
+            raise common.Error(f"--image-size {image_size}: give a multiple of 16, at least 32: 32, 48, 64, ...")
         self.kappa = kappa
         self.generator = Generator(image_size, latent)
         self.critic = Critic(image_size, critic_norm)
-        # tanh bounds the codes: the GAN was trained on standard normal ones, so none is far from these (paper)
+        # tanh keeps the codes close to the standard normal ones with which the GAN was trained (paper)
         self.encoder = nn.Sequential(trunk(), nn.Linear(128 * (image_size // 16) ** 2, latent), nn.Tanh())
 
     def residual(self, x):
-        """Return izi_f of x (B, 3, H, W) in [-1, 1], (B,): the encoder's loss and the anomaly score."""
+        """Return the izi_f residual (B,) of x (B, 3, H, W) in [-1, 1], the encoder's loss and the anomaly score."""
         recon = self.generator(self.encoder(x))
         with torch.no_grad():
             target = self.critic.features(x)
@@ -157,13 +159,13 @@ class FAnoGAN(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """No anomaly map; anomaly score (B,)."""
+        """Return None (no anomaly map) and the anomaly score (B,)."""
         self.eval()
         return None, self.residual(2 * image - 1)
 
 
 def gradient_penalty(critic, real, fake):
-    """Mean of (|gradient of D at x^| - 1)^2, with x^ at random between a real and a generated image."""
+    """Return the mean of (|gradient of D at x^| - 1)^2, with x^ drawn between a real and a generated image."""
     a = torch.rand(len(real), 1, 1, 1).to(real.device)
     between = (a * real + (1 - a) * fake).requires_grad_()
     gradient, = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
@@ -171,7 +173,7 @@ def gradient_penalty(critic, real, fake):
 
 
 def critic_loss(critic, real, fake):
-    """WGAN-GP: the critic's values should be high for real images (B, 3, H, W), low for fake ones; its slope 1."""
+    """Return the WGAN-GP loss: the critic should be high on real and low on fake images (B, 3, H, W), with slope 1."""
     return -critic(real).mean() + critic(fake).mean() + PENALTY * gradient_penalty(critic, real, fake)
 
 
@@ -210,7 +212,7 @@ if __name__ == "__main__":
         generator.requires_grad_(False)  # the GAN is frozen from here on
         critic.requires_grad_(False)
         for epoch in run.epochs(model, optimizer_e):
-            model.eval()  # the GAN's running statistics, no dropout in the critic
+            model.eval()  # the GAN uses running statistics and no dropout
             encoder.train()
             losses = []
             for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, 2, epoch)):
@@ -220,5 +222,5 @@ if __name__ == "__main__":
                 optimizer_e.step()
                 losses.append(loss.detach())
             run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
-        model.requires_grad_()  # for results.json, which counts the trained parameters
+        model.requires_grad_()  # since results.json counts the trained parameters
     common.finish(run, model, (train, valid, test))

@@ -1,26 +1,28 @@
 """GANomaly (Akcay, Atapour-Abarghouei, Breckon, ACCV 2018, arXiv:1805.06725).
 
-An encoder and a decoder reconstruct the image, and a second encoder encodes the reconstruction again. Training uses
-normal images only and a discriminator whose features the reconstruction has to match. On normal images the two codes
-agree; their distance is the score of an image.
+An encoder and a decoder reconstruct the image, and a second encoder encodes the reconstruction. Training uses only
+normal images, and the reconstruction has to match the image in the features of a discriminator, too. On normal images
+the two codes agree, so the distance between them is the anomaly score of an image.
 
-Settings: thesis, Table 3.5 (Adam, 2e-4, betas 0.5 and 0.999, loss weights 1, 50, 1); batches of 32 and at most 100
-epochs: BMAD's code (the thesis' benchmark); losses, networks, initial weights: samet-akcay/ganomaly, the official code.
-Differences from the paper: the squared distance of the codes, as in the official code, not their L1 distance.
+Settings: thesis, Table 3.5 (Adam with learning rate 2e-4 and betas 0.5 and 0.999, loss weights 1, 50, 1). Batches of 32
+and at most 100 epochs are from BMAD's code (the thesis' benchmark); losses, networks and initial weights are those of
+the official code, samet-akcay/ganomaly.
+Differences from the paper: the codes are compared by the squared distance, as in the official code, not by L1 distance.
 Differences from the official code:
-- 256 pixels, as for all methods here, instead of 32: the networks grow with the image (3.9 M weights at 32).
-- The test uses the running statistics of batch normalisation. The official test uses those of the test batch, so that
-  its scores depend on the other images; `--instance-stats` does the same as that code with batches of one image.
-- The epoch is chosen on valid, not on test, and scores are not rescaled by the test set's range.
+- Images are resized to 256 pixels by default, not to 32. The networks grow with the image (3.9 M weights at 32).
+- The test uses the running statistics of batch normalisation. The official test uses those of the test batch, so its
+  scores depend on the other images; `--instance-stats` gives the official scores for batches of one image.
+- The best epoch is chosen on valid, not on test, and scores are not rescaled by their range on test.
 - The discriminator returns logits, not probabilities; its loss is the same.
 
-Differences from BMAD's code and anomalib, which produced the thesis' figures: matching uses the discriminator's
-features, not its outputs, and the codes' squared distance, not smooth L1; the first convolution is padded by 1, not 4;
-images lie in [-1, 1], which the decoder's tanh can reach, not normalised as ImageNet's; initial weights come from N(0,
-0.02), which that code asks for but does not get.
+Differences from BMAD's code and anomalib, which produced the thesis' figures: the discriminator's features are matched,
+not its outputs; the squared distance of the codes replaces smooth L1; the first convolution is padded by 1, not 4;
+images lie in [-1, 1], which the decoder's tanh can reach, and are not normalised like ImageNet's; and initial weights
+are drawn from N(0, 0.02), as that code intends but fails to do.
 
-Parameters at 256 pixels: generator 144.0 M, discriminator 44.7 M (in training only); at 64: 10.7 M and 2.8 M.
-Cost, measured: 200 images at 32 pixels, 30 epochs: 58 s on one busy CPU thread, 0.87 GiB; 3 ms per image.
+Parameters at 256 pixels: generator 144.0 M, discriminator 44.7 M (only for training); at 64 pixels: 10.7 M and 2.8 M.
+Cost, measured on one busy CPU thread: 200 images of 32 pixels, 30 epochs: 58 s, 0.87 GiB of memory; 3 ms to score an
+image.
 """
 
 import sys
@@ -38,7 +40,7 @@ import common
 
 W_ADV, W_CON, W_ENC = 1, 50, 1  # weights of the generator's losses (thesis, Table 3.5)
 BETAS = 0.5, 0.999  # Adam's (thesis, Table 3.5)
-COLLAPSED = 1e-5  # below this loss the discriminator has won and is initialised again (official code)
+COLLAPSED = 1e-5  # if the discriminator's loss falls below this, it has won and is initialised again (official code)
 
 
 @dataclass
@@ -46,37 +48,37 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (thesis, 4.3.3): a power of two, at least 16"""
+    """images are resized to this width and height in pixels (thesis, 4.3.3); a power of two, at least 16"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch (BMAD's code; the thesis is silent)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 100
     """passes over the normal training images (BMAD's code; official code: 15)"""
     lr: Annotated[float, Gt(0)] = 2e-4
@@ -86,13 +88,13 @@ class Args:
     latent: Annotated[int, Ge(1)] = 100
     """length of the code z (official code: nz)"""
     features: Annotated[int, Ge(1)] = 64
-    """channels of the first convolution, doubled by each of the following (official code: ngf)"""
+    """channels of the first convolution; each of the next ones doubles them (official code: ngf)"""
     instance_stats: bool = False
-    """in the test, use each image's own batch normalisation statistics instead of the running ones"""
+    """in testing, use the batch normalisation statistics of each single image instead of the running ones"""
 
 
 class BatchNorm(nn.BatchNorm2d):
-    instance_stats = False  # normalise each image as training mode would normalise it in a batch of its own
+    instance_stats = False  # if true, normalise each image as training mode does in a batch of one
 
     def forward(self, x):
         if self.training or not self.instance_stats:
@@ -115,7 +117,7 @@ def encoder(size, latent, width):
 
 
 def decoder(size, latent, width):
-    """(B, latent, 1, 1) -> (B, 3, size, size) in [-1, 1], the encoder's mirror image."""
+    """The mirror image of the encoder: (B, latent, 1, 1) -> (B, 3, size, size) in [-1, 1]."""
     c = width * size // 8
     layers = [nn.ConvTranspose2d(latent, c, 4, bias=False), BatchNorm(c), nn.ReLU()]  # (B, c, 4, 4)
     while c > width:
@@ -125,7 +127,7 @@ def decoder(size, latent, width):
 
 
 def initialize(module):
-    """Draw DCGAN's initial weights (Radford et al., 2016) for one layer."""
+    """Draw the initial weights of one layer as in DCGAN (Radford et al., 2016)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -134,12 +136,12 @@ def initialize(module):
 
 
 class Generator(nn.Module):
-    """G in the paper: encoder G_E, decoder G_D, and E, a second encoder with weights of its own."""
+    """G in the paper: the encoder G_E, the decoder G_D, and a second encoder E with its own weights."""
 
     def __init__(self, image_size, latent, width, instance_stats=False):
         super().__init__()
         if image_size < 16 or image_size & (image_size - 1):
-            raise common.Error(f"--image-size {image_size}: each layer halves it, down to 4; give 16, 32, 64, 128, 256")
+            raise common.Error(f"--image-size {image_size}: give a power of two, at least 16: 16, 32, 64, ...")
         self.encoder1 = encoder(image_size, latent, width)
         self.decoder = decoder(image_size, latent, width)
         self.encoder2 = encoder(image_size, latent, width)
@@ -149,14 +151,14 @@ class Generator(nn.Module):
                 module.instance_stats = instance_stats
 
     def forward(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> reconstruction (B, 3, H, W), its code and x's (B, latent, 1, 1)."""
+        """x (B, 3, H, W) in [-1, 1] -> reconstruction (B, 3, H, W), its code and the code of x (B, latent, 1, 1)."""
         z = self.encoder1(x)
         recon = self.decoder(z)
         return recon, self.encoder2(recon), z
 
     @torch.inference_mode()
     def predict(self, image):
-        """No anomaly map; anomaly score (B,): the mean squared difference of the two codes."""
+        """Return None (no anomaly map) and the anomaly score (B,), the mean squared difference of the two codes."""
         self.eval()
         _, z_recon, z = self(2 * image - 1)
         return None, (z - z_recon).square().mean(dim=(1, 2, 3))
@@ -170,21 +172,21 @@ class Discriminator(nn.Module):
         self.apply(initialize)
 
     def forward(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> features (B, C, 4, 4), logits (B,) of being a real image."""
+        """x (B, 3, H, W) in [-1, 1] -> features (B, C, 4, 4), logits (B,), positive for real images."""
         f = self.features(x)
         return f, self.classifier(f).flatten()
 
 
 def generator_losses(generator, discriminator, x):
-    """Return L_adv, L_con and L_enc of images x (paper, Eq. 2 to 4), and their reconstructions (B, 3, H, W)."""
+    """Return L_adv, L_con and L_enc of images x (paper, Eq. 2 to 4), and the reconstructions (B, 3, H, W)."""
     recon, z_recon, z = generator(x)
     f_real, f_fake = discriminator(x)[0].detach(), discriminator(recon)[0]
     return F.mse_loss(f_fake, f_real), F.l1_loss(recon, x), F.mse_loss(z_recon, z), recon
 
 
 def discriminator_loss(discriminator, real, fake):
-    """Cross-entropy of images (B, 3, H, W) with labels 1 (real) and 0 (reconstruction), halved (official code)."""
-    real, fake = discriminator(real)[1], discriminator(fake.detach())[1]  # logits (B,); no gradient for the generator
+    """Return half the cross-entropy of images (B, 3, H, W), label 1, and reconstructions, label 0 (official code)."""
+    real, fake = discriminator(real)[1], discriminator(fake.detach())[1]  # logits (B,); no gradient to the generator
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 

@@ -1,24 +1,25 @@
 """MKD (Salehi, Sadjadi, Baselizadeh, Rohban, Rabiee, CVPR 2021, arXiv:2011.11108): multiresolution distillation.
 
-On normal images, a small cloner learns to reproduce the features of a large pretrained source network at four depths,
-in direction and in value. On unfamiliar images it fails. The gradient of the discrepancy at the pixels, with guided
-backpropagation through the cloner, shows where it comes from.
+On normal images, a small cloner network learns to reproduce the features of a large pretrained source network at four
+depths, both in direction and in value. On unfamiliar images it fails. The gradient of the discrepancy with respect to
+the pixels, computed by guided backpropagation through the cloner, shows where the discrepancy comes from.
 
-Settings: thesis, Table 3.6: VGG-16, batches of 64, Adam 1e-3, lambda 0.01. 200 epochs as in BMAD's code, which produced
-the thesis' row (the official code: 51 for MNIST to 601 for MVTec AD). The cloner is the official smaller one.
-Differences from the official code (rohban-lab/Knowledge_Distillation_AD): images are normalised as ImageNet's, on which
-the source was trained (official: for CIFAR-10 only; BMAD: always); the epoch is chosen on valid (official: the last);
-256 pixels (official: 128; BMAD: 224).
-The official map is stretched to [0, 1] image by image, so the hottest pixels of a normal image count as much as those
-of a lesion, and a map does not tell how anomalous its image is. With `--map-norm none` maps are comparable across
-images, as for other methods. On the phantom (128 pixels, mobilenet_v2, 12 epochs, one seed) pixel AUROC was 0.80 with
+Settings: thesis, Table 3.6: VGG-16, batches of 64, Adam with learning rate 1e-3, lambda 0.01. The 200 epochs are from
+BMAD's code, which produced the thesis' row (official code: from 51 for MNIST to 601 for MVTec AD). The cloner is the
+smaller of the official ones.
+Differences from the official code (rohban-lab/Knowledge_Distillation_AD): images are normalised like ImageNet's, on
+which the source was trained (official code: only for CIFAR-10; BMAD: always); the best epoch is chosen on valid
+(official code: the last one); images are resized to 256 pixels (official code: 128; BMAD: 224).
+The official map is stretched to [0, 1] image by image, so the highest values of a normal image count as much as those
+of a lesion, and a map does not tell how anomalous its image is. With `--map-norm none`, maps are comparable across
+images, as in other methods. On the phantom (128 pixels, mobilenet_v2, 12 epochs, one seed), pixel AUROC was 0.80 with
 the official map and 0.72 without stretching. Image scores are the same.
-Networks with backbones other than VGG-16 are unpublished: the source's features are taken after the blocks of strides 4
-to 32, and the cloner gets their widths; with mobilenet_v2, whose features are signed, it also has no ReLU before its
-pooling layers.
+Networks for backbones other than VGG-16 are our choice: the features of the source are taken after the blocks with
+strides 4 to 32, and the cloner has the same widths. With mobilenet_v2, whose features are signed, the cloner also has
+no ReLU before its pooling layers.
 
-Parameters: cloner 343,984 (VGG-16's convolutions: 14,714,688 frozen).
-Cost, measured, of the default on one busy CPU thread: 1.0 s per training image, 1.6 s per test image with its map.
+Parameters: 343,984 in the cloner, and 14,714,688 frozen ones in VGG-16's convolutions.
+Cost of the default settings, measured on one busy CPU thread: 1.0 s per training image, 1.6 s per test image with map.
 """
 
 import sys
@@ -34,7 +35,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers of strides 4, 8, 16 and 32, their channels, and whether a ReLU makes these positive.
+# The layers with strides 4, 8, 16 and 32, their numbers of channels, and whether a ReLU makes the features positive.
 LAYERS = {
     "vgg16": (["features.9", "features.16", "features.23", "features.30"], [128, 256, 512, 512], True),  # max-pools
     "resnet18": (["layer1", "layer2", "layer3", "layer4"], [64, 128, 256, 512], True),  # our choice, like the next
@@ -47,37 +48,37 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 200
     """passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -85,17 +86,17 @@ class Args:
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "vgg16"
-    """torchvision network of the source: vgg16, resnet18, mobilenet_v2"""
+    """torchvision network used as source: vgg16, resnet18, mobilenet_v2"""
     weights: str = "imagenet"
-    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     value_weight: Annotated[float, Ge(0)] = 0.01
     """lambda, weight of the value loss relative to the direction loss (thesis, Table 3.6)"""
     map_norm: Literal["image", "none"] = "image"
-    """image: stretch each anomaly map to [0, 1], up to its 99th percentile (official code); none: leave it as it is"""
+    """image: stretch each map to [0, 1], from its minimum to its 99th percentile (official code); none: do not"""
 
 
 class Cloner(nn.Module):
-    """VGG-16's five stages, narrow except at the ends of the last four, which are compared with the source."""
+    """VGG-16's five stages, made narrow except at the ends of the last four, which are compared with the source."""
 
     def __init__(self, widths, positive):
         super().__init__()
@@ -104,7 +105,7 @@ class Cloner(nn.Module):
         for stage in stages:
             layers = []
             for i, c in enumerate(stage):
-                last = i == len(stage) - 1  # the layer before a pool has no batch norm, as in the official code
+                last = i == len(stage) - 1  # no batch norm before a pooling layer, as in the official code
                 layers += [nn.Conv2d(c_in, c, 3, padding=1, bias=False)]
                 nn.init.xavier_uniform_(layers[-1].weight)
                 layers += [] if last else [nn.BatchNorm2d(c)]
@@ -113,7 +114,7 @@ class Cloner(nn.Module):
             self.stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
 
     def forward(self, x, guided=False):
-        """(B, 3, H, W) -> (B, C, h, w) at strides 4, 8, 16, 32. guided: with guided backpropagation, see `localize`."""
+        """(B, 3, H, W) -> (B, C, h, w) at strides 4, 8, 16, 32. guided: use guided backpropagation, see `localize`."""
         features = []
         for stage in self.stages:
             for layer in stage:
@@ -125,7 +126,7 @@ class Cloner(nn.Module):
 
 
 def discrepancy(pred, target, value_weight):
-    """Return L_dir + lambda L_val (paper) of features (B, C, h, w), summed over layers: (B,)."""
+    """Return L_dir + lambda L_val of the paper (B,) for features (B, C, h, w), summed over layers."""
     total = 0
     for p, t in zip(pred, target, strict=True):
         p, t = p.flatten(1), t.flatten(1)  # (B, C*h*w): one vector per layer, not per position
@@ -137,12 +138,12 @@ class MKD(nn.Module):
     def __init__(self, backbone, weights, value_weight, map_norm):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone}: choose {', '.join(LAYERS)}, or add its layers to LAYERS")
         layers, widths, positive = LAYERS[backbone]
         self.source = common.feature_extractor(backbone, layers, weights)
         self.cloner = Cloner(widths, positive)
         self.value_weight, self.map_norm = value_weight, map_norm
-        self.scaled_by_image = map_norm == "image"  # then no pixel threshold fits all images
+        self.scaled_by_image = map_norm == "image"  # if so, no pixel threshold fits all images
 
     def loss(self, image):
         image = common.normalize(image)
@@ -151,15 +152,15 @@ class MKD(nn.Module):
         return discrepancy(self.cloner(image), target, self.value_weight).mean()
 
     def predict(self, image):
-        """Anomaly map (B, H, W): |gradient| of the score at the pixels, smoothed; anomaly score (B,): discrepancy."""
+        """Return the anomaly map (B, H, W), |gradient| of the score, smoothed, and the score (B,), the discrepancy."""
         self.eval()
-        parts = [self.localize(part) for part in image.split(1)]  # one by one: at a ReLU's kink rounding matters
+        parts = [self.localize(part) for part in image.split(1)]  # one by one, since rounding matters at a ReLU's kink
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     @torch.enable_grad()  # the map is a gradient
     def localize(self, image):
-        """See predict. The score leaves out the first of the four layers (official code, test_functions.py). Guided
-        backpropagation: ReLUs of the cloner, but not of the source, only pass positive gradients back."""
+        """See `predict`. The score omits the first of the four layers (official code, test_functions.py). In guided
+        backpropagation, the ReLUs of the cloner, but not those of the source, pass only positive gradients back."""
         image = common.normalize(image).requires_grad_()
         pred, target = self.cloner(image, guided=True), list(self.source(image).values())
         score = discrepancy(pred[1:], target[1:], self.value_weight)

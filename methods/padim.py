@@ -1,13 +1,13 @@
 """PaDiM (Defard, Setkov, Loesch, Audigier, ICPR 2021, arXiv:2011.08785).
 
-A pretrained CNN describes each position of an image by features of three layers. At each position, a Gaussian is
-fitted to these features over the normal images, in a single pass without training. The anomaly score of a position is
-its Mahalanobis distance from that Gaussian.
+Each position of an image is described by the features of a pretrained CNN at three layers. For each position, a
+Gaussian is fitted to these features over all normal images, in a single pass and without training. The anomaly score
+of a position is its Mahalanobis distance from that Gaussian.
 
 Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: 100 features with resnet18, 550 with wide_resnet50_2
 (the default here; the thesis has one row of results and does not say which of the two it used).
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
-paper crops 256 to 224; the thesis' benchmark, BMAD, resized to 224).
+paper crops from 256 to 224 pixels; the thesis' benchmark, BMAD, resizes to 224).
 Differences from xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master, the usual reimplementation: mean and
 covariance are updated batch by batch, so that memory does not grow with the number of images.
 """
@@ -25,7 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers of strides 16, 8 and 4, and how many of their channels are drawn at random (thesis, Table 3.4).
+# The layers with strides 16, 8 and 4, and the number of their channels drawn at random (thesis, Table 3.4).
 LAYERS = {
     "resnet18": (["layer3", "layer2", "layer1"], 100),
     "resnet50": (["layer3", "layer2", "layer1"], 550),  # our choice, like mobilenet_v2: no published setting
@@ -33,7 +33,7 @@ LAYERS = {
     "mobilenet_v2": (["features.13", "features.6", "features.3"], 100),
 }
 EPSILON = 0.01  # added to the covariance's diagonal (paper, Eq. 1)
-CHUNK = 64  # positions processed at once; changes nothing but memory
+CHUNK = 64  # positions processed at once; affects only speed and memory
 
 
 @dataclass
@@ -41,50 +41,50 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 16
     """images per batch; affects only speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
-    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     features: Annotated[int | None, Ge(1)] = None
-    """d, number of channels drawn at random from the three layers; None: 100 for resnet18 and mobilenet_v2, else 550"""
+    """d, number of channels drawn from the three layers; None: 100 for resnet18 and mobilenet_v2, 550 for the others"""
 
 
 class PaDiM(nn.Module):
     def __init__(self, backbone, weights, features, image_size):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone}: choose {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.layers, published = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         shapes = [f.shape for f in self.features(torch.zeros(1, 3, image_size, image_size))]  # (1, C_l, h_l, w_l)
@@ -107,13 +107,13 @@ class PaDiM(nn.Module):
         x = []
         for f, drawn in zip(self.features(image), self.drawn.split(self.channels), strict=True):
             own = torch.arange(f[0, 0].numel(), device=f.device).float().view(1, 1, *f.shape[2:])
-            nearest = F.interpolate(own, self.grid).long().flatten()  # (P,): position in this layer
+            nearest = F.interpolate(own, self.grid).long().flatten()  # (P,): nearest position in this layer
             x.append(f[:, drawn].flatten(2).permute(2, 0, 1).contiguous()[nearest])  # (P, B, d_l)
         return torch.cat(x, dim=2)
 
     @torch.no_grad()
     def fit(self, batches):
-        """Compute mean and covariance S of each position from batches of normal images (paper, Eq. 1)."""
+        """Compute the mean and the covariance S of each position from batches of normal images (paper, Eq. 1)."""
         self.whitening = None  # frees memory for `scatter`, 4.6 GiB with 550 features
         n, d = 0, self.mean.zero_().shape[1]
         scatter = [m.new_zeros(len(m), d, d) for m in self.mean.split(CHUNK)]  # sum of (x - mu)(x - mu)^T
@@ -122,7 +122,7 @@ class PaDiM(nn.Module):
             for x, mean, s in zip(self.embed(image).split(CHUNK), self.mean.split(CHUNK), scatter, strict=True):
                 before = x - mean[:, None]  # (CHUNK, B, d)
                 mean += before.sum(dim=1) / n
-                s.baddbmm_(before.mT, x - mean[:, None])  # exactly the sum around the new mean (Chan et al. 1979)
+                s.baddbmm_(before.mT, x - mean[:, None])  # gives the sum around the new mean (Chan et al. 1979)
         whitening, identity = [], torch.eye(d, device=self.mean.device)
         while scatter:
             cov = scatter.pop(0)  # frees each chunk before the next one is computed
@@ -135,7 +135,7 @@ class PaDiM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): the Mahalanobis distance, smoothed; anomaly score (B,): its maximum."""
+        """Return the anomaly map (B, H, W), the smoothed Mahalanobis distance, and the score (B,), its maximum."""
         self.eval()
         distance = []
         chunks = (x.split(CHUNK) for x in (self.embed(image), self.mean, self.whitening))

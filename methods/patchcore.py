@@ -1,20 +1,20 @@
 """PatchCore (Roth, Pemula, Zepeda, Schoelkopf, Brox, Gehler, CVPR 2022, arXiv:2106.08265).
 
 A memory bank holds locally averaged mid-level CNN features of normal images, reduced to a coreset that covers them
-evenly. A patch is as anomalous as its distance to the nearest patch of the bank; nothing is trained.
+evenly. The anomaly score of a patch is its distance to the nearest patch in the bank. Nothing is trained.
 
-Settings: thesis, Table 3.4: 10% of the patches kept, 9 neighbours to re-weight the image score; resnet18 or
-wide_resnet50_2 (the default here; the thesis has one row for both and does not say which). Features as in BMAD's code,
-which produced the thesis' row: layers 2 and 3, 3x3 means, concatenated (1,536 channels).
+Settings: thesis, Table 3.4: 10% of the patches are kept and 9 neighbours re-weight the image score; resnet18 or
+wide_resnet50_2 (the default here; the thesis has one row for both and does not say which it used). Features as in
+BMAD's code, which produced the thesis' row: layers 2 and 3, 3x3 means, concatenated (1,536 channels).
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
-paper crops 256 to 224; the thesis' benchmark, BMAD, resized to 224).
+paper crops from 256 to 224 pixels; the thesis' benchmark, BMAD, resizes to 224).
 Differences from the official code (amazon-science/patchcore-inspection): the image score is re-weighted (paper, Eq. 7;
-the official code takes the plain maximum); distances are not squared; features are not pooled to 1,024 dimensions.
+the official code takes the plain maximum), distances are not squared, and features are not pooled to 1,024 dimensions.
 Differences from BMAD's code: the deeper layer is upsampled bilinearly, as in the official code, not by nearest
-neighbour; one pass over the data (BMAD's three epochs triple some of its banks).
+neighbour, and the data are read in one pass (BMAD's three epochs triple some of its banks).
 The features of all patches would take 166 GB for the 26,315 images of oct2017. Therefore a first pass over the images
-keeps only their projections, in half precision (6.9 GB), and the coreset is chosen on these; then they are freed, and a
-second pass stores the chosen patches (16.6 GB). Both are held on the device.
+keeps only projections of the features, in half precision (6.9 GB), from which the coreset is chosen. The projections
+are then freed, and a second pass stores the chosen patches (16.6 GB). Both are held in the device's memory.
 """
 
 import sys
@@ -31,7 +31,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers of strides 8 and 16.
+# The layers with strides 8 and 16.
 LAYERS = {
     "resnet18": ["layer2", "layer3"],
     "resnet50": ["layer2", "layer3"],
@@ -46,52 +46,52 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch; affects only speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
-    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     ratio: Annotated[float, Interval(gt=0, le=1)] = 0.1
-    """share of the training patches kept in the memory bank (thesis, Table 3.4)"""
+    """fraction of the training patches that is kept in the memory bank (thesis, Table 3.4)"""
     neighbors: Annotated[int, Ge(2)] = 9
-    """b, number of bank patches that re-weight the image score (thesis, Table 3.4; paper, Eq. 7)"""
+    """b, number of patches in the bank that re-weight the image score (thesis, Table 3.4; paper, Eq. 7)"""
 
 
 class PatchCore(nn.Module):
     def __init__(self, backbone, weights, ratio, neighbors):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone}: choose {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.layers = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         self.ratio, self.neighbors = ratio, neighbors
@@ -110,7 +110,7 @@ class PatchCore(nn.Module):
 
     @torch.inference_mode()
     def fit(self, train, batch_size, device):
-        """Fill the memory bank with the coreset of all patches of the normal images."""
+        """Fill the memory bank with a coreset of all patches of the normal images."""
         projected, seen = None, 0
         for image in train.batches(batch_size, device):
             patches = self.embed(image).flatten(0, 2)  # (B*P, D)
@@ -133,7 +133,7 @@ class PatchCore(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): smoothed distances to the bank; anomaly score (B,): their maximum, re-weighted."""
+        """Return the anomaly map (B, H, W), smoothed distances to the bank, and the re-weighted score (B,)."""
         self.eval()
         bank, patches = self.memory_bank, self.embed(image)  # (K, D), (B, h, w, D)
         patch_score = nearest(patches.flatten(0, 2), bank).view(patches.shape[:3])  # (B, h, w)
@@ -148,24 +148,24 @@ class PatchCore(nn.Module):
 
 
 def random_projection(dim):
-    """Return a (D, 128) that almost preserves distances (Johnson and Lindenstrauss); for small D, the identity."""
+    """Return a (D, 128) matrix that nearly preserves distances (Johnson-Lindenstrauss), or the identity if D <= 128."""
     return torch.randn(dim, PROJECTED) / PROJECTED**0.5 if dim > PROJECTED else torch.eye(dim)
 
 
 def greedy_coreset(points, count, batch=2048):
-    """Farthest-first traversal (paper, Alg. 1): indices (count,) into points (n, d), from a random first one.
+    """Farthest-first traversal (paper, Alg. 1): indices (count,) into points (n, d), starting from a random point.
 
-    The paper updates all distances after each pick. Here many picks share one pass over the points: the next ones come
-    from the `batch` points farthest from all centres. As long as the farthest of these is no closer than the
-    (batch + 1)-th point was, no other point can be farther, so each pick is exactly the paper's."""
+    The paper updates all distances after each pick. Here many picks share one pass over the points: they are made among
+    the `batch` points farthest from all centres. As long as the farthest of these is no closer than the (batch + 1)-th
+    point was at the start of the pass, no other point can be farther, so each pick is exactly the paper's."""
     n = len(points)
     chosen = torch.randint(n, (1,)).to(points.device)
-    distance = torch.full((n,), torch.inf, device=points.device)  # of each point to its nearest centre
+    distance = torch.full((n,), torch.inf, device=points.device)  # from each point to its nearest centre
     picks, done = [chosen], 1
     bar = common.progress(None, "coreset", count)
     while done < count:
         distance = torch.minimum(distance, nearest(points, points[chosen].float()))
-        distance[chosen] = -1  # never again
+        distance[chosen] = -1  # never picked again
         bar.update(len(chosen))
         farthest = distance.topk(min(batch + 1, n))
         candidates, cut = farthest.indices[:batch], float(farthest.values[-1]) if n > batch else -torch.inf
@@ -182,8 +182,8 @@ def greedy_coreset(points, count, batch=2048):
 
 
 def nearest(points, centers, rows=None, columns=2048):
-    """Euclidean distance of each of the points (n, d) to its nearest center (m, d): (n,)."""
-    rows = rows or (65536 if points.is_cuda else 2048)  # large products for a GPU; for a CPU, what fits its cache
+    """Return the Euclidean distance (n,) from each of the points (n, d) to the nearest of the centers (m, d)."""
+    rows = rows or (65536 if points.is_cuda else 2048)  # large products on a GPU; on a CPU, what fits its cache
     middle = centers.mean(dim=0)  # subtracted, so that |x|^2 - 2 x c + |c|^2 loses fewer digits
     result = torch.full((len(points),), torch.inf, device=points.device)
     for c in centers.split(columns):
@@ -197,7 +197,7 @@ def nearest(points, centers, rows=None, columns=2048):
 
 
 def distances(points, bank):
-    """Euclidean distances (n, K) of a few points to the whole bank; in parts, since cdist copies its arguments."""
+    """Return the distances (n, K) from a few points to the whole bank, in parts because cdist copies its arguments."""
     return torch.cat([torch.cdist(points, part) for part in bank.split(8192)], dim=1)
 
 
@@ -213,5 +213,5 @@ if __name__ == "__main__":
     if not args.checkpoint:
         model.fit(train, args.batch_size, run.device)
         run.keep(model)
-        model.memory_bank = torch.zeros(0, device=run.device)  # `finish` reads it from the file: not twice in memory
+        model.memory_bank = torch.zeros(0, device=run.device)  # freed here, since `finish` reads it from the file
     common.finish(run, model, (train, valid, test))

@@ -1,31 +1,32 @@
 """PatchSVDD (Yi, Yoon: Patch SVDD, ACCV 2020, arXiv:2006.16067).
 
-An encoder of patches learns two things from normal images: patches that almost coincide should lie close together (each
-patch has its neighbours as its SVDD centre, not a common one), and the embeddings of two neighbours should tell on
-which side of the first the second lies, which requires an encoder that looks at the content. A patch is as anomalous as
-its distance to the nearest patch of the normal images, at two scales: 64 and 32 pixels.
+An encoder of patches learns two things from normal images. Patches that almost coincide should be embedded close
+together: each patch has its neighbours, not one common point, as its SVDD centre. And the embeddings of two neighbours
+should tell on which side of the first the second lies, for which the encoder must look at the content. The anomaly
+score of a patch is its distance to the nearest patch of the normal images, at two scales: 64 and 32 pixels.
 
-Settings: thesis, Table 3.2 (D = 64, lambda = 0.9); all else: nuclearboy95/Anomaly-Detection-PatchSVDD-PyTorch
-(934d623), whose lambda is 1, 0.001 in its example.
+Settings: thesis, Table 3.2 (D = 64, lambda = 0.9). Everything else follows the official code,
+nuclearboy95/Anomaly-Detection-PatchSVDD-PyTorch (934d623), whose lambda is 1, or 0.001 in its example.
 Differences from the official code:
-- The same numbers with less arithmetic: one pass over the whole image embeds all of its patches, since the encoder pads
-  nothing and halves only once (21 times less); the four losses share one pass.
-- Nearest neighbours are exact at both scales (official: a k-d tree at 64 pixels, the approximate NGT at 32).
-- At most `--bank` patches of each scale are kept, the same number from each image, drawn at random: 0.33 GB per scale,
-  where 26,315 images would need 22 GB. The official code keeps all, up to 1.3 million of an MVTec AD class.
-- The epoch is chosen on valid. The official code scores test in each epoch, keeps the last one, and trains in 299 of
-  the 300.
-- The last layer of the position classifiers is frozen, with normalised columns, from the start; the official code
+- The same numbers with less arithmetic: one pass over the whole image embeds all of its patches, since the encoder has
+  no padding and halves the grid only once (21 times less); the four losses share one pass.
+- Nearest neighbours are exact at both scales (official code: a k-d tree at 64 pixels, the approximate NGT at 32).
+- At most `--bank` patches per scale are kept, the same number from each image, drawn at random. They take 0.33 GB per
+  scale; all patches of 26,315 images would take 22 GB. The official code keeps all, up to 1.3 million for an MVTec AD
+  class.
+- The best epoch is chosen on valid. The official code evaluates on test in each epoch, keeps the last one, and trains
+  in 299 of the 300.
+- The last layer of the position classifiers has normalised columns and is frozen from the start; the official code
   normalises it in such a way that no gradient reaches it.
 
-As in the official code, a neighbour that would leave the image is moved back into it, which makes some position labels
-wrong.
+As in the official code, a neighbour that would extend beyond the image is moved back into it, which makes some position
+labels wrong.
 
-Parameters: encoder 360,832 + 41,152, position classifiers 25,864 each (of these 1,024 frozen).
+Parameters: encoder 360,832 + 41,152, position classifiers 25,864 each, 1,024 of which are frozen.
 Note: until positions are learned, nothing keeps patches apart. While the position losses in log.csv stay at ln 8 =
-2.08, as in 150 steps on the phantom, the embedding is meaningless; the published budget has 100,000 steps and more.
-Cost, measured on one busy CPU thread: 128 pixels, batches of 4, 100 steps and the bank: 71 s; 138 ms to score an image
-against 10,000 patches, 0.96 GiB. The default was not timed: 219 GFLOP per step.
+2.08, as in 150 steps on the phantom, the embedding is meaningless. The published training takes 100,000 steps or more.
+Cost, measured on one busy CPU thread with 128 pixels and batches of 4: 71 s for 100 steps and the bank, 138 ms to score
+an image against 10,000 patches, 0.96 GiB. The default settings were not timed; a step takes 219 GFLOP.
 """
 
 import sys
@@ -43,9 +44,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 DIM = 64  # D, length of an embedding (thesis, Table 3.2)
-STRIDES = {64: 16, 32: 4}  # patch size K: stride of the test patches, pixels (official code)
+STRIDES = {64: 16, 32: 4}  # patch size K: stride of the test patches, in pixels (official code)
 DIRECTIONS = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])  # the 8 classes
-NOISE = 0.02  # deviation of the noise added to each channel and to each value of position patches (official code)
+NOISE = 0.02  # standard deviation of the noise added to each channel and each value of position patches (official code)
 
 
 @dataclass
@@ -53,55 +54,55 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (official code): a multiple of 16, above 64"""
+    """images are resized to this width and height in pixels (official code); a multiple of 16, at least 80"""
     batch_size: Annotated[int, Ge(1)] = 64
-    """pairs of each loss per batch (official code), and images per batch when scoring"""
+    """number of pairs per batch for each loss (official code), and of images per batch when scoring"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 300
-    """passes over the normal training images, each used --repeat times (official code)"""
+    """passes over the normal training images, each of which is used --repeat times (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (official code)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     repeat: Annotated[int, Ge(1)] = 100
-    """number of times an epoch draws patches from each image (official code)"""
+    """number of times that each image is used per epoch, each time with new patches (official code)"""
     svdd: Annotated[float, Interval(ge=0, le=1)] = 0.9
-    """lambda, weight of the two SVDD losses (thesis, Table 3.2; official code: 1, in its example 1e-3)"""
+    """lambda, weight of the two SVDD losses (thesis, Table 3.2; official code: 1, or 1e-3 in its example)"""
     bank: Annotated[int, Ge(1)] = 1_300_000
-    """maximum number of normal patches kept per scale, but at least one from each image (our choice)"""
+    """maximum number of normal patches kept per scale, though at least one from each image (our choice)"""
 
 
 def position_corners(count, size, patch):
-    """Draw upper left pixels (count, 2) of patches and of a neighbour of each, and the neighbours' directions (count,).
+    """Draw top left pixels (count, 2) of patches and of a neighbour of each, and the neighbours' directions (count,).
 
-    A neighbour is shifted by 3/4 K up to almost K along each axis in which it differs."""
+    A neighbour is shifted by 3/4 K to almost K along each axis in which its position differs."""
     first = torch.randint(size - patch + 1, (count, 2))
     label = torch.randint(len(DIRECTIONS), (count,))
     offset = 3 * patch // 4 + torch.randint(patch // 4, (count, 2))
@@ -109,7 +110,7 @@ def position_corners(count, size, patch):
 
 
 def jittered_corners(count, size, patch):
-    """Draw upper left pixels (count, 2) of patches, and the same shifted by up to K/32 per axis, never by (0, 0)."""
+    """Draw top left pixels (count, 2) of patches, and the same shifted by up to K/32 per axis, but not by (0, 0)."""
     first = torch.randint(size - patch + 1, (count, 2))
     reach = patch // 32
     side = 2 * reach + 1
@@ -120,15 +121,15 @@ def jittered_corners(count, size, patch):
 
 
 def crop(image, corner, size):
-    """Crop from each image (B, C, H, W) the patch with this upper left pixel (B, 2): (B, C, size, size)."""
+    """Crop the patch at this top left pixel (B, 2) from each image (B, C, H, W): (B, C, size, size)."""
     y, x = (corner[:, axis, None] + torch.arange(size) for axis in (0, 1))  # (B, size)
     return image[torch.arange(len(image))[:, None, None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
 
 
 def draw(image, patch):
-    """Draw one pair of each kind per image (B, 3, H, W), at one scale: patches (4B, 3, K, K), directions (B,).
+    """Draw one pair of each kind per image (B, 3, H, W) at one scale: patches (4B, 3, K, K), directions (B,).
 
-    The patches: first and second of the position pairs, with noise, then first and second of the SVDD pairs."""
+    The patches: first and second of the position pairs, with noise; then first and second of the SVDD pairs."""
     *position, label = position_corners(len(image), image.shape[-1], patch)
     jittered = jittered_corners(len(image), image.shape[-1], patch)
     position, jittered = (torch.cat([crop(image, c, patch) for c in corners]) for corners in (position, jittered))
@@ -138,12 +139,12 @@ def draw(image, patch):
 
 
 def quadrants(patch):
-    """(B, C, 64, 64) -> (4B, C, 32, 32): the four quadrants of each patch, in row-major order."""
+    """Return the four quadrants of each patch in row-major order: (B, C, 64, 64) -> (4B, C, 32, 32)."""
     return patch.unflatten(3, (2, 32)).unflatten(2, (2, 32)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
 class PositionClassifier(nn.Sequential):
-    """Embedding of a patch minus that of its neighbour (B, D) -> logits of the eight directions (B, 8)."""
+    """The embedding of a patch minus that of its neighbour (B, D) -> logits of the eight directions (B, 8)."""
 
     def __init__(self):
         super().__init__(nn.Linear(DIM, 128), nn.LeakyReLU(0.1), nn.Linear(128, 128), nn.LeakyReLU(0.1),
@@ -155,30 +156,30 @@ class PatchSVDD(nn.Module):
     def __init__(self, image_size):
         super().__init__()
         if image_size <= 64 or image_size % 16:
-            raise common.Error(f"--image-size {image_size}: patches of 64 pixels, 16 apart, fill it; give 80, 96, ...")
+            raise common.Error(f"--image-size {image_size}: give a multiple of 16, at least 80: 80, 96, 112, ...")
         widths = 3, 32, 64, 128, 128, 64, 32, 32, DIM
         convs = [nn.Conv2d(a, b, 3, 1 + (a == 3)) for a, b in zip(widths, widths[1:], strict=False)]
-        # 32x32 pixels -> 1x1: no padding, and a stride of 2 in the first layer only
+        # 32x32 pixels -> 1x1, without padding and with a stride of 2 only in the first layer
         self.small = nn.Sequential(*(layer for conv in convs[:-1] for layer in (conv, nn.LeakyReLU(0.1))), convs[-1],
                                    nn.Tanh())
         self.join1, self.join2 = nn.Conv2d(DIM, 128, 2), nn.Conv2d(128, DIM, 1)
         self.position64, self.position32 = PositionClassifier(), PositionClassifier()
-        self.register_buffer("mean", torch.zeros(3, image_size, image_size))  # of the training images, at each pixel
+        self.register_buffer("mean", torch.zeros(3, image_size, image_size))  # of the training images at each pixel
         self.register_buffer("bank64", torch.zeros(0))  # (K, D) embeddings of normal patches
         self.register_buffer("bank32", torch.zeros(0))
 
     def load_state_dict(self, state, strict=True):
         for name in ("bank64", "bank32"):
-            setattr(self, name, torch.zeros_like(state[name]))  # its length is known only after fitting
+            setattr(self, name, torch.zeros_like(state[name]))  # its length is only known after fitting
         return super().load_state_dict(state, strict)
 
     def join(self, h, dilation=1):
-        """Combine embeddings (B, D, h, w) of quadrants, `dilation` cells apart in a patch, into those of patches."""
+        """Combine embeddings (B, D, h, w) of quadrants, which are `dilation` cells apart, into those of patches."""
         h = F.conv2d(h, self.join1.weight, self.join1.bias, dilation=dilation)
         return torch.tanh(self.join2(F.leaky_relu(h, 0.1)))
 
     def losses(self, patches64, label64, patches32, label32):
-        """Return the losses position 64, position 32, SVDD 64, SVDD 32 of `draw`'s patches at both scales."""
+        """Return the losses position 64, position 32, SVDD 64 and SVDD 32 for patches from `draw` at both scales."""
         parts = quadrants(patches64)
         h = self.small(torch.cat([parts, patches32]))  # (16B + 4B, D, 1, 1)
         h64 = self.join(h[: len(parts)].view(-1, 2, 2, DIM).permute(0, 3, 1, 2))  # (4B, D, 2, 2) -> (4B, D, 1, 1)
@@ -190,15 +191,15 @@ class PatchSVDD(nn.Module):
         return *position, *svdd
 
     def embed(self, image):
-        """Embed all patches of images (B, 3, H, W): (B, D, h, w) of 64 pixels, 16 apart, and of 32, 4 apart.
+        """Embed all patches of images (B, 3, H, W) as (B, D, h, w): of 64 pixels, 16 apart, and of 32 pixels, 4 apart.
 
-        The encoder's output cell (i, j) over a whole image is the embedding of the 32x32 patch at pixel (2i, 2j)."""
-        fine = torch.cat([self.small(x - self.mean)[..., ::2, ::2] for x in image.split(1)])  # one by one: memory
-        return self.join(fine[..., ::4, ::4], dilation=2), fine  # quadrants lie 32 pixels apart, cells here 16
+        For a whole image, cell (i, j) of the encoder's output is the embedding of the 32x32 patch at pixel (2i, 2j)."""
+        fine = torch.cat([self.small(x - self.mean)[..., ::2, ::2] for x in image.split(1)])  # one by one, for memory
+        return self.join(fine[..., ::4, ::4], dilation=2), fine  # quadrants are 32 pixels apart, cells 16
 
     @torch.no_grad()
     def fit_mean(self, batches):
-        """Compute the mean of the training images at each pixel, which is subtracted from all images."""
+        """Compute the mean of the training images at each pixel. It is subtracted from all images."""
         total, count = 0, 0
         for image in batches:
             total, count = total + image.sum(dim=0), count + len(image)
@@ -206,7 +207,7 @@ class PatchSVDD(nn.Module):
 
     @torch.no_grad()
     def fit(self, train, batch_size, device, limit):
-        """Fill the banks with embeddings of the training images' patches, the same patches each time."""
+        """Fill the banks with embeddings of training patches. The same patches are chosen each time."""
         chance, banks = torch.Generator().manual_seed(0), ([], [])
         keep = max(1, limit // len(train))  # patches per image
         for image in train.batches(batch_size, device):
@@ -220,13 +221,13 @@ class PatchSVDD(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): the product of the two scales' maps; anomaly score (B,): its maximum."""
+        """Return the anomaly map (B, H, W), the product of the maps at two scales, and the score (B,), its maximum."""
         self.eval()
         anomaly_map = torch.cat([self.localize(x) for x in image.split(1)])  # one by one: rounding depends on the batch
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
 
     def localize(self, image):
-        """Return the map (1, H, W) of one image; where its patches almost equal some in the bank, rounding matters."""
+        """Return the map (1, H, W) of one image. Rounding matters where its patches almost equal some in the bank."""
         anomaly_map = 1
         for (k, stride), h, bank in zip(STRIDES.items(), self.embed(image), (self.bank64, self.bank32), strict=True):
             distance = nearest(h[0].flatten(1).T, bank).view(1, *h.shape[2:])  # (1, D, h, w) -> (1, h, w)
@@ -235,25 +236,25 @@ class PatchSVDD(nn.Module):
 
 
 def nearest(points, bank, rows=8192):
-    """Distance of each of the points (n, D) to the nearest row of the bank (K, D): (n,).
+    """Return the distance (n,) from each of the points (n, D) to the nearest row of the bank (K, D).
 
-    Matrix products, |a|^2 - 2ab + |b|^2, find the row; they lose digits where a and b almost coincide, so the distance
-    to that row is then computed from the difference."""
+    The row is found by matrix products, |a|^2 - 2ab + |b|^2. These lose digits where a and b almost coincide, so the
+    distance to that row is then computed from the difference."""
     middle = bank.mean(dim=0)  # subtracted to reduce cancellation error
     best = torch.full((len(points),), torch.inf, device=points.device)  # squared distance minus |a|^2
     index = torch.zeros(len(points), dtype=torch.long, device=points.device)
     for start in range(0, len(bank), rows):
         part = bank[start : start + rows] - middle
-        value, row = torch.addmm(part.square().sum(dim=1), points - middle, part.T, alpha=-2).min(dim=1)  # (n,) of rows
+        value, row = torch.addmm(part.square().sum(dim=1), points - middle, part.T, alpha=-2).min(dim=1)  # (n,) each
         index = torch.where(value < best, row + start, index)
         best = torch.minimum(best, value)
     return (points - bank[index]).norm(dim=1)
 
 
 def spread(distance, size, patch, stride):
-    """Patches' distances (B, h, w) -> (B, size, size): at each pixel, the mean over the patches that cover it.
+    """Average, at each pixel, the distances of the patches that cover it: (B, h, w) -> (B, size, size).
 
-    The axes are independent, so the mean is a matrix product along each."""
+    The axes are independent, so the mean is a matrix product along each of them."""
     h = distance.shape[-1]
     offset = torch.arange(size)[:, None] - stride * torch.arange(h)
     covers = ((offset >= 0) & (offset < patch)).to(distance)  # (size, h)

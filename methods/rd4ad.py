@@ -1,33 +1,33 @@
 """RD4AD (Deng, Li: Anomaly Detection via Reverse Distillation from One-Class Embedding, CVPR 2022, arXiv:2201.10703).
 
-A frozen, pretrained teacher E extracts features f_E^k at three layers; a bottleneck fuses them into one small embedding
-phi, from which the student, a decoder D with the teacher's kind of blocks, must reproduce them: f_D^k. Trained on
-normal images only, neither of them passes an anomaly on: where the features differ, a position is anomalous. Map of
-a layer (Eq. 2): M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)).
+A frozen, pretrained teacher E extracts features f_E^k at three layers. A bottleneck fuses them into one small embedding
+phi, from which the student, a decoder D built from blocks like the teacher's, must reproduce them: f_D^k. Bottleneck
+and student see only normal images and do not pass anomalies on, so a position is anomalous where the features differ.
+Map of a layer (Eq. 2): M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)).
 
     image -> teacher E:  f_E^1  f_E^2  f_E^3 --> one-class bottleneck --> phi
                            |      |      |                                 |
              student D:  f_D^1  f_D^2  f_D^3 <-----------------------------'    M^k compares f_E^k with f_D^k
 
 Settings: thesis, Table 3.6: wide_resnet50_2, Adam with learning rate 0.005 and betas 0.5 and 0.99 (official code: 0.5
-and 0.999). Epochs, batch and image size: hq-deng/RD4AD (6554076).
-Differences from the paper: the loss takes the cosine of a layer's whole map as one vector, as the official code does,
-not the mean over positions; users of the paper's form report a loss of accuracy (issue 22 of the official code).
+and 0.999). Epochs, batch size and image size are those of hq-deng/RD4AD (6554076).
+Differences from the paper: the loss takes the cosine of a layer's whole map as one vector, as in the official code, not
+the mean over positions; users of the paper's form report lower accuracy (issue 22 of the official code).
 Differences from hq-deng/RD4AD:
-- The epoch is chosen on valid; the official code evaluates every tenth epoch on the test set and keeps the last one.
-- The teacher runs without gradients, and without the last stage, which is not used; the bottleneck lacks a layer that
+- The best epoch is chosen on valid; the official code evaluates every tenth epoch on the test set and keeps the last.
+- The teacher runs without gradients and without its last stage, which is not used; the bottleneck lacks a layer that
   is never called (official name: conv4).
 
-Difference from the thesis' benchmark: its configuration multiplies the layers' maps (--combine product); the official
+Differences from the thesis' benchmark: its configuration multiplies the layers' maps (--combine product); the official
 code adds them.
-mobilenet_v2 is our choice, not published: the bottleneck fuses as in the paper; its blocks and the decoder's are
-inverted residuals (2 of 24, 3 of 32 and 3 of 96 channels, as in the encoder), with a convolution as shortcut where the
-grid changes, as in the ResNets. They end without ReLU, since the features to reproduce are signed.
+The version for mobilenet_v2 is our own and is not published. The bottleneck fuses features as in the paper; its blocks
+and the decoder's are inverted residuals (2 with 24, 3 with 32 and 3 with 96 channels, as in the encoder), with a
+convolution as shortcut where the grid changes, as in ResNets. They end without ReLU, since the features are signed.
 
 Parameters of bottleneck, decoder and frozen teacher: wide_resnet50_2 58,885,120, 24,917,504 and 24,862,528 (as in the
 official code), resnet18 11,680,000, 3,703,168 and 2,782,784, mobilenet_v2 1,545,984, 696,544 and 542,528.
-Cost, measured: mobilenet_v2, 128 pixels, batches of 8, one CPU thread: 38 s for 3 epochs of 200 images with three
-validations (--eval-every 1), 20 ms to score an image, 1.2 GiB. The default was not timed.
+Cost, measured on one CPU thread with mobilenet_v2, 128 pixels and batches of 8: 38 s for 3 epochs of 200 images with
+three validations (--eval-every 1), 20 ms to score an image, 1.2 GiB. The default settings were not timed.
 """
 
 import sys
@@ -43,8 +43,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# Layers of strides 4, 8 and 16; their channels and the embedding's (of stride 32); the kind of block; the number of
-# blocks in the bottleneck and in the decoder's stages, coarsest first (the official order: no mirror image).
+# The layers with strides 4, 8 and 16; their numbers of channels and the embedding's (stride 32); the kind of block; the
+# numbers of blocks in bottleneck and decoder, coarsest stage first (official code; it does not mirror the teacher).
 BACKBONES = {
     "resnet18": (["layer1", "layer2", "layer3"], (64, 128, 256, 512), "basic", (2, 2, 2, 2)),
     "resnet50": (["layer1", "layer2", "layer3"], (256, 512, 1024, 2048), "bottleneck", (3, 3, 4, 6)),
@@ -59,37 +59,37 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels, a multiple of 32 (official code)"""
     batch_size: Annotated[int, Ge(1)] = 16
     """images per batch (official code)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 200
     """passes over the normal training images (official code)"""
     lr: Annotated[float, Gt(0)] = 0.005
@@ -97,22 +97,22 @@ class Args:
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "wide_resnet50_2"
-    """torchvision network of the teacher: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
+    """torchvision network used as teacher: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
-    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     combine: Literal["sum", "product"] = "sum"
-    """combination of the layers' maps: sum (official code) or product (the thesis' benchmark)"""
+    """how to combine the maps of the layers: sum (official code) or product (the thesis' benchmark)"""
 
 
 def conv(inputs, outputs, kernel, resize=None, groups=1):
-    """Return a convolution; resize: "down" halves the grid, "up" doubles it (transposed, 2x2)."""
+    """Return a convolution; resize: "down" halves the grid, "up" doubles it by a transposed 2x2 convolution."""
     if resize == "up":
         return nn.ConvTranspose2d(inputs, outputs, 2, 2, groups=groups, bias=False)
     return nn.Conv2d(inputs, outputs, kernel, 2 if resize else 1, kernel // 2, groups=groups, bias=False)
 
 
 def with_norm(convs, activation=nn.ReLU):
-    """Add batch norm to each convolution, and an activation to all but the last."""
+    """Return the convolutions, each followed by batch norm and all but the last by an activation."""
     layers = []
     for c in convs:
         layers += [c, nn.BatchNorm2d(c.out_channels), activation(inplace=True)]
@@ -120,7 +120,7 @@ def with_norm(convs, activation=nn.ReLU):
 
 
 class Block(nn.Module):
-    """A residual block of the teacher's kind, which may also halve or double the grid."""
+    """A residual block like the teacher's, which may also halve or double the grid."""
 
     def __init__(self, kind, inputs, outputs, resize=None):
         super().__init__()
@@ -159,7 +159,7 @@ class OneClassBottleneck(nn.Module):
 
 
 class Decoder(nn.ModuleList):
-    """(B, C4, H/32, W/32) -> features of the teacher's three layers, from the finest to the coarsest."""
+    """(B, C4, H/32, W/32) -> features for the teacher's three layers, from the finest to the coarsest."""
 
     def __init__(self, kind, channels, blocks):
         c1, c2, c3, c4 = channels
@@ -178,25 +178,25 @@ class RD4AD(nn.Module):
     def __init__(self, backbone, weights, combine):
         super().__init__()
         if backbone not in BACKBONES:
-            raise common.Error(f"--backbone {backbone}: take {', '.join(BACKBONES)}, each with a decoder of its own")
+            raise common.Error(f"--backbone {backbone}: choose {', '.join(BACKBONES)}; others need a decoder")
         layers, channels, kind, blocks = BACKBONES[backbone]
         self.combine = combine
         self.teacher = common.feature_extractor(backbone, layers, weights)
         self.bottleneck = OneClassBottleneck(kind, channels, blocks[0])
         self.decoder = Decoder(kind, channels, blocks[1:])
         for module in [*self.bottleneck.modules(), *self.decoder.modules()]:
-            if isinstance(module, nn.Conv2d):  # transposed ones keep PyTorch's default, as in the official code
+            if isinstance(module, nn.Conv2d):  # transposed convolutions keep PyTorch's default, as in the official code
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, image):
-        """Return the teacher's and the student's features: two lists of (B, C, h, w), strides 4, 8 and 16."""
+        """Return the features of teacher and student: two lists of (B, C, h, w), with strides 4, 8 and 16."""
         with torch.no_grad():
             features = list(self.teacher(common.normalize(image)).values())
         return features, self.decoder(self.bottleneck(features))
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): layer maps enlarged, combined, smoothed; anomaly score (B,): its maximum."""
+        """Return the anomaly map (B, H, W), the combined and smoothed layer maps, and the score (B,), its maximum."""
         self.eval()
         layer_maps = []
         for e, d in zip(*self(image), strict=True):
@@ -209,7 +209,7 @@ class RD4AD(nn.Module):
 
 
 def distillation_loss(target, pred):
-    """1 - cos of teacher and student, each layer's map as one vector; summed over layers, averaged over images.
+    """Return 1 - cos of teacher and student, with each layer as one vector, summed over layers, averaged over images.
 
     target, pred: lists of (B, C, h, w)."""
     return sum(1 - F.cosine_similarity(e.flatten(1), d.flatten(1)).mean() for e, d in zip(target, pred, strict=True))
@@ -223,13 +223,13 @@ if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.Run(__file__, args)
     if args.image_size % 32:
-        raise common.Error(f"--image-size {args.image_size}: the decoder starts at stride 32; take a multiple of 32")
+        raise common.Error(f"--image-size {args.image_size}: the decoder starts at stride 32; give a multiple of 32")
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
         optimizer = torch.optim.Adam([*model.bottleneck.parameters(), *model.decoder.parameters()], args.lr, BETAS)
         for epoch in run.epochs(model, optimizer):
-            model.train()  # only for the batch norm of bottleneck and decoder: the teacher stays in eval mode
+            model.train()  # affects only the batch norm of bottleneck and decoder: the teacher stays in eval mode
             losses = []
             for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)):
                 loss = distillation_loss(*model(image))

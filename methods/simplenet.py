@@ -1,21 +1,23 @@
 """SimpleNet (Zhikang Liu, Zhou, Xu, Wang, CVPR 2023, arXiv:2303.15140).
 
-A linear layer adapts patch features of a frozen CNN to the images at hand; Gaussian noise makes adapted features
-anomalous; a small discriminator learns to tell the two apart. A patch is as anomalous as the discriminator says.
+A linear layer, the adaptor, adapts the patch features of a frozen CNN to the images at hand. Gaussian noise turns
+adapted features into anomalous ones, and a small discriminator learns to tell the two apart. The negative output of
+the discriminator is the anomaly score of a patch.
 
-Settings: thesis, 3.4.1: "the original hyper-parameters", i.e. the official code's (DonaldRR/SimpleNet, run.sh: noise
-0.015, margin 0.5, 40 x 4 passes, batches of 8); the best epoch on valid.
-Differences from the paper: the features are pooled as in the official code (see `pool`); the paper averages each
+Settings: the thesis (3.4.1) uses "the original hyper-parameters", i.e. those of the official code (DonaldRR/SimpleNet,
+run.sh: noise 0.015, margin 0.5, 40 x 4 passes, batches of 8), and the epoch that is best on valid.
+Differences from the paper: features are pooled as in the official code (see `pool`), whereas the paper averages each
 channel's 3x3 neighbourhood.
-Differences from the official code: the epoch is chosen on valid, every tenth, not on test, every fourth; 256 pixels,
-not 329 cropped to 288 (lesions may lie at the border); features are not upsampled to the image's size, since nothing
-uses that, and the network stops at its third stage.
-Backbones without a published setting: the noise 0.015 presumes the scale of wide_resnet50_2's features, so it becomes a
-multiple of the standard deviation of the first batch's features; resnet18 and mobilenet_v2, too narrow for 1,536 pooled
-values, give 3x3 means of each channel.
+Differences from the official code: every tenth epoch is evaluated on valid to choose the best, not every fourth on
+test; images are resized to 256 pixels, not to 329 and cropped to 288 (lesions may lie at the border); features are not
+upsampled to the size of the image, since nothing uses that, and the network stops after its third stage.
+The noise of 0.015 presumes the scale of wide_resnet50_2's features. With backbones that have no published settings, it
+is a multiple of the standard deviation of the first batch's features. resnet18 and mobilenet_v2, which are too narrow
+for 1,536 pooled values, use the 3x3 mean of each channel.
 
-Parameters: adaptor 2,360,832, discriminator 1,576,960 (wide_resnet50_2: 24,862,528 frozen).
-Cost, measured, of the default on one busy CPU thread: 1.1 s per training image, 0.65 s per test image, 1.6 GiB.
+Parameters: adaptor 2,360,832, discriminator 1,576,960 (and 24,862,528 frozen ones in wide_resnet50_2).
+Cost of the default settings, measured on one busy CPU thread: 1.1 s per training image, 0.65 s per test image, 1.6 GiB
+of memory.
 """
 
 import sys
@@ -31,15 +33,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers of strides 8 and 16, and the number of values per position after pooling.
+# The layers with strides 8 and 16, and the number of values per position after pooling.
 LAYERS = {
-    "wide_resnet50_2": (["layer2", "layer3"], [768, 768]),  # run.sh: 1,536 of each, then 1,536 of both
+    "wide_resnet50_2": (["layer2", "layer3"], [768, 768]),  # run.sh pools each layer to 1,536, then both to 1,536
     "resnet50": (["layer2", "layer3"], [768, 768]),
-    "resnet18": (["layer2", "layer3"], [128, 256]),  # our choice, as is all below: no published setting
+    "resnet18": (["layer2", "layer3"], [128, 256]),  # our choice, like the next: no published setting
     "mobilenet_v2": (["features.6", "features.13"], [32, 96]),
 }
-NOISE = 0.015  # deviation of the noise with wide_resnet50_2 (run.sh: noise_std)
-RELATIVE_NOISE = 0.5  # with other backbones: relative to their features' deviation (our choice, on valid splits)
+NOISE = 0.015  # standard deviation of the noise with wide_resnet50_2 (run.sh: noise_std)
+RELATIVE_NOISE = 0.5  # other backbones: relative to their features' deviation (our choice, made on valid)
 MARGIN = 0.5  # th in the paper (run.sh: dsc_margin)
 HIDDEN = 1024  # units of the discriminator (run.sh: dsc_hidden)
 
@@ -49,39 +51,39 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (run.sh)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 160
-    """passes over the normal training images (run.sh: 40 meta epochs of 4)"""
+    """passes over the normal training images (run.sh: 40 meta epochs of 4 passes)"""
     lr: Annotated[float, Gt(0)] = 2e-4
     """Adam's learning rate for the discriminator (official code)"""
     lr_adaptor: Annotated[float, Gt(0)] = 1e-4
@@ -91,18 +93,18 @@ class Args:
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
-    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
+    """maximum disk space in GiB for cached features of the training images; 0: recompute them in each epoch"""
     noise: Annotated[float | None, Ge(0)] = None
-    """deviation of the Gaussian noise; None: 0.015 with wide_resnet50_2 (run.sh), else half that of the features"""
+    """standard deviation of the noise; None: 0.015 with wide_resnet50_2 (run.sh), else half that of the features"""
 
 
 def pool(feature, width):
-    """Average the 3x3 neighbourhood of each position, 9C values, to `width`: (B, C, h, w) -> (B, width, h, w).
+    """Average the 9C values in the 3x3 neighbourhood of each position to `width`: (B, C, h, w) -> (B, width, h, w).
 
     As in the official code, the values are ordered by channel, row and column, and each mean takes 9C / width of them:
-    with 9, a channel's 3x3 neighbourhood; with 6 or 12 a mean may include values of two channels."""
+    9 are one channel's 3x3 neighbourhood, while 6 or 12 may include values of two channels."""
     neighbourhoods = F.unfold(feature, 3, padding=1)  # (B, 9C, h*w)
     return neighbourhoods.unflatten(1, (width, -1)).mean(2).unflatten(2, feature.shape[-2:])
 
@@ -111,7 +113,7 @@ class SimpleNet(nn.Module):
     def __init__(self, backbone, weights):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone}: choose {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.layers, self.widths = LAYERS[backbone]
         self.backbone = common.feature_extractor(backbone, self.layers, weights)
         width = sum(self.widths)  # D
@@ -130,16 +132,16 @@ class SimpleNet(nn.Module):
         return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
 
     def loss(self, features, noise):
-        """Return the truncated l1 loss (paper, Eq. 6) of features (n, D), zero where both kinds keep their margin."""
+        """Return the truncated l1 loss (paper, Eq. 6) of features (n, D): zero where both kinds keep the margin."""
         normal = self.adaptor(features)  # q
         anomalous = normal + noise * torch.randn_like(normal)  # q-; both pass gradients to the adaptor
-        answers = self.discriminator(torch.cat([normal, anomalous]))  # one batch, for joint batch statistics
+        answers = self.discriminator(torch.cat([normal, anomalous]))  # one batch, with joint statistics
         d_normal, d_anomalous = answers.chunk(2)
         return F.relu(MARGIN - d_normal).mean() + F.relu(MARGIN + d_anomalous).mean()
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): -D(q) of each patch, smoothed; anomaly score (B,): the maximum over the patches."""
+        """Return the anomaly map (B, H, W), -D(q) smoothed, and the score (B,), the maximum of -D(q)."""
         self.eval()
         features = self.features(image)
         q = self.adaptor(features.flatten(0, 2))  # (B*h*w, D)
@@ -165,7 +167,7 @@ if __name__ == "__main__":
         run.notes["noise"] = noise
         frozen = common.Features(lambda image: [model.features(image)], train, args, run)
         optimizers = [torch.optim.Adam(model.discriminator.parameters(), args.lr, weight_decay=1e-5),
-                      torch.optim.AdamW(model.adaptor.parameters(), args.lr_adaptor)]  # decay 0.01, PyTorch's default
+                      torch.optim.AdamW(model.adaptor.parameters(), args.lr_adaptor)]  # default weight decay, 0.01
         for epoch in run.epochs(model, *optimizers):
             model.train()
             losses = []

@@ -1,35 +1,36 @@
 """UTRAD (Chen, You, Zhang, Xi, Le, Neural Networks 147:53-62, 2022; not on arXiv).
 
-The features of a pretrained CNN are the tokens of a U-shaped transformer autoencoder: attention runs within groups of
+The features of a pretrained CNN are the tokens of a U-shaped transformer autoencoder. Attention runs within groups of
 4x4 tokens, then between the groups, and each skip connection of the U is squeezed through a bottleneck, so that it
-cannot simply copy. Trained on normal images, it fails to reconstruct anomalies; the error is divided by the error that
-a second head expects at that position.
+cannot simply copy the tokens. Trained on normal images, the autoencoder fails to reconstruct anomalies. Its error at
+each position is divided by the error that a second head expects there.
 
     64x64 --> encoder --> 16x16 --> encoder --> 4x4 --> encoder --> 1 token    each group of 4x4 becomes one token
                  | skip                | skip              | skip     |        through a bottleneck
     64x64 <-- decoder <-- 16x16 <-- decoder <-- 4x4 <-- decoder <-----+        each token becomes a group of 4x4
 
-Settings: thesis, Table 3.6 (ReLU, batch 8, Adam 1e-4). Where it is silent, BMAD's code (DorisBao/BMAD, the thesis'
-benchmark): 150 epochs, no augmentation. Structure, initialisation and score are those of the official
-gordon-chenmo/UTRAD.
+Settings: thesis, Table 3.6 (ReLU, batches of 8, Adam with learning rate 1e-4). Where the thesis is silent, we follow
+BMAD's code (DorisBao/BMAD, the thesis' benchmark): 150 epochs, no augmentation. Structure, initialisation and score are
+those of the official code, gordon-chenmo/UTRAD.
 Differences from the official code:
-- ReLU, as the thesis says (BMAD's code, official code: `--activation gelu`).
-- Batches of 8 instead of 2, and no padding, rotation and cropping in training: as in BMAD's code.
-- Images are resized to a square, not by their short side: the grid of tokens must be square.
-- The epoch is chosen on valid (thesis, 3.4.1; official: the lowest training loss).
-- |std|, which divides the error, is at least 1e-6; nothing keeps the official one from zero.
-- Sizes other than 256: groups of 4x4 tokens as long as the grid is divisible by 4; the rest is the last group (2x2 at
-  128 pixels). The scales of the score follow from the group sizes.
-- On a GPU the transformer runs in bfloat16 (autocast): its dense layers are almost all of the cost.
+- ReLU, as in the thesis (BMAD's code and official code: `--activation gelu`).
+- Batches of 8 instead of 2, and no padding, rotation or cropping in training, as in BMAD's code.
+- Images are resized to a square, not by their short side, since the grid of tokens must be square.
+- The best epoch is chosen on valid (thesis, 3.4.1; official code: the one with the lowest training loss).
+- |std|, which divides the error, is at least 1e-6; in the official code, nothing keeps it from being zero.
+- At sizes other than 256, tokens are grouped 4x4 as long as the grid is divisible by 4, and the rest forms the last
+  group (2x2 at 128 pixels). The scales of the score follow from the group sizes.
+- On a GPU, the transformer runs in bfloat16 (autocast), since its dense layers make up almost all of the cost.
 
-Kept, though it looks accidental: both position tables are random codes that are never trained, one norm serves the
-encoders of all levels and another the decoders, and the layers of a level start with equal attention weights.
+Kept as in the official code, though it looks accidental: both position tables are random codes that are never trained,
+one norm serves the encoders of all levels and another one the decoders, and the layers of a level start with equal
+attention weights.
 
-Parameters: 91.719 M as published, of which 2.122 M are the fixed position codes, and resnet18's frozen 2.783 M.
-Short runs: dividing by the expected error does harm until it is learned (loss_std): phantom, 64 pixels, 800 steps of
-`--width 64 --layers 1 --batch-size 2 --lr 3e-3`: pixel AUROC 0.74; with the error alone 0.87.
-Cost: 275 GFLOP per image at 256 pixels (counted), three times that in training. Measured, one thread of a busy machine:
-200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`, 4 epochs: 176 s, 1.5 GiB; 81 ms per image.
+Parameters: 91.719 M as published, 2.122 M of them fixed position codes, and 2.783 M frozen ones in resnet18.
+In short runs, dividing by the expected error hurts until it is learned (loss_std). With 800 steps of `--width 64
+--layers 1 --batch-size 2 --lr 3e-3` on the phantom at 64 pixels, pixel AUROC is 0.74, or 0.87 with the error alone.
+Cost: 275 GFLOP per image at 256 pixels (counted), three times that in training. With 200 phantom images, 128 pixels,
+mobilenet_v2, `--width 128 --layers 1`, on one busy CPU thread: 176 s for 4 epochs, 81 ms to score an image, 1.5 GiB.
 """
 
 import sys
@@ -47,7 +48,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers of strides 4, 8 and 16; 448 and 152 channels.
+# The layers with strides 4, 8 and 16; together they have 448 and 152 channels, respectively.
 LAYERS = {
     "resnet18": ["layer1", "layer2", "layer3"],
     "mobilenet_v2": ["features.3", "features.6", "features.13"],  # our choice: no published setting
@@ -63,59 +64,59 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (thesis, 4.3.3), a multiple of 16"""
+    """images are resized to this width and height in pixels (thesis, 4.3.3); a multiple of 16"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
     """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     epochs: Annotated[int, Ge(1)] = 150
     """passes over the normal training images (BMAD's code, official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
-    """Adam's learning rate (thesis, Table 3.6); runs of a few hundred steps need 3e-3"""
+    """Adam's learning rate (thesis, Table 3.6); for runs of a few hundred steps, use 3e-3"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "resnet18"
     """torchvision network: resnet18, mobilenet_v2"""
     weights: str = "imagenet"
-    """weights of the backbone: imagenet (torchvision's), none (untrained), auto (imagenet, else none), or a FILE"""
+    """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     cache_features: Annotated[float, Ge(0)] = 16
-    """GiB of disk space for cached features of the training images; 0: recompute them each epoch"""
+    """maximum disk space in GiB for cached features of the training images; 0: recompute them in each epoch"""
     activation: Literal["relu", "gelu"] = "relu"
-    """activation in the transformers (thesis, Table 3.6; BMAD's code, official code: gelu)"""
+    """activation in the transformers (thesis, Table 3.6; BMAD's code and official code: gelu)"""
     width: Annotated[int, Ge(1)] = 512
-    """d, channels of a token; the feed-forward layers have four times as many (official code)"""
+    """d, number of channels of a token; the feed-forward layers have four times as many (official code)"""
     layers: Annotated[int, Ge(1)] = 4
-    """transformer layers of each encoder and decoder (official code)"""
+    """number of transformer layers in each encoder and decoder (official code)"""
 
 
 class Level(nn.Module):
-    """One level of the U: P x P groups of S x S tokens with d channels, each group a sequence."""
+    """One level of the U: P x P groups of S x S tokens with d channels; each group is a sequence."""
 
     def __init__(self, side, width, layers, activation, encoder_norm, decoder_norm):
         super().__init__()
@@ -126,21 +127,21 @@ class Level(nn.Module):
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), layers, decoder_norm)
         self.bottleneck = nn.Sequential(nn.Linear(width, width // 4), nn.LayerNorm(width // 4), nn.GELU(),
                                         nn.Linear(width // 4, width), nn.LayerNorm(width))
-        self.register_buffer("position", torch.randn(side**2, width))  # no parameter: never trained
+        self.register_buffer("position", torch.randn(side**2, width))  # a buffer, since it is never trained
         self.query = nn.Parameter(torch.randn(side**2, width))  # the same for all groups
         self.side = side
 
     def down(self, x):
-        """Encode: tokens (B, P*S, P*S, d) -> one per group (B, P, P, d), and the skip connection (B*P*P, S*S, d)."""
+        """Encode: tokens (B, P*S, P*S, d) -> one token per group (B, P, P, d), skip connection (B*P*P, S*S, d)."""
         b, h, w, d = x.shape
         s = self.side
         x = x.view(b, h // s, s, w // s, s, d).transpose(2, 3).reshape(-1, s * s, d)
         x = F.dropout(x + self.position, DROPOUT, self.training)
-        x = self.encoder(F.pad(x, (0, 0, 1, 0)))  # the first token, zero as input, gathers the group
+        x = self.encoder(F.pad(x, (0, 0, 1, 0)))  # the first token, zero at the input, summarises the group
         return x[:, 0].view(b, h // s, w // s, d), self.bottleneck(x[:, 1:])
 
     def up(self, x, skip):
-        """Decode: (B, P, P, d) and the skip connection (B*P*P, S*S, d) -> (B, P*S, P*S, d)."""
+        """Decode: tokens (B, P, P, d), skip connection (B*P*P, S*S, d) -> tokens (B, P*S, P*S, d)."""
         b, p, q, d = x.shape
         s = self.side
         memory = torch.cat([x.reshape(-1, 1, d), skip], dim=1)  # (B*P*P, 1 + S*S, d)
@@ -149,14 +150,14 @@ class Level(nn.Module):
 
 
 class UTRAD(nn.Module):
-    """C feature channels on a grid of h x h tokens, 64 x 64 at 256 pixels."""
+    """Shapes: C feature channels on a grid of h x h tokens, 64 x 64 at 256 pixels."""
 
     def __init__(self, backbone, weights, image_size, width, layers, activation):
         super().__init__()
         if backbone not in LAYERS:
-            raise common.Error(f"--backbone {backbone}: take {', '.join(LAYERS)}, or add its layers to LAYERS")
+            raise common.Error(f"--backbone {backbone}: choose {', '.join(LAYERS)}, or add its layers to LAYERS")
         if image_size < 16 or image_size % 16:
-            raise common.Error(f"--image-size {image_size}: the tokens need a multiple of 16; take 256, 128 or 64")
+            raise common.Error(f"--image-size {image_size}: give a multiple of 16, such as 64, 128 or 256")
         if width % HEADS:
             raise common.Error(f"--width {width}: give a multiple of {HEADS}")
         self.backbone = common.feature_extractor(backbone, LAYERS[backbone], weights)
@@ -166,9 +167,9 @@ class UTRAD(nn.Module):
             sides, rest = [*sides, SIDE], rest // SIDE
         sides += [rest] * (rest > 1)
         self.scales = [1, *accumulate(sides, mul)]  # 1, 4, 16, 64: sides of token, group, group of groups, image
-        norms = nn.LayerNorm(width), nn.LayerNorm(width)  # of encoders and decoders, shared by the levels
+        norms = nn.LayerNorm(width), nn.LayerNorm(width)  # one for encoders, one for decoders, shared by all levels
         self.embed = nn.Conv2d(channels, width, 1, bias=False)
-        self.register_buffer("position", torch.randn(width, grid, grid))  # no parameter: never trained
+        self.register_buffer("position", torch.randn(width, grid, grid))  # a buffer, since it is never trained
         self.levels = nn.ModuleList(Level(side, width, layers, activation, *norms) for side in sides)
         self.recon = nn.Conv2d(width, channels, 1, bias=False)
         std = []
@@ -177,19 +178,19 @@ class UTRAD(nn.Module):
         self.std = nn.Sequential(*std, nn.Conv2d(width // 8, 1, 1, bias=False))
         for part in (self.embed, self.levels, self.recon, self.std):
             for module in part.modules():
-                if isinstance(module, (nn.Conv2d, nn.Linear)):  # attention's joint input projection stays Xavier
+                if isinstance(module, (nn.Conv2d, nn.Linear)):  # attention's input projection keeps its Xavier weights
                     nn.init.normal_(module.weight, 0, 0.02)
                 elif isinstance(module, nn.BatchNorm2d):
                     nn.init.normal_(module.weight, 1, 0.02)
 
     @torch.no_grad()
     def features(self, image):
-        """Return the frozen features F, all repeated to the finest grid: (B, 3, H, W) -> (B, C, h, h)."""
+        """Return the frozen features F of all layers on the finest grid: (B, 3, H, W) -> (B, C, h, h)."""
         first, *deeper = self.backbone(common.normalize(image)).values()
-        return torch.cat([first, *(F.interpolate(f, first.shape[-2:]) for f in deeper)], dim=1)  # nearest
+        return torch.cat([first, *(F.interpolate(f, first.shape[-2:]) for f in deeper)], dim=1)  # by nearest neighbour
 
     def forward(self, features):
-        """F (B, C, h, h) -> its reconstruction (B, C, h, h) and, up to its sign, the expected error (B, 1, h, h)."""
+        """F (B, C, h, h) -> reconstruction (B, C, h, h) and, up to its sign, the expected error (B, 1, h, h)."""
         with torch.autocast("cuda", torch.bfloat16, enabled=features.is_cuda):
             x = F.dropout(self.embed(features) + self.position, DROPOUT, self.training)
             x, skips = x.permute(0, 2, 3, 1).contiguous(), []  # (B, h, h, d)
@@ -199,11 +200,11 @@ class UTRAD(nn.Module):
             for level in reversed(self.levels):
                 x = level.up(x, skips.pop())
         x = x.permute(0, 3, 1, 2)  # float32 again, since the last layer is a norm
-        return self.recon(x), self.std(x.detach())  # else the tokens would learn predictable errors
+        return self.recon(x), self.std(x.detach())  # detached, or the tokens would learn predictable errors
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W): error / expected error, averaged over four scales; anomaly score (B,): its maximum."""
+        """Return the anomaly map (B, H, W), error / expected error at four scales, and the score (B,), its maximum."""
         self.eval()
         features = self.features(image)
         recon, std = self(features)
@@ -214,7 +215,7 @@ class UTRAD(nn.Module):
 
 
 def losses(features, recon, std):
-    """Return the mean squared errors of the reconstruction and of the expected error, over all tokens."""
+    """Return the mean squared errors of the reconstruction and of the expected error over all tokens."""
     error = (recon - features).detach().norm(dim=1, keepdim=True)
     return F.mse_loss(recon, features), F.mse_loss(std, error)
 
@@ -226,7 +227,7 @@ def build_model(args):
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.Run(__file__, args)
-    torch.use_deterministic_algorithms(True, warn_only=run.device.type != "cuda")  # else attention varies on a GPU
+    torch.use_deterministic_algorithms(True, warn_only=run.device.type != "cuda")  # otherwise attention varies on a GPU
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:

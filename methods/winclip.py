@@ -1,20 +1,21 @@
 """WinCLIP (Jeong, Zou, Kim, Zhang, Ravichandran, Dabeer, CVPR 2023, arXiv:2303.14814), zero-shot and with K images.
 
-CLIP knows from captions how normal and anomalous things look. Its image encoder looks at small windows of the image,
-2x2 and 3x3 patches, one at a time. A window is anomalous if its feature is closer to the mean of sentences about the
-anomalous state than to that of sentences about the normal one. With `--shots K` (the paper's WinCLIP+), it is also
-compared with all windows of K normal images. Nothing is trained.
+CLIP has learned from captions what normal and anomalous things look like. Its image encoder looks at small windows of
+the image, 2x2 and 3x3 patches, one at a time. A window is anomalous if its feature is closer to the mean of sentences
+about the anomalous state than to that of sentences about the normal state. With `--shots K` (the paper's WinCLIP+), it
+is also compared with all windows of K normal images. Nothing is trained.
 
 Settings: windows, temperature and combination of scores are those of anomalib 2.7 and zqhang/Accurate-WinCLIP-pytorch,
-which agree (no official code; the thesis gives no shots, prompts or sizes). Without shots, all seeds score the same.
-Differences from the paper: medical sentences instead of industrial ones; `--findings named` adds knowledge of the test
+which agree (there is no official code, and the thesis gives no shots, prompts or sizes). Without shots, all seeds give
+the same scores.
+Differences from the paper: sentences are medical instead of industrial; `--findings named` adds knowledge of the test
 classes, which the paper does not use and the thesis does not mention.
-Differences from anomalib 2.7: sentences are normalised before they are averaged, and each state has the same weight,
-however many sentences it has. anomalib's windows are right only with an open_clip from before mid-2024; with later ones
-each token attends to other windows instead of its own, and all windows get the same feature.
+Differences from anomalib 2.7: sentences are normalised before they are averaged, and all states have the same weight,
+however many sentences they have. anomalib's windows are correct only with an open_clip from before mid-2024; with later
+versions, each token attends to other windows instead of its own, and all windows get the same feature.
 
-Cost, measured, of the default on one busy CPU thread: 20 s for the sentences, 8 s per reference and per scored image;
-2.0 GiB with four images per batch.
+Cost of the default settings, measured on one busy CPU thread: 20 s for the sentences, 8 s per reference image and per
+scored image; 2.0 GiB of memory with four images per batch.
 """
 
 import re
@@ -32,9 +33,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-SCALES = (2, 3)  # k: windows of k x k patches, stride 1
-TAU = 0.07  # temperature of the softmax over the two classes; trained CLIP's own is 0.01
-FLOOR = 1e-6  # minimum score, since harmonic means divide by it
+SCALES = (2, 3)  # k, for windows of k x k patches with stride 1
+TAU = 0.07  # temperature of the softmax over the two classes; that of trained CLIP is 0.01
+FLOOR = 1e-6  # minimum score, since harmonic means divide by scores
 
 
 @dataclass
@@ -42,60 +43,60 @@ class Args:
     data: str = "phantom"
     """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
     root: str = "data"
-    """folder of the prepared benchmarks; decoded images are cached below it"""
+    """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
     """results are written to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed of PyTorch's random numbers"""
+    """seed for PyTorch's random numbers"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch; affects only speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """value of white in 16-bit images; 4095 for 12-bit data"""
+    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """share of the training images held out to set thresholds, if valid has no normal images"""
+    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images of each split and class, for quick tests"""
+    """use at most this many images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images to save pictures of; 0: no pictures, -1: all"""
+    """number of test images for which pictures are saved; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """a model.pt: skip training and evaluate it on --data"""
+    """path to a model.pt: skip training and evaluate this model on --data"""
     predict: str | None = None
-    """score this image, folder of images, NIfTI volume, DICOM series or folder of scans; zero-shot or --checkpoint"""
+    """score this image, image folder, NIfTI volume, DICOM series or scan folder, zero-shot or with --checkpoint"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
-    """share of normal images that should lie below the decision threshold"""
+    """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices, or the mean of the five highest"""
+    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map, in float32 and at its image's original size"""
+    """with --predict: also save each anomaly map in float32, at the original size of its image"""
     model: str = "ViT-B-16-plus-240"
-    """CLIP: an open_clip model with a ViT as image encoder, or tiny, which has no published weights"""
+    """CLIP model: one of open_clip's with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
-    """weights of CLIP: a TAG published by open_clip, none (untrained), auto (laion400m_e32, else none), or a FILE"""
+    """CLIP weights: an open_clip TAG, none (untrained), auto (laion400m_e32 if available, else none) or a FILE"""
     clip_size: Annotated[int, Ge(16)] = 240
-    """width and height in pixels to which images are resized again for CLIP; 240: the model's own 15 x 15 patches"""
+    """images are resized again for CLIP, to this width and height in pixels; 240: the model's own 15 x 15 patches"""
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
-    """what the sentences are about (see WORDS); auto: the benchmark of --data, generic for other folders"""
+    """what the sentences are about (see WORDS); auto: the benchmark given by --data, or generic for other folders"""
     prompts: Literal["medical", "original"] = "medical"
-    """medical: our own sentences; original: the paper's industrial ones, applied to the organ"""
+    """medical: our own sentences; original: the industrial ones of the paper, applied to the organ"""
     organ: str | None = None
     """what the images show, in your own words, such as "knee", instead of the organ in WORDS"""
     findings: str = "none"
     """none: medical sentences only mention normal and abnormal; named: they name the findings in WORDS, such as tumor
     or drusen (knowledge of the disease); or your own findings, separated by commas"""
     sentences: str | None = None
-    """instead of all these: a text FILE with one sentence per line, after "normal:" or "anomalous:\""""
+    """use the sentences in this text FILE instead, one per line, each after "normal:" or "anomalous:\""""
     shots: Annotated[int, Ge(0)] = 0
-    """K, normal training images to compare with, drawn by --seed; 0: WinCLIP, more: WinCLIP+ (paper: 1, 2, 4)"""
+    """K, number of normal reference images from train, drawn by --seed; 0: WinCLIP, else WinCLIP+ (paper: 1, 2, 4)"""
 
 
 class WinCLIP(nn.Module):
-    """P = h * w patches; n windows of k x k patches; D: width of CLIP's joint space, W: of its image encoder."""
+    """Shapes: P = h * w patches; n windows of k x k patches; D, W: width of CLIP's joint space and image encoder."""
 
     def __init__(self, args):
         super().__init__()
@@ -104,29 +105,29 @@ class WinCLIP(nn.Module):
         self.grid, patches = encoder.grid_size, encoder.grid_size[0] * encoder.grid_size[1]
         if min(self.grid) < max(SCALES):
             raise common.Error(f"--clip-size {args.clip_size}: windows need {max(SCALES)} x {max(SCALES)} patches")
-        self.register_buffer("text", torch.zeros(2, encoder.output_dim))  # normal and anomalous class
+        self.register_buffer("text", torch.zeros(2, encoder.output_dim))  # of normal and anomalous class
         self.register_buffer("memory1", torch.zeros(args.shots * patches, encoder.ln_post.normalized_shape[0]))
         number = torch.arange(1, patches + 1.0).view(1, 1, *self.grid)
         for k in SCALES:
-            window = F.unfold(number, k)[0].T.long()  # (n, k * k): each window's tokens
+            window = F.unfold(number, k)[0].T.long()  # (n, k * k): the tokens of each window
             self.register_buffer(f"window{k}", F.pad(window, (1, 0)), persistent=False)  # token 0 is the class token
             self.register_buffer(f"memory{k}", torch.zeros(args.shots * len(window), encoder.output_dim))  # paper: R
 
     @torch.inference_mode()
     def set_classes(self, classes):
-        """Set the text features from `sentences`: averaged over a state's sentences, then over a class' states."""
+        """Set the text features from `sentences`, averaged over the sentences of each state, then over states."""
         for i, states in enumerate(classes):
             means = [encode_text(self.clip, texts).mean(dim=0) for texts in states]  # (D,) each
             self.text[i] = F.normalize(torch.stack(means).mean(dim=0), dim=0)
 
     @torch.inference_mode()
     def set_references(self, image):
-        """Set the memory from K normal images (K, 3, H, W)."""
+        """Fill the memory with the features of K normal images (K, 3, H, W)."""
         for k, feature in self.features(image)[1].items():
             self.get_buffer(f"memory{k}").copy_(feature.flatten(0, 1))
 
     def features(self, image):
-        """Return unit-length features: (B, D) of the image, {1: (B, P, W) of patches, k: (B, n, D) of windows}."""
+        """Return features of unit length: (B, D) of the image, {1: (B, P, W) of patches, k: (B, n, D) of windows}."""
         if image.shape[-1] != self.size:
             image = F.interpolate(image, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         encoder = self.clip.visual
@@ -134,25 +135,25 @@ class WinCLIP(nn.Module):
         tokens = torch.cat([encoder.class_embedding.expand(len(image), 1, -1), patches], dim=1)
         tokens = encoder.ln_pre(tokens + encoder.positional_embedding)  # (B, 1 + P, W)
         whole = encoder.ln_post(encoder.transformer(tokens))
-        features = {1: F.normalize(whole[:, 1:], dim=-1)}  # not projected: not compared with text
+        features = {1: F.normalize(whole[:, 1:], dim=-1)}  # not projected, since they are not compared with text
         for k in SCALES:
             window = self.get_buffer(f"window{k}")  # (n, 1 + k * k)
-            # each window is a sequence of its own; its patches keep their positions in the image
+            # each window is its own sequence, whose patches keep the position embeddings of their places in the image
             x = encoder.transformer(tokens[:, window].flatten(0, 1))[:, 0]  # (B * n, 1 + k * k, W) -> (B * n, W)
             x = F.normalize(encoder.ln_post(x) @ encoder.proj, dim=-1)
             features[k] = x.unflatten(0, (len(image), len(window)))
         return F.normalize(whole[:, 0] @ encoder.proj, dim=-1), features
 
     def text_score(self, feature):
-        """Return ascore_0 (paper, Eq. 1) of features (..., D): the anomalous class's softmax probability."""
+        """Return ascore_0 (paper, Eq. 1) of features (..., D): the softmax probability of the anomalous class."""
         return (feature @ self.text.T / TAU).softmax(dim=-1)[..., 1].clamp(min=FLOOR)
 
     def memory_score(self, feature, k):
-        """Return half the cosine distance of features (B, n, D) to the nearest in the memory (paper, Eq. 4)."""
+        """Return half the cosine distance from features (B, n, D) to the nearest ones in the memory (paper, Eq. 4)."""
         return ((1 - (feature @ self.get_buffer(f"memory{k}").T).amax(dim=-1)) / 2).clamp(min=FLOOR)  # (B, n, K*n)
 
     def on_patches(self, score, k):
-        """(B, n) -> (B, h, w): for each patch, the harmonic mean over the windows that cover it."""
+        """Return for each patch the harmonic mean over the windows that cover it: (B, n) -> (B, h, w)."""
         def total(x):
             return F.fold(x[:, None].expand(-1, k * k, -1), self.grid, k)[:, 0]  # (B, n) -> (B, h, w)
 
@@ -160,23 +161,23 @@ class WinCLIP(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Anomaly map (B, H, W), anomaly score (B,); those of WinCLIP+ with shots."""
+        """Return the anomaly map (B, H, W) and the score (B,); with shots, those of WinCLIP+."""
         self.eval()
         whole, features = self.features(image)
-        score = self.text_score(whole)  # (B,); also the third scale of the map, constant over the image
+        score = self.text_score(whole)  # (B,); also the third scale of the map, where it is constant over the image
         windows = sum(1 / self.on_patches(self.text_score(features[k]), k) for k in SCALES)
-        anomaly_map = (len(SCALES) + 1) / (windows + 1 / score[:, None, None])  # (B, h, w), harmonic over the scales
+        anomaly_map = (len(SCALES) + 1) / (windows + 1 / score[:, None, None])  # (B, h, w), harmonic mean over scales
         if self.shots:
             few = self.memory_score(features[1], 1).unflatten(1, self.grid)
             few = few + sum(self.on_patches(self.memory_score(features[k], k), k) for k in SCALES)
-            few = few / (len(SCALES) + 1)  # (B, h, w), arithmetic over the scales
+            few = few / (len(SCALES) + 1)  # (B, h, w), arithmetic mean over scales
             anomaly_map, score = (anomaly_map + few) / 2, (score + few.amax(dim=(1, 2))) / 2
         return F.interpolate(anomaly_map[:, None], image.shape[-2:], mode="bilinear")[:, 0], score
 
 
 def encode_text(clip, sentences):
-    """Return features of unit length, (n, D)."""
-    import open_clip  # here: its import would delay --help by a second
+    """Return the text features (n, D) of n sentences, with unit length."""
+    import open_clip  # imported here: it would delay --help by a second
 
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)
     return clip.encode_text(tokens, normalize=True)
@@ -187,7 +188,7 @@ def build_model(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences
-# What the sentences are about, in our own words: kind of image, names of the organ, possible findings.
+# What the sentences are about, in our own words: the kind of image, names of the organ, possible findings.
 WORDS = {
     "brain": ("axial FLAIR MRI slice", ["brain", "head"], ["tumor", "glioma", "edema", "lesion", "mass"]),
     "liver": ("axial abdominal CT slice", ["liver", "liver parenchyma"],
@@ -209,7 +210,7 @@ ANOMALOUS = ["abnormal {o}", "diseased {o}", "{o} with {f}", "{o} showing {f}", 
 TEMPLATES = ["{m} of the {s}", "a {m} of a {s}", "an image of the {s}", "a medical image of a {s}",
              "a close-up {m} of the {s}", "a low-contrast {m} of the {s}", "a bright {m} of the {s}",
              "a noisy {m} of the {s}"]
-# The paper's, for `--prompts original`; {a} stands for "a" and "the".
+# Those of the paper, for `--prompts original`; {a} stands for "a" and "the".
 PAPER_NORMAL = ["{o}", "perfect {o}", "flawless {o}", "unblemished {o}", "{o} without flaw", "{o} without defect",
                 "{o} without damage"]
 PAPER_ANOMALOUS = ["damaged {o}", "{o} with flaw", "{o} with defect", "{o} with damage"]
@@ -220,25 +221,25 @@ PAPER_TEMPLATES = ["a cropped photo of {a} {s}.", "a close-up photo of {a} {s}."
 
 
 def benchmark_words(data):
-    """Return the key of WORDS for --data: a benchmark or a folder with its name, else generic."""
+    """Return the key of WORDS that matches the name of the --data folder, otherwise generic."""
     name = Path(data).resolve().name.lower()
     return next((key for key, folders in common.NAMES.items() if name in folders), "generic")
 
 
 def own_sentences(file):
-    """Read `sentences` from a text file; each class has a single state."""
+    """Read `sentences` from a text file. Each class has a single state."""
     try:
         lines = [line.partition(":") for line in Path(file).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise common.Error(f"--sentences {file} cannot be read ({e}); give a text file") from e
     classes = [[[text.strip() for name, _, text in lines if name.strip() == kind]] for kind in ("normal", "anomalous")]
     if sum(len(states[0]) for states in classes) < len(lines) or not all(states[0] for states in classes):
-        raise common.Error(f'--sentences {file}: each line begins with "normal:" or "anomalous:"; both are needed')
+        raise common.Error(f'--sentences {file}: begin each line with "normal:" or "anomalous:"; both are needed')
     return classes
 
 
 def sentences(words, prompts, findings, organ=None):
-    """Return, for the normal and the anomalous class, a list of states, each a list of sentences."""
+    """Return a list of states, each a list of sentences, for the normal and for the anomalous class."""
     modality, organs, names = WORDS[words]
     organs = [organ] if organ else organs
     names = names if findings in ("none", "named") else [name.strip() for name in findings.split(",")]
