@@ -67,7 +67,7 @@ def command_line(Args, description):
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        text = box.getvalue().split("├")[0].partition("\n")[2]  # of its frame, without the title
+        text = box.getvalue().split("├")[0].partition("\n")[2]  # the text inside tyro's frame, without its title
         raise Error(" ".join(re.sub("[│╰╯─]", " ", text).split())) from None
     check_ranges(args)
     return args
@@ -108,7 +108,7 @@ def atomic(path):
             shutil.rmtree(path)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):  # torch.save's, of a full disk
+        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):  # from torch.save, when the disk is full
             raise
         raise Error(f"cannot write {path}: {e}; free some space or choose another folder") from e
     finally:
@@ -176,7 +176,7 @@ def patient(path):
 
 
 def files_in(folder):
-    """List all files below `folder`, sorted, without hidden ones. Links are followed, but not in circles."""
+    """List all files below `folder`, sorted, except hidden ones. Links are followed unless they lead back to a parent."""
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         above = {os.path.realpath(parent) for parent in (place, *Path(place).parents)}
@@ -280,7 +280,7 @@ def fingerprint(entries, base):
 
 
 def to_array(image, size=None, white=65535):
-    """Convert a Pillow image to uint8 (3, size, size), or its own size. white: the white level of 16-bit images."""
+    """Convert a Pillow image to uint8 (3, size, size), or keep its size. white: the white level of 16-bit images."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         array = np.asarray(image, np.float32)
         if image.mode == "F" or array.min() < 0 or array.max() > 65535:
@@ -294,7 +294,7 @@ def to_array(image, size=None, white=65535):
 
 
 def decode(path, size=None, mask=False, white=65535):
-    """Read an image file: (array as in `to_array`, its (width, height)). For a mask transparent pixels are black."""
+    """Read an image file: (array as in `to_array`, its (width, height)). In a mask, transparent pixels count as black."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
@@ -308,7 +308,7 @@ def decode(path, size=None, mask=False, white=65535):
 
 
 def decode_mask(path, image_size, size):
-    """Read a mask as uint8 (1, size, size): 1 above 10% of full scale, by nearest neighbour. path None: all 0."""
+    """Read a mask as uint8 (1, size, size), resized by nearest neighbour: 1 above 10% of full scale. No path: all 0."""
     if path is None:
         return np.zeros((1, size, size), np.uint8)
     array, original = decode(path, mask=True)
@@ -350,12 +350,12 @@ class Split:
             for start in progress(range(0, len(self), 256), f"decoding {self.name}"):
                 for array in pool.map(one, self.entries[start : start + 256]):
                     maximum = max(maximum, array[:3].max())
-                    f.write(array.tobytes())  # not memmap: on a full disk that would kill the process
+                    f.write(array.tobytes())  # not by memmap, which would kill the process on a full disk
         if maximum < 17:
             print(f"NOTE: {self.name} is almost black, no value is above {maximum} of 255; for 12 bits in files of 16 "
                   "give --white 4095")
 
-    # A new memmap at each use, so that pages read before don't count as memory of this process.
+    # A new memmap for each access, so that pages read earlier don't count towards this process's memory.
     @property
     def images(self):
         return np.memmap(self.file, np.uint8, "r", shape=self.shape)[:, :3]
@@ -546,7 +546,7 @@ def feature_extractor(name, layers, weights):
     """Return a frozen network that maps images to {layer: (B, C, h, w)} and stops at the last of `layers`.
 
     name, weights: see `pretrained_network`; layers: torchvision's node names. Modules with `frozen` set, as here, are
-    not saved in checkpoints; those name the weights instead, and refuse other ones."""
+    not saved in checkpoints, which only name their weights and do not load with other ones."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     net = pretrained_network(name, weights)
@@ -586,7 +586,7 @@ def load_clip(name, weights, image_size):
                 layer.reset_parameters()
     try:
         if weights != "none":
-            # the release first: on the hub, laion400m_e32 of the default model holds the weights of e31
+            # from the release: on the hub, laion400m_e32 of the default model holds the weights of e31
             file = file or open_clip.download_pretrained(published, prefer_hf_hub=False)
             open_clip.load_checkpoint(clip, file)  # interpolates the positions if the file has another image size
     except Exception as e:  # no such file or tag, no network, unreadable, other keys, other shapes
@@ -761,7 +761,7 @@ def calibrate(model, valid, args, device):
             "maxima": result.maxima.tolist() if result.maxima is not None and comparable else None}
 
 
-# Instead of `calibrate`'s result where there are no normal images to decide by; zero-shot maps are in [0, 1].
+# In place of `calibrate`'s result if there are no normal images to decide by; zero-shot maps are in [0, 1].
 NOTHING_SEEN = {"from": "nothing", "labels": [], "scores": [], "scans": [], "map_range": (0, 1), "dice": None,
                 "maxima": None}
 
@@ -942,7 +942,7 @@ class Run:
             self.kept = None
 
     def epochs(self, model, *stateful):
-        """Yield 1, 2, ..., total. After an interruption, continue after the last evaluation, in the state of that time.
+        """Yield 1, 2, ..., total. After an interruption, continue from the state saved at the last evaluation.
 
         stateful: everything else that training changes: optimizers, schedules, networks outside the model."""
         self.stateful = stateful
