@@ -108,7 +108,7 @@ def atomic(path):
             shutil.rmtree(path)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):  # from torch.save, when the disk is full
+        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):  # torch.save on a full disk
             raise
         raise Error(f"cannot write {path}: {e}; free some space or choose another folder") from e
     finally:
@@ -176,7 +176,7 @@ def patient(path):
 
 
 def files_in(folder):
-    """List all files below `folder`, sorted, except hidden ones. Links are followed unless they lead back to a parent."""
+    """List all files below `folder`, sorted, without hidden ones. Links are followed unless they lead to a parent."""
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         above = {os.path.realpath(parent) for parent in (place, *Path(place).parents)}
@@ -294,7 +294,7 @@ def to_array(image, size=None, white=65535):
 
 
 def decode(path, size=None, mask=False, white=65535):
-    """Read an image file: (array as in `to_array`, its (width, height)). In a mask, transparent pixels count as black."""
+    """Read an image file: (array as in `to_array`, its (width, height)). Transparent pixels of a mask are black."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
