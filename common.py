@@ -1,9 +1,9 @@
 """Everything that all method scripts share: benchmarks, pretrained weights, metrics and the run folder.
 
-A script calls `command_line`, `Run` and `load_benchmark`, trains on `Split.batches` and calls `Run.validate` after each
-epoch to keep the best state on valid (or `Run.keep` once if it has no epochs). `finish` then scores the test set once.
-
-Shapes: N images in a split, B in a batch, height H, width W. A higher score is more anomalous."""
+A script calls `command_line`, `Run` and `load_benchmark`, then trains on `Split.batches`. After each epoch it calls
+`Run.validate`, which keeps the best state on valid; without epochs it calls `Run.keep` once. `finish` then scores the
+test set once. Shapes: N is the number of images in a split, B the batch size, H the height and W the width. A higher
+score means more anomalous."""
 
 import csv
 import dataclasses
@@ -47,19 +47,19 @@ class Error(Exception):
 
 
 def command_line(Args, description):
-    """Parse the script's arguments. From now on an `Error` ends the program with one line on stderr and exit code 2.
-    Notebooks and tests, which don't call this, see the exception itself."""
+    """Parse the script's arguments. After this, an `Error` ends the program with one line on stderr and exit code 2.
+    Notebooks and tests do not call this function and see the exception itself."""
     def in_one_line(kind, error, traceback):
         if not issubclass(kind, Error | KeyboardInterrupt):
             return sys.__excepthook__(kind, error, traceback)
         interrupted = issubclass(kind, KeyboardInterrupt)
-        print("interrupted; the same command resumes after the last evaluation, if there was one" if interrupted
+        print("interrupted; run the same command again to resume from the last evaluation, if any" if interrupted
               else f"error: {error}", file=sys.stderr)
         raise SystemExit(130 if interrupted else 2)
 
     sys.excepthook = in_one_line
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # file names need not be UTF-8
+        if hasattr(stream, "reconfigure"):  # a file name may not be valid UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
         with redirect_stderr(io.StringIO()) as box:
@@ -74,7 +74,7 @@ def command_line(Args, description):
 
 
 def check_ranges(args):
-    """Raise `Error` if a value is outside its declared range, such as Annotated[int, Ge(1)]."""
+    """Raise `Error` if a value is outside the range that its type declares, for example Annotated[int, Ge(1)]."""
     signs = dict(ge="at least", gt="above", le="at most", lt="below")
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         rules = [(op, bound) for limits in getattr(kind, "__metadata__", ()) if dataclasses.is_dataclass(limits)
@@ -86,22 +86,22 @@ def check_ranges(args):
             if not isinstance(value, int | float) or not math.isfinite(value) \
                     or not all(getattr(operator, op)(value, bound) for op, bound in rules):
                 asked = " and ".join(f"{signs[op]} {bound}" for op, bound in rules)
-                raise Error(f"--{name.replace('_', '-')} {value}: the value must be a number {asked}")
+                raise Error(f"--{name.replace('_', '-')} {value}: the value must be a number that is {asked}")
 
 
 @contextmanager
 def atomic(path):
-    """Yield a temporary name next to `path`. The file or folder written there is renamed to `path` once complete."""
+    """Yield a temporary path next to `path`. The file or folder written there is renamed to `path` when complete."""
     path = Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{platform.node()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".tmp-*-{platform.node()}-*"):
             try:
-                os.kill(int(left.name.split("-")[1]), 0)  # signal 0 only asks whether the process is running
-            except ProcessLookupError:  # killed while writing
+                os.kill(int(left.name.split("-")[1]), 0)  # signal 0 only checks whether the process is running
+            except ProcessLookupError:  # it was killed while writing
                 remove(left)
-            except PermissionError:  # running, started by another user
+            except PermissionError:  # it is running, under another user
                 pass
         yield temporary
         if path.is_dir():
@@ -116,13 +116,13 @@ def atomic(path):
 
 
 def remove(path):
-    """Remove a file, or a folder with its contents, if it exists."""
+    """Remove a file, or a folder and its contents, if it exists."""
     with suppress(FileNotFoundError, NotADirectoryError):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_csv(path, rows):
-    """Write a list of dicts. The header has all keys in order of appearance."""
+    """Write a list of dicts. The header has all keys, in the order in which they first appear."""
     with atomic(path) as tmp, open(tmp, "w", newline="", encoding="utf-8", errors="backslashreplace") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -155,10 +155,10 @@ NAMES = {  # folder names of the published downloads; for other benchmarks give 
     "phantom": ["phantom"],
 }
 MADE_BY = dict(brain="brats2021", liver="btcv (train) and lits (valid, test)", resc="resc", oct2017="oct2017",
-               chest="rsna", histo="camelyon16", phantom="phantom")  # scripts of datasets/
+               chest="rsna", histo="camelyon16", phantom="phantom")  # scripts in datasets/
 SPLITS = {"train": ["train"], "valid": ["valid", "val", "validation"], "test": ["test"]}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-NORMAL, MASKS = {"good", "normal"}, {"anomaly_mask", "label"}  # folder names; other images are anomalous
+NORMAL, MASKS = {"good", "normal"}, {"anomaly_mask", "label"}  # folder names; images in other folders are anomalous
 # folder name -> (split, whether it holds masks)
 ROLES = {name + end: (split, bool(end)) for split, names in SPLITS.items() for name in names for end in ("", "_label")}
 ROLES["ground_truth"] = ("test", True)  # MVTec AD
@@ -167,16 +167,16 @@ PATIENT = r"(brats.*_\d+)_\d+|(?:normal|cnv|dme|drusen)-(\d+)-\d+|((?:normal|tum
 
 
 def patient(path):
-    """Read the patient, scan or slide from an image's path, or return None: BraTS2021_00003_60.png, scan012/0001.png.
+    """Return the patient, scan or slide that an image's path names, or None: BraTS2021_00003_60.png, scan012/0001.png.
 
-    Works for BraTS, OCT2017, Camelyon16 and RESC, and for names that start with a word such as "scan" and a number."""
+    This works for BraTS, OCT2017, Camelyon16, RESC and names that start with a word such as "scan" and a number."""
     path = Path(path)
     match = re.fullmatch(PATIENT + SCAN, path.stem, re.I) or re.fullmatch(SCAN, f"{path.parent.name}_{path.stem}", re.I)
     return match and next(group for group in match.groups() if group)
 
 
 def files_in(folder):
-    """List all files below `folder`, sorted, without hidden ones. Links are followed unless they lead to a parent."""
+    """Return a sorted list of all files below `folder`, except hidden ones. Links are followed, but not to a parent."""
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         above = {os.path.realpath(parent) for parent in (place, *Path(place).parents)}
@@ -198,22 +198,22 @@ def named_folder(data, root):
 
 
 def find_benchmark(data, root):
-    """Find the benchmark of --data and --root. Returns (folder, files by role, see `list_split`); `Error` if none.
+    """Return (folder, files by role) of the benchmark that --data and --root refer to; raise `Error` if there is none.
 
     Reads all published layouts: train/good[/img], test/{good,Ungood}[/img] with masks in Ungood/{anomaly_mask,label};
     valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with Test/test_label/Ungood; MVTec
-    AD's test/<defect> with ground_truth/<defect>/*_mask.png. A folder with only images, or only train/good, gives
-    normal training images."""
+    AD's test/<defect> with ground_truth/<defect>/*_mask.png. A folder with only images, or with only
+    train/good, is read as normal training images."""
     known, asked = data.lower() in NAMES, named_folder(data, root)
     if asked is None:
         maker = f"made by datasets/{MADE_BY[data.lower()]}" if known else f"known: {', '.join(NAMES)}"
-        raise Error(f"no benchmark {data} in {root} ({maker}), no folder {data}")
+        raise Error(f"no benchmark {data} in {root} ({maker}) and no folder {data}")
     bases = {}  # {folder: {(split, mask or not): {(class, ..., name): [files]}}}
     files = images_in(asked)
     for file in files:
         folders = file.relative_to(asked).parts[:-1]
         roles = [ROLES.get(name.lower(), (None, None)) for name in folders]
-        if last := max((i for i, (split, _) in enumerate(roles, 1) if split), default=None):  # the innermost
+        if last := max((i for i, (split, _) in enumerate(roles, 1) if split), default=None):  # innermost
             split, mask = roles[last - 1]
             # Val/val/img/Ungood/x.png: base "", split valid, key ("ungood", "x"); its mask: Val/val_label/Ungood/x.png
             first = next(i for i in range(last) if all(role[0] == split for role in roles[i:last]))
@@ -232,7 +232,7 @@ def find_benchmark(data, root):
 
 
 def list_split(parts, split):
-    """Return [(image, label, mask or None)], first normal (0), then anomalous (1). parts: from `find_benchmark`."""
+    """Return [(image, label, mask or None)], normal (0) before anomalous (1). parts: as from `find_benchmark`."""
     images, masks = (parts.get((split, mask), {}) for mask in (False, True))
     entries = [(file, 0, None) for key, files in images.items() if key[0] in NORMAL for file in files]
     if split == "train":
@@ -243,18 +243,18 @@ def list_split(parts, split):
         own = masks.pop(key, []) if masked else [None]
         if own != [None] and (len(own) != 1 or len(images[key]) != 1):
             who, what = (" and ".join(map(str, files)) for files in (images[key], own))
-            raise Error(f"{who}: {what or 'no mask'}; each anomalous image needs one mask that has its name")
+            raise Error(f"{who}: {what or 'no mask'}; each anomalous image needs one mask with the same name")
         entries += [(file, 1, own[0]) for file in images[key]]
     if masks:
-        raise Error(f"mask {min(masks.values())[0]} has no image of that name; add it or remove the mask")
+        raise Error(f"mask {min(masks.values())[0]} has no image with the same name; add one or remove the mask")
     return entries
 
 
 def list_benchmark(args):
-    """List the benchmark args.data: (folder, {split: entries}, fingerprint, number of held-out images).
+    """Return (folder, {split: entries}, fingerprint, number of held-out images) of the benchmark args.data.
 
-    If valid has no normal images, a fraction args.holdout of the training images is held out to set the thresholds;
-    whole patients, if file names identify them."""
+    If valid has no normal images, a fraction args.holdout of the training images is held out to set the thresholds. If
+    the file names identify patients, whole patients are held out."""
     base, parts = find_benchmark(args.data, args.root)
     entries = {split: list_split(parts, split) for split in SPLITS}
     images, held = fingerprint(sum(entries.values(), []), base), []
@@ -270,21 +270,21 @@ def list_benchmark(args):
 
 
 def fingerprint(entries, base):
-    """Return a hex digest of the names, sizes and times of images and masks. It changes when a file changes."""
+    """Return a hex digest of the names, sizes and modification times of images and masks, to notice changed files."""
     files = [file for image, _, mask in entries for file in (image, mask) if file]
     try:
         state = [(file.relative_to(base).as_posix(), (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
-    except OSError as e:  # a link to nowhere
+    except OSError as e:  # a broken link
         raise Error(f"{e.filename} cannot be read ({e.strerror}); replace or remove it") from e
     return hashlib.sha256(repr((str(base.resolve()), state)).encode()).hexdigest()[:16]
 
 
 def to_array(image, size=None, white=65535):
-    """Convert a Pillow image to uint8 (3, size, size), or keep its size. white: the white level of 16-bit images."""
+    """Convert a Pillow image to uint8 (3, size, size), or (3, H, W) without size. white: level of white in 16 bits."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         array = np.asarray(image, np.float32)
         if image.mode == "F" or array.min() < 0 or array.max() > 65535:
-            raise ValueError("32-bit or signed pixels have no fixed white: save it with 8 or 16 bits")
+            raise ValueError("32-bit or signed pixels have no fixed white level: save it with 8 or 16 bits")
         image = Image.fromarray((array / np.float32(white / 255)).clip(max=255))
     else:
         image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
@@ -294,12 +294,12 @@ def to_array(image, size=None, white=65535):
 
 
 def decode(path, size=None, mask=False, white=65535):
-    """Read an image file: (array as in `to_array`, its (width, height)). Transparent pixels of a mask are black."""
+    """Read an image file: (array as in `to_array`, file's (width, height)). In a mask, transparent pixels are black."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
-                raise ValueError(f"{image.n_frames} pages or frames: save each as an image")
-            image = ImageOps.exif_transpose(image)  # as a viewer shows it
+                raise ValueError(f"{image.n_frames} pages or frames: save each one as an image")
+            image = ImageOps.exif_transpose(image)  # rotated as in a viewer
             if mask and "A" in image.getbands():
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
             return to_array(image, size, white), image.size
@@ -308,12 +308,12 @@ def decode(path, size=None, mask=False, white=65535):
 
 
 def decode_mask(path, image_size, size):
-    """Read a mask as uint8 (1, size, size), resized by nearest neighbour: 1 above 10% of full scale. No path: all 0."""
+    """Read a mask as uint8 (1, size, size), 1 where it exceeds 10% of full scale. Without a path, it is all 0."""
     if path is None:
         return np.zeros((1, size, size), np.uint8)
     array, original = decode(path, mask=True)
     if original != image_size:
-        raise Error(f"mask {path} has {original} pixels, its image {image_size}; make them equal")
+        raise Error(f"mask {path} has {original} pixels but its image {image_size}; make them equal")
     array = (array.max(axis=0) > 25.5).astype(np.uint8)
     if not array.any():
         raise Error(f"mask {path} has no value above 10% of full scale; save masks as 0 and 255 (anomalous)")
@@ -321,10 +321,10 @@ def decode_mask(path, image_size, size):
 
 
 class Split:
-    """A split's images, decoded and resized once into a file in `cache`.
+    """The images of a split, which are decoded and resized once and then kept in a file in `cache`.
 
     images: uint8 (N, 3, H, W); masks: bool (N, H, W) or None; labels (N,): 0 normal, 1 anomalous, -1 unknown; paths:
-    relative, as in scores.csv."""
+    relative to the benchmark's folder."""
 
     def __init__(self, name, entries, size, base, cache, white=65535):
         """entries: [(image, label, mask or None)], as from `list_split`; white: see `to_array`."""
@@ -332,13 +332,13 @@ class Split:
         self.paths = [image.relative_to(base).as_posix() for image, _, _ in entries]
         self.labels = np.array([label for _, label, _ in entries], int)
         self.has_masks = any(mask for _, _, mask in entries)
-        self.shape = len(entries), 3 + self.has_masks, size, size  # a mask is its image's fourth channel
+        self.shape = len(entries), 3 + self.has_masks, size, size  # the fourth channel is the mask
         state = f"{white}-" * (white != 65535) + fingerprint(entries, base)
         decoded = cache / f"{base.resolve().name}-{name}-{size}-{len(entries)}-{state}.decoded"
         if not decoded.is_file() or decoded.stat().st_size != math.prod(self.shape):
             with atomic(decoded) as tmp:
                 self._decode(tmp)
-        self.file = open(decoded, "rb")  # noqa: SIM115 (stays open, even if the file is removed)
+        self.file = open(decoded, "rb")  # noqa: SIM115 (stays readable, even if the file is removed)
 
     def _decode(self, file):
         def one(entry):
@@ -350,10 +350,10 @@ class Split:
             for start in progress(range(0, len(self), 256), f"decoding {self.name}"):
                 for array in pool.map(one, self.entries[start : start + 256]):
                     maximum = max(maximum, array[:3].max())
-                    f.write(array.tobytes())  # not by memmap, which would kill the process on a full disk
+                    f.write(array.tobytes())  # a full disk raises an error here; with a memmap it kills the process
         if maximum < 17:
-            print(f"NOTE: {self.name} is almost black, no value is above {maximum} of 255; for 12 bits in files of 16 "
-                  "give --white 4095")
+            print(f"NOTE: {self.name} is almost black: no value is above {maximum} of 255. If its 16-bit files hold "
+                  "12-bit images, give --white 4095")
 
     # A new memmap for each access, so that pages read earlier don't count towards this process's memory.
     @property
@@ -372,10 +372,10 @@ class Split:
         return to_device(self.images[indices], device).float() / 255
 
     def batches(self, batch_size, device="cpu", shuffle=None, drop_last=False, fetch=None):
-        """Yield all images in batches, in file order, or shuffled by a seed (an int or a tuple such as (seed, epoch)).
+        """Yield all images in batches, in file order or shuffled with a seed (an int or a tuple such as (seed, epoch)).
 
         drop_last: leave out an incomplete last batch, unless it is the only one.
-        fetch: function from indices (b,) to whatever should be yielded instead of images."""
+        fetch: a function that maps indices (b,) to what should be yielded instead of images."""
         order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
         if drop_last and len(self) >= batch_size:
             order = order[: len(self) // batch_size * batch_size]
@@ -385,20 +385,20 @@ class Split:
 
 
 def to_device(array, device):
-    """Copy an array to a device; to a GPU without waiting, which needs pinned memory."""
+    """Copy an array to a device. A copy to a GPU goes through pinned memory, so that the CPU need not wait for it."""
     tensor = torch.from_numpy(np.asarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else tensor.to(device)
 
 
 class Features:
-    """Features of a split's images from a frozen network, for training loops that need them in each epoch.
+    """Features of a split's images from a frozen network, for training loops that need them in every epoch.
 
-    They are computed once into a file in the run folder if it takes at most args.cache_features GiB and half of the
-    free disk; otherwise again for each batch. So are more than 2 MiB per image on a GPU, which reads such features more
-    slowly than it computes them (tests/README.md). A line says which."""
+    They are computed once and kept in a file if it takes at most args.cache_features GiB and at most half of the free
+    disk. Otherwise they are computed again for each batch. On a GPU that is also done for more than 2 MiB per image,
+    which take longer to read than to compute (tests/README.md). The script prints which of the two it does."""
 
     def __init__(self, extract, split, args, run):
-        """extract: function from images (B, 3, H, W) to [(B, ...), ...], the same each time."""
+        """extract: a deterministic function from images (B, 3, H, W) to [(B, ...), ...]."""
         self.extract, self.split, self.device, self.file = extract, split, run.device, None
         self.shapes = [f.shape[1:] for f in extract(split.batch([0], run.device))]
         self.sizes = [math.prod(shape) for shape in self.shapes]
@@ -431,7 +431,7 @@ class Features:
 def load_benchmark(args):
     """Return (train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit.
 
-    A split that the benchmark lacks is None; with args.predict all are. For valid without normal images see
+    A split that the benchmark lacks is None; with args.predict, all three are None. If valid has no normal images, see
     `list_benchmark`."""
     if args.predict:
         return None, None, None
@@ -454,28 +454,28 @@ def load_benchmark(args):
         valid.source = f"{held} training images held out"
         print(f"{valid.source} for the thresholds (--holdout {args.holdout})")
     if not valid or not valid.labels.any():
-        print("NOTE: valid needs normal and anomalous images to choose a checkpoint: the last epoch is kept")
+        print("NOTE: the last epoch is kept; to choose the best, valid needs both normal and anomalous images")
     if not test:
-        print("NOTE: no test images: scores have no metrics; --predict uses the trained model")
+        print("NOTE: no test images, so there will be no metrics; use the trained model with --predict")
     return splits
 
 
 # --------------------------------------------------------------------------------------------------- pretrained weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_TAG = "laion400m_e32"  # the only public training of ViT-B-16-plus-240 (e31 is the same one, an epoch earlier)
+CLIP_TAG = "laion400m_e32"  # the only published ViT-B-16-plus-240 (laion400m_e31 is one epoch earlier)
 TINY_CLIP = dict(embed_dim=128, vision_cfg=dict(layers=4, width=128, patch_size=16),
                  text_cfg=dict(layers=4, width=128, heads=4))  # --model tiny: for tests and demonstrations
 
 
 def normalize(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Standardise images (B, 3, H, W) in [0, 1] by channel, as for the network's own training images."""
+    """Standardise images (B, 3, H, W) in [0, 1] by channel, as was done to train the pretrained network."""
     mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (mean, std))
     return (image - mean) / std
 
 
 def smooth(anomaly_map, sigma=4):
-    """Filter (B, H, W) by a Gaussian, cut at 4 sigma, with mirrored borders: equals scipy.ndimage.gaussian_filter."""
-    from torchvision.transforms.v2.functional import gaussian_blur, pad  # here: torchvision takes seconds to import
+    """Smooth (B, H, W) with a Gaussian cut off at 4 sigma and mirrored borders, like scipy.ndimage.gaussian_filter."""
+    from torchvision.transforms.v2.functional import gaussian_blur, pad  # a slow import
 
     radius, size = 4 * sigma, 8 * sigma + 1
     padded = pad(anomaly_map, radius, padding_mode="symmetric")
@@ -484,13 +484,13 @@ def smooth(anomaly_map, sigma=4):
 
 
 def read_state(file, what, mmap=False):
-    """Load a dict written by torch.save, tensors only, on the CPU. what: what to give instead, for the `Error`.
+    """Load a dict of tensors, written by torch.save, onto the CPU. what: the kind of file that the `Error` asks for.
 
     mmap: leave large tensors in the file until they are used."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         return state | {}  # TypeError if it is not a dict
-    except Exception as e:  # missing, empty, truncated, no zip file, or pickled objects that weights_only refuses
+    except Exception as e:  # missing, empty, truncated, not a zip file, or with objects that weights_only refuses
         reason = getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
         raise Error(f"{file} cannot be read by PyTorch ({reason}); give the {what}") from e
 
@@ -498,7 +498,7 @@ def read_state(file, what, mmap=False):
 def load_state(net, state, source, optional):
     """Load the state dict `state` from the file `source`. Keys that start with one of `optional` may be missing."""
     try:
-        for key, value in state.items():  # aminmax needs no copy of a large memory bank
+        for key, value in state.items():  # aminmax, since isfinite would copy a large memory bank
             if value.numel() and not all(math.isfinite(limit) for limit in torch.aminmax(value)):
                 raise RuntimeError(f"{key} has values that are not finite")
         missing, unknown = net.load_state_dict(state, strict=False)
@@ -511,9 +511,9 @@ def load_state(net, state, source, optional):
 def pretrained_network(name, weights):
     """Return a torchvision classifier on the CPU; its `weights_used` is {name, weights, sha256, trained}.
 
-    weights: 'imagenet' (torchvision's IMAGENET1K_V1, as in all official codes), a FILE (torchvision's state dict; the
-    classifier may be missing), 'none' (untrained, always from seed 0) or 'auto' ('imagenet', or 'none' with a warning
-    if those are not available)."""
+    weights: 'imagenet' (torchvision's IMAGENET1K_V1, as in all official implementations), a FILE (a torchvision state
+    dict, with or without the classifier), 'none' (untrained, always from seed 0) or 'auto' ('imagenet' if available,
+    otherwise 'none' with a warning)."""
     from torchvision.models import get_model, get_model_weights
 
     with torch.random.fork_rng(devices=[]):
@@ -525,7 +525,7 @@ def pretrained_network(name, weights):
         file = Path(torch.hub.get_dir()) / "checkpoints" / published.url.rsplit("/", 1)[1]
         try:
             state = published.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        except Exception as e:  # no network, a broken file in the cache, a hash that differs
+        except Exception as e:  # no network, a broken file in the cache, a wrong hash
             if weights == "imagenet":
                 raise Error(f"no ImageNet weights for {name} ({e}); put them at {file}, or give --weights FILE, or "
                             "--weights none for an untrained network") from e
@@ -545,8 +545,8 @@ def _weights_used(name, weights, file):
 def feature_extractor(name, layers, weights):
     """Return a frozen network that maps images to {layer: (B, C, h, w)} and stops at the last of `layers`.
 
-    name, weights: see `pretrained_network`; layers: torchvision's node names. Modules with `frozen` set, as here, are
-    not saved in checkpoints, which only name their weights and do not load with other ones."""
+    name, weights: see `pretrained_network`; layers: torchvision's node names. Modules with `frozen` set, such as
+    this one, are not saved in checkpoints. A checkpoint only names their weights and does not load with others."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     net = pretrained_network(name, weights)
@@ -555,7 +555,7 @@ def feature_extractor(name, layers, weights):
 
 def _freeze(net, weights_used):
     net.eval().requires_grad_(False)
-    net.train = lambda mode=True: net  # batch norm keeps its statistics when the whole model is set to train
+    net.train = lambda mode=True: net  # keeps batch norm's statistics fixed while the rest trains
     net.frozen, net.weights_used = True, weights_used
     return net
 
@@ -564,32 +564,32 @@ def load_clip(name, weights, image_size):
     """Return a frozen open_clip.CLIP with a ViT for images of `image_size`, on the CPU. Its `mean` and `std` are those
     of its training images.
 
-    name: an open_clip model, or 'tiny', which has no published weights. weights: a TAG of open_clip, a FILE, 'none'
-    (untrained, always from seed 0) or 'auto' (CLIP_TAG, or 'none' with a warning if it is not available)."""
-    import open_clip  # here: only three methods need it
+    name: an open_clip model, or 'tiny', which has no published weights. weights: an open_clip TAG, a FILE, 'none'
+    (untrained, always from seed 0) or 'auto' (CLIP_TAG if available, otherwise 'none' with a warning)."""
+    import open_clip  # imported here because only three methods need it
 
     config = TINY_CLIP if name == "tiny" else open_clip.get_model_config(name) or {}
     vision = config.get("vision_cfg", {})
     if not isinstance(vision.get("layers"), int) or config.get("custom_text") or "hf_model_name" in config["text_cfg"]:
-        raise Error(f"--model {name} is not a CLIP model with a ViT; take ViT-B-16-plus-240, ViT-B-16 or tiny")
+        raise Error(f"--model {name} is not a CLIP model with a ViT; give ViT-B-16-plus-240, ViT-B-16 or tiny")
     if image_size % vision["patch_size"]:
-        raise Error(f"{name}: {image_size} pixels are not a multiple of its patch size {vision['patch_size']}")
+        raise Error(f"{name}: image size {image_size} is not a multiple of the patch size {vision['patch_size']}")
     file = weights if Path(weights).is_file() else None
     published = {} if file else open_clip.get_pretrained_cfg(name, CLIP_TAG if weights == "auto" else weights)
     quick_gelu = config.get("quick_gelu", False) or published.get("quick_gelu", False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = open_clip.CLIP(**config | dict(vision_cfg=vision | dict(image_size=image_size), quick_gelu=quick_gelu))
-        for block in clip.transformer.resblocks if name == "tiny" else ():  # stays random: PyTorch's own initial values
+        for block in clip.transformer.resblocks if name == "tiny" else ():  # untrained: PyTorch's initial values
             torch.nn.init.xavier_uniform_(block.attn.in_proj_weight)
             for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                 layer.reset_parameters()
     try:
         if weights != "none":
-            # from the release: on the hub, laion400m_e32 of the default model holds the weights of e31
+            # from the release, because the hub's laion400m_e32 of the default model holds the weights of e31
             file = file or open_clip.download_pretrained(published, prefer_hf_hub=False)
-            open_clip.load_checkpoint(clip, file)  # interpolates the positions if the file has another image size
-    except Exception as e:  # no such file or tag, no network, unreadable, other keys, other shapes
+            open_clip.load_checkpoint(clip, file)  # resizes the position embedding if the image size differs
+    except Exception as e:  # no such file or tag, no network, an unreadable file, other keys or shapes
         if weights != "auto":
             raise Error(f"--clip-weights {weights} of {name} cannot be used ({' '.join(str(e).split())[:200]}); give a "
                         f"FILE, one of the tags {open_clip.list_pretrained_tags_by_model(name)}, or none") from e
@@ -602,7 +602,7 @@ def load_clip(name, weights, image_size):
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 def image_metrics(labels, scores):
-    """Compute image AUROC and average precision from labels (N,) in {0, 1} and scores (N,). None if one class only."""
+    """Compute image AUROC and average precision from labels (N,) in {0, 1} and scores (N,). None for one class."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     metrics = dict(image_auroc=roc_auc_score, image_ap=average_precision_score)
@@ -611,20 +611,20 @@ def image_metrics(labels, scores):
 
 
 class PixelMetrics:
-    """Exact pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps: all scores are sorted once.
+    """Exact pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps, from all scores sorted once.
 
-    Needs 4 bytes per normal pixel and 8 per anomalous one: 1 GB for the largest benchmark with masks (brain).
+    It needs 4 bytes per normal pixel and 8 per anomalous one: 1 GB for the largest benchmark with masks (brain).
     After `compute`, `best` is the threshold with the highest Dice; scores at or above it are anomalous."""
 
     def __init__(self, pixels, threshold=None):
-        """pixels: upper bound of their number. threshold: `best` of the valid split, for `dice_valid`."""
+        """pixels: an upper bound on their number. threshold: `best` of the valid split, for `dice_valid`."""
         self.threshold, self.best, self.curve, self.images = threshold, None, [], 0
         self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of normal pixels, and their number
         self.anomalous, self.region = [], []  # scores of anomalous pixels, and the region of each
         self.regions, self.low, self.high = [], math.inf, -math.inf  # the image of each region; range of all scores
 
     def update(self, anomaly_maps, masks):
-        """Add anomaly maps (B, H, W), floats, and masks (B, H, W), bools. ValueError if shapes differ or not finite."""
+        """Add float anomaly maps and bool masks, both (B, H, W). ValueError if shapes differ or a map is not finite."""
         maps, masks = np.asarray(anomaly_maps, np.float32), np.asarray(masks, bool)
         if maps.shape != masks.shape or maps.ndim != 3 or not np.isfinite([maps.min(), maps.max()]).all():
             raise ValueError(f"anomaly maps {maps.shape} and masks {masks.shape} must be (B, H, W), the maps finite")
@@ -641,11 +641,11 @@ class PixelMetrics:
             self.images += 1
 
     def compute(self):
-        """Return {pixel_auroc, pixel_ap, aupro, dice, dice_valid} in [0, 1]; None if no or every pixel is anomalous.
+        """Return {pixel_auroc, pixel_ap, aupro, dice, dice_valid} in [0, 1], or None if all pixels are of one class.
 
-        aupro: area under the curve of mean overlap per region against false positive rate, up to 30%, divided by 0.3
-        (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5 after scaling by the minimum and maximum of all maps
-        (thesis, Eq. 3.3). dice_valid: at `threshold`. Both pool the pixels of all images."""
+        aupro: area under the curve of mean overlap per region against false positive rate up to 30%, divided by 0.3
+        (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5, after scaling all maps by their joint minimum and maximum
+        (thesis, Eq. 3.3). dice_valid: at `threshold`. Both kinds of Dice pool the pixels of all images."""
         if not self.regions or not self.n:
             return dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro", "dice", "dice_valid"))
         self.normal = normal = self.normal[: self.n]
@@ -654,8 +654,8 @@ class PixelMetrics:
         overlap = (1 / np.bincount(region) / len(self.regions))[region]  # Eq. 3.2: mean over k of |A n C_k| / |C_k|
         order = anomalous.argsort()[::-1]
         anomalous, pro = anomalous[order], overlap[order].cumsum()
-        last = np.append(np.flatnonzero(np.diff(anomalous)), len(anomalous) - 1)  # of equal scores
-        # For each anomalous score, from the highest: anomalous pixels at or above it; normal ones above, and also at it
+        last = np.append(np.flatnonzero(np.diff(anomalous)), len(anomalous) - 1)  # last of equal scores
+        # At each anomalous score, highest first: anomalous pixels at or above it, normal ones above it, and at or above
         tp, pro = last + 1, pro[last]
         fp_above, fp = (self.n - np.searchsorted(normal, anomalous[last], side) for side in ("right", "left"))
         hits, middle = np.diff(tp, prepend=0), np.float32(self.low / 2 + self.high / 2)
@@ -665,10 +665,10 @@ class PixelMetrics:
             true, false = np.sum(anomalous >= threshold), self.n - np.searchsorted(normal, threshold)
             return float(2 * true / (true + false + tp[-1]))
 
-        # The curves' corners: level from one anomalous score to the next, then a step (slanted where scores are equal)
+        # Corners of the curves: flat between anomalous scores, with a step at each (slanted if normal pixels share it)
         fpr = np.append(np.stack([fp_above, fp], axis=1).ravel(), self.n) / self.n
         tpr, pro = (np.append(np.stack([np.append(0, y[:-1]), y], axis=1).ravel(), 1) for y in (tp / tp[-1], pro))
-        # 200 points of the curves, for figures
+        # 200 points on the curves, for figures
         places = np.concatenate([np.linspace(0, 0.01, 50), np.linspace(0.01, 0.3, 100), np.linspace(0.3, 1, 50)])
         columns = ([0, *y] for y in (places, np.interp(places, fpr, tpr), np.interp(places, fpr, pro)))
         self.curve = [dict(zip(("fpr", "tpr", "pro"), map(float, y), strict=True)) for y in zip(*columns, strict=True)]
@@ -680,9 +680,9 @@ class PixelMetrics:
                     dice_valid=None if self.threshold is None else dice(np.float32(self.threshold)))
 
     def lesions(self, threshold):
-        """After `compute`, describe each region by a dict: image (index), lesion (number within the image), area
-        (pixels), overlap (share at or above `threshold`), fpr_0.015, ... fpr_0.300 (overlap at that false positive rate
-        of all normal pixels)."""
+        """Call after `compute`. Returns a dict for each region: image (index), lesion (number within the image), area
+        (pixels), overlap (share at or above `threshold`) and fpr_0.015, ..., fpr_0.300 (overlap at the threshold that
+        has this false positive rate over all normal pixels)."""
         scores, region = np.concatenate(self.anomalous), np.concatenate(self.region)
         area, rates = np.bincount(region), [0.015 * k for k in range(1, 21)]
         above = {} if threshold is None else dict(overlap=scores >= np.float32(threshold))
@@ -696,12 +696,12 @@ class PixelMetrics:
 
 @torch.no_grad()
 def score(model, image):
-    """Score images (B, 3, H, W) in [0, 1]: (anomaly maps (B, H, W) or None, scores (B,)), float32 arrays.
+    """Score images (B, 3, H, W) in [0, 1]. Returns float32 arrays: anomaly maps (B, H, W) or None, and scores (B,).
 
-    `Error` for images outside [0, 1] and for scores that are not finite."""
+    Raises `Error` if an image is outside [0, 1] or a score is not finite."""
     if image.ndim != 4 or image.shape[1] != 3 or not (image.min() >= 0 and image.max() <= 1):
         raise Error(f"images {tuple(image.shape)} with values {float(image.min())} to {float(image.max())}: expected "
-                    "(B, 3, H, W) in [0, 1]; divide 8 bits by 255")
+                    "(B, 3, H, W) in [0, 1]; divide 8-bit images by 255")
     maps, scores = (None if part is None else part.float().cpu().numpy() for part in model.predict(image))
     if not np.isfinite(scores).all():
         raise Error("a score is not finite: training diverged; lower --lr")
@@ -709,16 +709,16 @@ def score(model, image):
 
 
 def evaluate(model, split, batch_size, device, threshold=None, each=None):
-    """Score a split. Returns an object with metrics {image_auroc, ..., dice_valid}, scores (N,), ms_per_image (without
-    loading), the maxima (N,) and map_range (minimum, maximum) of the maps or None, and pixel (`PixelMetrics`).
+    """Score a split. Returns an object with metrics {image_auroc, ..., dice_valid}, scores (N,), ms_per_image (loading
+    excluded), pixel (`PixelMetrics`) and, if there are maps, their maxima (N,) and map_range (minimum, maximum).
 
     model.predict: images (B, 3, H, W) in [0, 1] -> anomaly maps (B, H, W) or None, scores (B,). threshold: for
-    `dice_valid`. each: function that is called with the index and the map (H, W) of each image."""
+    `dice_valid`. each: a function that is called with the index and the map (H, W) of each image."""
     pixel = PixelMetrics(len(split) * split.size**2 * split.has_masks, threshold)
     scores, maxima, low, seconds, done = [], [], math.inf, 0.0, 0
     for image in split.batches(batch_size, device):
         n, started = len(image), time.perf_counter()
-        if done and n < batch_size:  # a batch of another size rounds equal images differently
+        if done and n < batch_size:  # padded: scores would be rounded differently in a smaller batch
             image = torch.cat([image, image[-1:].expand(batch_size - n, -1, -1, -1)])
         maps, new = (None if part is None else part[:n] for part in score(model, image))
         seconds += time.perf_counter() - started
@@ -739,7 +739,7 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
 
 # ------------------------------------------------------------------------------------------- from a score to a decision
 def at_specificity(normal, specificity):
-    """Return (threshold, its specificity) from n sorted scores of normal images: the ceil((n + 1) s)-th smallest.
+    """Return (threshold, its specificity): the ceil((n + 1) s)-th smallest of n sorted scores of normal images.
 
     A new normal image of the same kind exceeds it with probability at most 1 - s, whatever the distribution (split
     conformal prediction, Vovk et al. 2005). If n is too small for s: the maximum, with specificity n / (n + 1)."""
@@ -753,15 +753,15 @@ def scan_score(scores, rule):
 
 
 def calibrate(model, valid, args, device):
-    """Score the valid split for `decide`. A model with `scaled_by_image` gets no pixel threshold, since its maps cannot
-    be compared between images."""
+    """Score the valid split for `decide`. A model with `scaled_by_image` gets no pixel threshold, because its maps
+    cannot be compared between images."""
     result, comparable = evaluate(model, valid, args.batch_size, device), not getattr(model, "scaled_by_image", False)
     return {"from": valid.source, "labels": valid.labels.tolist(), "scores": result.scores.tolist(),
             "scans": [patient(path) for path in valid.paths], "map_range": result.map_range, "dice": result.pixel.best,
             "maxima": result.maxima.tolist() if result.maxima is not None and comparable else None}
 
 
-# In place of `calibrate`'s result if there are no normal images to decide by; zero-shot maps are in [0, 1].
+# Used in place of `calibrate`'s result if there are no normal validation images. Zero-shot maps are in [0, 1].
 NOTHING_SEEN = {"from": "nothing", "labels": [], "scores": [], "scans": [], "map_range": (0, 1), "dice": None,
                 "maxima": None}
 
@@ -769,7 +769,7 @@ NOTHING_SEEN = {"from": "nothing", "labels": [], "scores": [], "scans": [], "map
 def decide(seen, args):
     """Compute thresholds from the result of `calibrate`: image, pixel and scan at args.specificity, image_f1 (best F1).
 
-    Images and scans above their threshold are anomalous, pixels at or above theirs. None: undecided."""
+    Images and scans are anomalous above their threshold, pixels at or above theirs. None means no decision."""
     from sklearn.metrics import precision_recall_curve
 
     labels, scores = np.array(seen["labels"], int), np.float32(seen["scores"])
@@ -785,7 +785,7 @@ def decide(seen, args):
     elif pixel is None:
         highest, _ = at_specificity(np.sort(np.float32(seen["maxima"])[labels == 0]), args.specificity)
         pixel = float(np.nextafter(highest, np.inf, dtype=np.float32))
-        rule = f"no pixel of a normal map, at specificity {args.specificity}"
+        rule = f"above all pixels of a normal map, at specificity {args.specificity}"
     if None not in seen["scans"]:
         for scan, value in zip(seen["scans"], scores, strict=True):
             scans.setdefault(scan, []).append(value)
@@ -799,7 +799,7 @@ def decide(seen, args):
 
 def decision_metrics(labels, scores, decision):
     """Compute sensitivity, specificity, F1 and balanced accuracy at decision["image"] and, with suffix _f1, at
-    decision["image_f1"]; also the sensitivity at which these images have a specificity of 0.9 and 0.95."""
+    decision["image_f1"]; also the sensitivity at a specificity of 0.9 and 0.95 on these images."""
     from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score, roc_curve
 
     metrics = {}
@@ -815,8 +815,8 @@ def decision_metrics(labels, scores, decision):
 
 # ------------------------------------------------------------------------------------------------------- the run folder
 FORMAT = 3  # of model.pt, resume.pt and results.json; raised whenever their content changes
-# With --checkpoint these may differ from the training run, and so may the path of --weights; all other arguments come
-# from the checkpoint. A resumed run must have the same data, limit and batch size, too.
+# With --checkpoint, these arguments and the path of --weights may differ from the training run; all others come from
+# the checkpoint. A resumed run must also keep data, limit, batch size, specificity and scan score.
 FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "save_maps", "overwrite", "checkpoint",
         "predict", "specificity", "scan_score", "cache_features"}
 
@@ -831,7 +831,7 @@ def read_results(file):
 
 
 def read_checkpoint(file, method, more=()):
-    """Read a model.pt of `method`, as written by `Run._save`. more: further keys that a resume.pt needs."""
+    """Read a model.pt of `method`, as written by `Run._save`. more: keys that resume.pt needs as well."""
     kept = read_state(file, f"model.pt of a {method} run", mmap=True)
     if kept.get("method") != method:
         raise Error(f"{file} is of method {kept.get('method')}; expected a model.pt of {method}")
@@ -842,23 +842,23 @@ def read_checkpoint(file, method, more=()):
 def _checked(kept, file, **kinds):
     holds = kept if isinstance(kept, dict) else {}
     if holds.get("format") != FORMAT:
-        raise Error(f"{file} is damaged or of format {holds.get('format')}, not {FORMAT}; run that method again, with "
+        raise Error(f"{file} is damaged or has format {holds.get('format')}, not {FORMAT}; run that method again with "
                     "--overwrite")
     if wrong := [k for k, kind in kinds.items() if k not in holds or not isinstance(holds[k], kind)]:
-        raise Error(f"{file} is damaged, without {wrong[0]}; run that method again, with --overwrite")
+        raise Error(f"{file} is damaged: {wrong[0]} is missing or wrong; run that method again with --overwrite")
     return kept
 
 
 class Run:
     """A run's folder, device and bookkeeping. `finish` writes the results.
 
-    checkpoint.pt has the best state so far, which becomes model.pt at the end; resume.pt has everything at the last
-    evaluation. notes: a dict of further values for results.json, saved with the checkpoint."""
+    checkpoint.pt holds the best state so far and becomes model.pt at the end; resume.pt holds all that is needed to
+    resume from the last evaluation. notes: a dict of more values for results.json, saved with the checkpoint."""
 
     def __init__(self, script, args, zero_shot=False):
         """Seed PyTorch, choose the device, make the folder `<out>/<data>/<method>/seed<k>` and lock it.
 
-        With args.checkpoint the arguments that define the model are replaced by the checkpoint's. Without it, --predict
+        With args.checkpoint, the checkpoint's arguments replace those that define the model. Without it, --predict
         works only for methods that need no training images (zero_shot)."""
         self.script, self.args, method, kept = Path(script), args, Path(script).stem, None
         if args.checkpoint:
@@ -878,7 +878,7 @@ class Run:
             reason = str(e).splitlines()[0][:120]
             raise Error(f"--device {args.device} cannot be used ({reason}); try --device auto") from e
         torch.manual_seed(args.seed)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed on a GPU to be deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
         if args.predict:  # a folder for each input and model
             asked, model = Path(args.predict).resolve(), sha256(args.checkpoint) if args.checkpoint else args
@@ -891,7 +891,7 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(folder, os.O_RDONLY)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
         except OSError as e:
             reason = "another process is using it" if isinstance(e, BlockingIOError) else e.strerror
             raise Error(f"cannot write {folder}: {reason}; choose another --out") from None
@@ -899,7 +899,7 @@ class Run:
             if args.checkpoint:
                 raise Error(f"{folder} holds a finished run; give another --out or --overwrite")
             self._belongs_to(read_results(folder / "results.json"))
-            print(f"{folder} is finished already, with these arguments; nothing to do (--overwrite does it again)")
+            print(f"{folder} already holds this run, finished; nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
         if not args.overwrite and not args.checkpoint and (folder / "resume.pt").exists():
             kept = read_checkpoint(folder / "resume.pt", method, ("images", "threads", "first_stage", "history", "best",
@@ -915,13 +915,13 @@ class Run:
             print("datasets/check.py:", self.check["summary"] if self.check else "not run on these files", flush=True)
         self.kept = kept  # content of --checkpoint, or of resume.pt if the run was interrupted, or None
         self.history, self.best, self.epoch, self.notes = [], -math.inf, None, {}
-        self.total = getattr(args, "epochs", None)  # a script may set another number
+        self.total = getattr(args, "epochs", None)  # a script may change it
         self.started, self.stateful, self.fresh = time.perf_counter(), (), kept is None
 
     def _belongs_to(self, kept):
         """Raise `Error` if an earlier run in this folder had other arguments or images."""
-        asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # with lists
-        for a in (asked, theirs):  # two folders of one name are not one benchmark
+        asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # as lists
+        for a in (asked, theirs):  # folders with the same name can be different benchmarks
             a["data"] = str(Path(a["data"]).resolve()) if Path(a["data"]).is_dir() else a["data"]
         free = FREE - {"data", "limit", "batch_size", "specificity", "scan_score"}
         other = [f"--{k.replace('_', '-')} {theirs.get(k)}, not {asked[k]}" for k in asked
@@ -932,7 +932,7 @@ class Run:
             raise Error(f"{self.folder} holds a run with {other[0]}; give --overwrite or another --out")
 
     def first_stage(self, model, epochs, *stateful):
-        """Yield 1, 2, ..., epochs for a stage before `epochs`. Saves after every args.eval_every epochs; resumes."""
+        """Yield 1, 2, ..., epochs for a stage before `epochs`. It is saved every args.eval_every epochs."""
         if not self.kept or self.kept["first_stage"]:
             self.stateful = stateful
             for epoch in range(self._resume(model) + 1, epochs + 1):
@@ -968,9 +968,9 @@ class Run:
     def validate(self, model, epoch, valid, **losses):
         """Log the epoch. Every args.eval_every epochs, and after the last, score valid and keep the best state so far.
 
-        Best is the highest image AUROC, or its mean with pixel AUROC if there are masks (thesis, 3.4.1: chosen on
-        valid, evaluated every 10 epochs); the first of equals. Without anomalous images in valid: the last epoch.
-        losses: name -> value of this epoch. One that is not finite ends the run."""
+        The best state has the highest image AUROC or, if there are masks, the highest mean of image and pixel AUROC
+        (thesis, 3.4.1: chosen on valid, evaluated every 10 epochs); among equals, the first. If valid has no anomalous
+        images, the last is kept. losses: name -> value in this epoch. A value that is not finite ends the run."""
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
             raise Error(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
         seconds = time.perf_counter() - self.started
@@ -1000,13 +1000,13 @@ class Run:
                    random=(torch.get_rng_state(), on_gpu))
 
     def keep(self, model, epoch=None):
-        """Save the model without frozen networks as checkpoint.pt, which `finish` evaluates."""
+        """Save the model, without its frozen networks, as checkpoint.pt, which `finish` evaluates."""
         self.epoch = epoch
         remove(self.folder / "results.json")  # the run is no longer finished
         self._save("checkpoint.pt", model, epoch)
 
     def _save(self, name, model, epoch, **more):
-        for old in self.folder.iterdir() if self.fresh else ():  # of an earlier run
+        for old in self.folder.iterdir() if self.fresh else ():  # files of an earlier run
             remove(old)
         self.fresh = False
         state = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(_frozen(model))}
@@ -1017,7 +1017,7 @@ class Run:
                             **more), tmp)
 
     def load(self, model):
-        """Load the saved state, or that of --checkpoint, into `model`. Returns epoch and training seconds."""
+        """Load the saved state, or that of --checkpoint, into `model`. Returns its epoch and its training time (s)."""
         if not self.args.checkpoint:
             self.kept = read_checkpoint(self.folder / "checkpoint.pt", self.script.stem)
         self._put(model)
@@ -1027,7 +1027,7 @@ class Run:
     def _put(self, model):
         source, theirs, ours = self.args.checkpoint or self.folder, self.kept["weights"], _weights(model)
         if [w["sha256"] for w in theirs] != [w["sha256"] for w in ours]:
-            raise Error(f"{source} was trained on the frozen weights {theirs}, these are {ours}; give the same ones")
+            raise Error(f"{source} was trained on the frozen weights {theirs}, not on {ours}; give the same ones")
         load_state(model, self.kept["state"], source, _frozen(model))
 
 
@@ -1040,9 +1040,9 @@ def _weights(model):
 
 
 def finish(run, model, splits):
-    """Evaluate the kept state on the test split, once, and write the results; results.json comes last.
+    """Evaluate the kept state once, on the test split, and write the results, results.json last.
 
-    splits: (train, valid, test) from `load_benchmark`. With --predict: see datasets/predict.py."""
+    splits: (train, valid, test) from `load_benchmark`. For --predict, see datasets/predict.py."""
     args, folder, (train, valid, test), metrics, test_ms = run.args, run.folder, splits, {}, None
     epoch, train_seconds = run.load(model)
     model.to(run.device)
@@ -1053,11 +1053,11 @@ def finish(run, model, splits):
         try:
             return importlib.import_module("predict").predict(run, model)
         except ImportError as e:
-            raise Error(f"--predict needs datasets/predict.py and its neighbours ({e}); copy them, too") from e
+            raise Error(f"--predict needs datasets/predict.py and datasets/volumes.py ({e}); copy both, too") from e
     for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
-        remove(folder / old)  # without results.json a run is not finished
+        remove(folder / old)  # a run without results.json is not finished
     seen = calibrate(model, valid or train, args, run.device)
-    if not valid:  # training images give a colour scale, but no thresholds
+    if not valid:  # training images set the colour scale, but no thresholds
         seen = NOTHING_SEEN | dict(map_range=seen["map_range"])
     decision = decide(seen, args)
     run.kept |= dict(seen=seen, decision=decision)
@@ -1065,7 +1065,7 @@ def finish(run, model, splits):
     if test:
         metrics, test_ms = _test(run, model, test, decision)
     defaults = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
-    if "epochs" in defaults:  # without training the batch size does not change the result
+    if "epochs" in defaults:  # without training, the batch size does not change the result
         defaults["batch_size"] = type(args).batch_size
     packages = ("torch", "torchvision", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # GiB
@@ -1105,15 +1105,15 @@ def stated(decision):
     """Say in words where the image threshold comes from."""
     if not (n := len(decision["normal_scores"])):
         return "no threshold: no normal validation images"
-    few = f"; NOTE: so few support a specificity of {decision['reached']:.2f} only, not {decision['specificity']}"
+    few = f"; NOTE: these support a specificity of only {decision['reached']:.2f}, not {decision['specificity']}"
     return (f"threshold {decision['image']:.4g} from {n} normal images ({decision['from']})"
             + few * (decision["reached"] < decision["specificity"]))
 
 
 def _test(run, model, test, decision):
-    """Score the test split; write scores.csv, curves.csv, maps/ (pictures) and, for report.py, lesions.csv, browser/.
+    """Score the test split. Write scores.csv, curves.csv, maps/ (pictures) and, for report.py, lesions.csv, browser/.
 
-    Returns metrics and ms per image."""
+    Returns the metrics and the time per image in ms."""
     from matplotlib import colormaps
 
     args, folder, (low, high) = run.args, run.folder, decision["map_range"] or (0, 1)
@@ -1126,7 +1126,7 @@ def _test(run, model, test, decision):
             mask = test.masks[i] if test.has_masks else None
             name = f"{i:05}_{plain(test.paths[i].rsplit('.', 1)[0])}.png"
             save_picture(folder / "maps" / name, test.images[i], anomaly_map, decision, test.paths[i], mask)
-        if browser:  # a tile of some 6 kB
+        if browser:  # a tile of about 6 kB
             small = Image.fromarray(anomaly_map).resize([min(128, test.size)] * 2, Image.Resampling.BILINEAR)
             share = np.clip((np.asarray(small) - low) / (high - low or 1), 0, 1)
             tile = Image.fromarray(np.rint(share * 255).astype(np.uint8), "P")
@@ -1155,8 +1155,8 @@ def _test(run, model, test, decision):
 
 
 def save_picture(file, image, anomaly_map, decision, title, mask=None):
-    """Draw an image (3, H, W), uint8, with the contour of its mask (H, W); next to it the anomaly map on the scale of
-    the validation maps, transparent where low, with the contour of the anomalous pixels and a colour bar."""
+    """Draw a uint8 image (3, H, W) with the contour of its mask (H, W). Next to it, draw the anomaly map on the scale
+    of the validation maps, transparent where it is low, with the contour of the anomalous pixels and a colour bar."""
     from matplotlib.figure import Figure
 
     (h, w), (low, high), pixel = image.shape[1:], decision["map_range"] or (0, 1), decision["pixel"]

@@ -113,7 +113,7 @@ def test_notes_say_what_was_used_and_nothing_is_trained(arguments, notes, phanto
 
 
 def test_a_size_that_patches_cannot_tile_ends_with_one_line(phantom, tmp_path):
-    with pytest.raises(common.Error, match="^tiny: 17 pixels [^\n]*$"):
+    with pytest.raises(common.Error, match="^tiny: image size 17 [^\n]*$"):
         run_zeroshot("--root", phantom, "--out", tmp_path, "--device", "cpu", *SHORT, "--clip-size", 17)
 
 

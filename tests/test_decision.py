@@ -197,7 +197,7 @@ def test_normal_images_alone_train_a_model_that_decides(layout, phantom, tmp_pat
     done = run_here("methods/padim.py", *run)
     assert done.returncode == 0, done.stderr
     assert "no test images" in done.stdout and "held out" in done.stdout and "auroc" not in done.stdout
-    assert "support a specificity of 0.75 only, not 0.95" in done.stdout
+    assert "support a specificity of only 0.75, not 0.95" in done.stdout
     folder = tmp_path / "runs/mine/padim/seed0"
     results = json.loads((folder / "results.json").read_text())
     assert results["metrics"] == {} and set(results["counts"]) == {"train", "valid"}
