@@ -91,7 +91,7 @@ def labelled(files, raw, volume, label):
                 found[case] = [kinds[volume], kinds.get(label)]
             else:
                 left.append(kinds[volume])
-    skipped(left, "volumes without a label in a test or validation folder")
+    skipped(left, "volumes without label in folders of a test or validation part")
     return found
 
 
