@@ -12,7 +12,7 @@ the share of the other class against which it is ranked correctly. Placements av
 the seeds as their mean, so intervals and tests refer to the value in the table. Scores of different seeds are never
 mixed. The intervals are percentiles of a bootstrap that resamples normal and anomalous placements with replacement. The
 p-values are from DeLong's paired test (1988). If file names identify patients (datasets/check.py), patients are
-resampled instead of images, and the test is Obuchowski's (1997), which takes the images of a patient together."""
+resampled instead of images, and the test is Obuchowski's (1997), which groups the images of each patient."""
 
 import csv
 import fcntl
@@ -59,7 +59,7 @@ MARKS = {
     "c": "settings other than the published ones",
     "d": "settings differ between the seeds of the row",
 }
-NOT_COMPARED = {  # the thesis uses another method or metric than our script: shown without a difference
+NOT_COMPARED = {  # the thesis uses another method or metric than our script, so no difference is shown
     "ddpm": "ddpm is AnoDDPM; the thesis cites another method (Wolleb et al. 2022)",
     "winclip": "winclip: the thesis gives neither sentences nor image size, so we chose our own",
     "clip_zeroshot": "clip_zeroshot: the thesis gives neither sentences nor image size, so we chose our own",
@@ -217,7 +217,7 @@ class Scores:
     scores: np.ndarray  # (S, N)
     placements: np.ndarray  # (S, N)
     paths: tuple
-    patients: np.ndarray | None  # (N,), patient numbers; None if the names do not give them
+    patients: np.ndarray | None  # (N,), patient numbers; None if the file names do not identify them
 
     @property
     def share(self):
@@ -317,7 +317,7 @@ def holm(p_values):
 
 @dataclass
 class Comparison:
-    """All pairs of those methods on a benchmark that were scored on the same images as most of the others."""
+    """All pairs of methods on a benchmark that were scored on the same images, those of most methods."""
     auroc: dict  # {method: image AUROC}, descending
     p_values: dict  # {(better, worse): p}
     held: set  # the pairs that differ at 5%, after Holm's correction for all pairs
@@ -662,7 +662,7 @@ def training_figure(data, rows, runs):
 def browser(data, runs, scores):
     """Return the data that the page needs to show the test images of a benchmark; None if no run kept any.
 
-    Use the first seed of each method that has maps, or its first seed. Leave out methods that have other images."""
+    Use each method's first seed that has maps, or else its first seed. Leave out methods with other images."""
     shared, methods = None, {}
     for method, results in [(method, results) for (d, method), results in runs.items() if d == data]:
         r = next((r for r in results if (r["folder"] / "browser").is_dir()), results[0])
@@ -687,7 +687,7 @@ def browser(data, runs, scores):
 
 # --------------------------------------------------------------------------------------------------------- the report
 def settings_of(rows, results):
-    """Return lines "methods: settings changed by all of these"; paths are shortened to their last part."""
+    """Return lines "methods: settings that all of these change"; paths are shortened to their last part."""
     having, shared = defaultdict(dict), defaultdict(list)  # {flag: {method: None}}, {methods: [flag, ...]}
     for r in results:
         for flag in flags(r["changed"]):

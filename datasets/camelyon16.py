@@ -58,7 +58,7 @@ TUMOUR = {f"test_{n:03}" for n in (
     1, 2, 4, 8, 10, 11, 13, 16, 21, 26, 27, 29, 30, 33, 38, 40, 46, 48, 51, 52, 61, 64, 65, 66, 68, 69, 71, 73, 74, 75,
     79, 82, 84, 90, 92, 94, 97, 99, 102, 104, 105, 108, 110, 113, 114, 116, 117, 121, 122)}
 TUMOUR_GROUPS, EXCLUDED_GROUPS = {"_0", "_1", "tumor", "metastases"}, {"_2", "exclusion"}
-PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # at most, of each class
+PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # maximum per class
 PUBLISHED = {("train", 0): 5088, ("valid", 0): 100, ("valid", 1): 100, ("test", 0): 1000, ("test", 1): 1000}
 MEMORY = 0.4  # GiB per process: the tissue of a slide of 100,000x200,000, and OpenSlide's cache
 LOOKED_FOR = "slides like training/normal/normal_001.tif and testing/images/test_001.tif"
@@ -125,7 +125,7 @@ def choose(splits, found, seed):
 
 
 def share(splits, found, args):
-    """Return what `choose` does. If damage leaves valid without a class, assign the other slides to splits again."""
+    """Return what `choose` returns. If damage leaves valid without a class, first assign the other slides again."""
     patches = choose(splits, found, args.seed)
     kinds = {label for chosen in patches.values() for split, label, *_ in chosen if split == "valid"}
     if args.slides or kinds == {0, 1}:

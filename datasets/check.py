@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 SAME, NEAR = 0.965, 0.75
-COMPARED = 3000  # number of matches of two splits that go to step 2, so that a check takes minutes
+COMPARED = 3000  # limit of matches of two splits that go to step 2, so that a check takes only minutes
 CLASSES = ["train normal", "valid normal", "valid anomalous", "test normal", "test anomalous"]
 PUBLISHED = {  # numbers of images (README, Benchmarks)
     "brain": (7500, 39, 44, 640, 3075), "liver": (1542, 93, 73, 833, 660), "resc": (4297, 45, 70, 1041, 764),
@@ -195,7 +195,7 @@ def tile(file, mask, orientation):
 
 
 def draw(file, classes, pairs):
-    """Draw a row of samples for each class, {title: entries}, and up to two rows of `pairs`, {title: matches}, each."""
+    """Draw a row of samples for each class, {title: entries}, and up to two for each of `pairs`, {title: matches}."""
     rows = []  # (title, [(caption, image, mask, orientation), ...])
     for title, entries in classes.items():
         n = min(COLUMNS, len(entries))

@@ -60,7 +60,7 @@ def is_liver(labels):
 
 
 def count_slices(files, folder):
-    """Count [normal, anomalous] slices of a case. Its volume is also read, so that only usable cases are divided."""
+    """Count [normal, anomalous] slices of a case. Its volume is read too, so that only usable cases are divided."""
     counts = [0, 0]
     for _, _, labels in btcv.liver_slices(files, is_liver, equalized=False):
         counts[int((labels == TUMOUR).any())] += 1
@@ -68,7 +68,7 @@ def count_slices(files, folder):
 
 
 def plan(counts, seed):
-    """Return {case: split} from {case: [number of normal slices, of anomalous slices]}."""
+    """Return {case: split} from {case: [number of normal slices, number of anomalous slices]}."""
     wanted = []
     for label in (0, 1):
         valid, total = PUBLISHED["valid", label], PUBLISHED["valid", label] + PUBLISHED["test", label]

@@ -16,7 +16,7 @@ The rule:
 3. If a copy already has a folder `val` (Kaggle's: 8 images per class, and 242 in test), that folder is valid.
 4. Pixels are written unchanged, in grey.
 
-In the original source, train and test probably share patients (the number in a file name): 3,663 such images were
+In the original source, train and test probably share patients (numbered in file names): 3,663 such images were
 counted in one version. If they do, the script stops before it reads any image and asks for one of two flags:
   --leave-out-shared leaves out the train images of patients who are also in valid or test (and, if there is a `val`,
     its images of patients who are also in test): fewer images than published, but no patient is in two splits
@@ -96,8 +96,8 @@ def plan(images, seed=0):
 
 
 def shared(images, planned):
-    """Return the names of train images whose patient is also in valid or test, and of valid images (of a folder `val`)
-    whose patient is also in test. images: as in `plan`."""
+    """Return the names of train images of patients who are also in valid or test, and of valid images (of a folder
+    `val`) of patients who are also in test. images: as in `plan`."""
     patients = {split: {images[name][2] for name, s in planned.items() if s == split} for split in ("valid", "test")}
     others = dict(train=patients["valid"] | patients["test"], valid=patients["test"], test=set())
     return [name for name, split in planned.items() if images[name][2] in others[split]]

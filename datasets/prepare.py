@@ -265,8 +265,8 @@ def correct_sum(item, folder):
 
 
 def published_sums(files):
-    """Return {file: checksum} for those of `files`, all paths of the source, that a list of checksums among them names.
-    A list is a file as md5sum or sha256sum writes it."""
+    """Return {file: checksum} for those of `files`, all paths of the source, that are named in a list of checksums
+    among them. A list is a file as md5sum or sha256sum writes it."""
     sums = {}  # {name: {path as listed: checksum}}
     for file in files:
         if re.search("md5|sha256|checksum", file.name, re.IGNORECASE) and file.stat().st_size < 2**26:
@@ -315,8 +315,8 @@ class Preparation:
     """Prepare a benchmark, or a part of it, from one source. End the program if that has already been done."""
 
     def __init__(self, source, benchmark, splits, args, files, memory):
-        """source: name of the script; splits: the splits of `benchmark` that it writes; files: files of the
-        source in nested containers, whose names, sizes and times are recorded; memory: GiB per process."""
+        """source: name of the script; splits: the splits of `benchmark` that it writes; files: the
+        source's files in nested containers, to record their names, sizes and times; memory: GiB per process."""
         self.source, self.splits, self.args, self.memory = source, splits, args, memory
         self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
         self.part, self.record = self.work / "part", self.folder / f"{source}.json"
@@ -352,7 +352,7 @@ class Preparation:
             raise common.Error(f"{file} is damaged ({e}); remove its folder and prepare it again") from e
 
     def _changed(self, before):
-        """Return the changes in the source, in words; before: {file: [size, time]}."""
+        """Return in words how the source has changed; before: {file: [size, time]}."""
         lists = {"changed": [f for f in before if f in self.files and before[f] != self.files[f]],
                  "are missing": sorted(before.keys() - self.files.keys()),
                  "are new": sorted(self.files.keys() - before.keys())}
@@ -360,7 +360,7 @@ class Preparation:
                             for how, files in lists.items() if files)
 
     def _finished(self):
-        """End the program because the part exists; raise `Error` if it does not match the arguments or the source."""
+        """End the program, since the part exists; raise `Error` if it does not match the arguments or the source."""
         shutil.rmtree(self.work)
         made, again = self._read(self.record, {}), "remove it and prepare it again, or choose another --root"
         if made.get("arguments") != self.asked or "files" not in made:
@@ -376,8 +376,8 @@ class Preparation:
 
     def map(self, function, items, what, chunk=1):
         """Return {key: function(item, folder)} for `items`, {key (str): item}, in their order, from worker processes.
-        Damaged items are named and left out. function: is defined in a module, returns JSON values and writes images
-        with `save`. chunk: number of items given to a process at a time; their results are kept in one file."""
+        Damaged items are named and left out. function: must be defined in a module, return JSON values and write
+        images with `save`. chunk: number of items given to a process at a time; their results are kept in one file."""
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         count = self.args.workers or max(1, min(cores, int(free_memory() / 2**30 / self.memory)))
         results, keys = {}, list(items)
@@ -539,7 +539,7 @@ class Preparation:
 
 
 def shares(total, counts):
-    """Divide `total` cases in proportion to `counts`, with at least one for each; largest remainders come first."""
+    """Divide `total` cases in proportion to `counts`, with at least one for each and the largest remainders first."""
     exact = np.array(counts) * total / sum(counts)
     found = np.maximum(1, np.floor(exact)).astype(int)
     while found.sum() != total:

@@ -19,7 +19,7 @@ The rule:
 4. Pixels are written unchanged, in grey.
 
 In all parts, a patient may have several cubes: the patient is the part of a cube's name before _Macular
-(P0077_MacularCube512x128_...). A cube with another name counts as one patient, train_<cube> or valid_<cube> in the
+(P0077_MacularCube512x128_...). A cube with another name is one patient, named train_<cube> or valid_<cube> in the
 column `case`. The checksums of PNG files are verified. A BMP has none, so damage is noticed only if the file is cut off
 or its header is wrong.
 Published: train 4,297; valid 45 + 70; test 1,041 + 764. Valid and test together are all 15 x 128 slices. The 115 slices

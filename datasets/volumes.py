@@ -55,7 +55,7 @@ class Volume:
         self.file = file
         try:
             self.image = nibabel.load(file) if header_only else _opened(file)
-            orientation = nibabel.io_orientation(self.image.affine)  # per voxel axis: axis of the body and its sign
+            orientation = nibabel.io_orientation(self.image.affine)  # for each voxel axis: body axis and its sign
             needed = math.prod(self.image.shape) * self.image.get_data_dtype().itemsize + self.image.dataobj.offset
             data = self.image.file_map["image"]
             size = data.fileobj.getbuffer().nbytes if data.fileobj else os.path.getsize(data.filename)
@@ -337,7 +337,7 @@ def _of_frame(header, frame):
 
 
 def _upwards(slices):
-    """Sort a series from bottom to top along the slices' normal; by number if the headers have no common normal."""
+    """Sort a series from bottom to top along the slices' normal, or by number if the headers have no common normal."""
     turn, heights = slices[0].turn, np.zeros(len(slices))
     if turn.size == 6 and all(s.turn.size == 6 and s.place.size == 3 and np.allclose(s.turn, turn, atol=0.01)
                               for s in slices):
@@ -384,7 +384,7 @@ def windowed(values, dataset):
 
 def _resized(maps, size):
     """Resize (n, S, S) to (n, H, W) float32."""
-    maps = torch.from_numpy(np.array(maps, np.float32))[:, None]  # a copy, since the maps may be of a read-only file
+    maps = torch.from_numpy(np.array(maps, np.float32))[:, None]  # a copy: the maps may come from a read-only file
     return torch.nn.functional.interpolate(maps, size, mode="bilinear")[:, 0].numpy()
 
 
