@@ -317,7 +317,7 @@ def holm(p_values):
 
 @dataclass
 class Comparison:
-    """All pairs of methods on a benchmark that were scored on the same images, those of most methods."""
+    """Comparison of all pairs of methods on a benchmark, among those scored on the same images as most methods."""
     auroc: dict  # {method: image AUROC}, descending
     p_values: dict  # {(better, worse): p}
     held: set  # the pairs that differ at 5%, after Holm's correction for all pairs

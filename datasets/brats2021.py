@@ -98,7 +98,7 @@ def plan(free, groups=None):
 
 
 def listed(free, groups):
-    """Return the plan for the cases in groups, {case: (split, label)}."""
+    """Return the plan for the cases in `groups`, {case: (split, label)}."""
     return {case: (split, {label: slices_of(free[case], split, label)})
             for case, (split, label) in groups.items() if case in free}
 

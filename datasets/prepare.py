@@ -3,7 +3,7 @@ splits. The rule for each source is in its own script.
 
 A script scans its source, assigns each case to a split, calls `Preparation.map` to write the images case by case (in
 parallel; finished cases are kept) and ends with `Preparation.finish`. Until then, all files are in the hidden folder
-<root>/.preparing-<source>. Its folder `part`, with the manifest, becomes visible by a single rename, so a visible part
+<root>/.preparing-<source>. Its folder `part`, with the manifest, is made visible by a single rename, so a visible part
 of a benchmark is always complete.
 """
 
