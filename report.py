@@ -1,18 +1,18 @@
 """Report on runs: `python report.py runs` prints a table for each benchmark and writes <runs>/report/.
 
-Reads every finished <runs>/<data>/<method>/seed<k>/ (results.json, scores.csv, curves.csv, log.csv, lesions.csv,
-browser/). Writes index.html (which loads the test images from the run folders when they come into view), report.md,
+It reads every finished run <runs>/<data>/<method>/seed<k>/ (results.json, scores.csv, curves.csv, log.csv, lesions.csv,
+browser/) and writes index.html (which loads test images from the run folders when they come into view), report.md,
 report.tex, report.csv (unrounded means and standard deviations), pvalues.csv and the figures as SVG. Results of the
 thesis (methods/published.csv) are shown next to a row only if all its runs have the published settings, trained weights
 and the published number of images.
 
 Intervals and tests of image AUROC describe the variation over test images, given the trained networks; the standard
-deviation describes the variation over seeds. An AUROC is the mean placement of the images, where the placement is the
-share of the other class that an image is ranked correctly against. Placements averaged over seeds have the mean AUROC
-of the seeds as their mean, so intervals and tests refer to the value in the table. Scores of different seeds are never
-mixed. Intervals: percentiles of a bootstrap that resamples the normal and the anomalous placements with replacement.
-p-values: DeLong's paired test (1988). If file names identify patients (datasets/check.py), patients are resampled
-instead of images, and the test is Obuchowski's (1997): DeLong's with the images of a patient taken together."""
+deviation describes the variation over seeds. An AUROC is the mean placement of the images. The placement of an image is
+the share of the other class against which it is ranked correctly. Placements averaged over seeds have the mean AUROC of
+the seeds as their mean, so intervals and tests refer to the value in the table. Scores of different seeds are never
+mixed. The intervals are percentiles of a bootstrap that resamples normal and anomalous placements with replacement. The
+p-values are from DeLong's paired test (1988). If file names identify patients (datasets/check.py), patients are
+resampled instead of images, and the test is Obuchowski's (1997), which groups the images of each patient."""
 
 import csv
 import fcntl
@@ -59,15 +59,15 @@ MARKS = {
     "c": "settings other than the published ones",
     "d": "settings differ between the seeds of the row",
 }
-NOT_COMPARED = {  # the thesis uses another method or metric than our script: shown without a difference
+NOT_COMPARED = {  # the thesis uses another method or metric than our script, so no difference is shown
     "ddpm": "ddpm is AnoDDPM; the thesis cites another method (Wolleb et al. 2022)",
-    "winclip": "winclip: the thesis gives neither sentences nor image size; ours are our own",
-    "clip_zeroshot": "clip_zeroshot: the thesis gives neither sentences nor image size; ours are our own",
+    "winclip": "winclip: the thesis gives neither sentences nor image size, so we chose our own",
+    "clip_zeroshot": "clip_zeroshot: the thesis gives neither sentences nor image size, so we chose our own",
     "dice": "Dice: Table 3.11 uses the threshold with the best F1 on the test set (MKD: each map scaled by itself); "
-            "ours is half of the range of all maps (Dice, Eq. 3.3) or the best threshold on valid (Dice (valid))",
+            "ours is the middle of the range of all maps (Dice, Eq. 3.3) or the best threshold on valid (Dice (valid))",
 }
 IMAGES = {name: [(train, normal, anomalous)] for name, (train, _, _, normal, anomalous) in PUBLISHED.items()}
-IMAGES["histo"].append((5088, 1026, 1008))  # counts in the paper, and in the authors' coordinates
+IMAGES["histo"].append((5088, 1026, 1008))  # also the counts of the authors' coordinates
 OURS = {  # variants of clip_recon in the thesis' Tables 4.1 to 4.4: (name there, method, changed settings)
     "base": ("clip_recon", "clip_recon", {}),
     "da-levels 0": ("clip_recon (ViT, no DA)", "clip_recon", dict(da_levels=0)),
@@ -138,7 +138,7 @@ def read_run(file, root):
 
 
 def state_of(folder):
-    """Return the state of a run without results, in words. Training holds a lock on the folder."""
+    """Return the state of a run without results, in words. A running process holds a lock on the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -151,7 +151,7 @@ def state_of(folder):
 
 
 def read_ablation(folder):
-    """Read {(data, variant): [results, ...]} of `bash run_all.sh ablation`; flag and value name a variant."""
+    """Read {(data, variant): [results, ...]} of `bash run_all.sh ablation`. A variant's name is its flag and value."""
     found = {}
     for variant in sorted(Path(folder).glob("ablation/*"), key=lambda variant: (variant.name != "base", variant.name)):
         for (data, _), results in read_runs(variant, folder)[0].items():
@@ -217,7 +217,7 @@ class Scores:
     scores: np.ndarray  # (S, N)
     placements: np.ndarray  # (S, N)
     paths: tuple
-    patients: np.ndarray | None  # (N,), patient numbers; None if the names do not give them
+    patients: np.ndarray | None  # (N,), patient numbers; None if the file names do not identify them
 
     @property
     def share(self):
@@ -227,7 +227,7 @@ class Scores:
 def read_scores(results, known):
     """Read `Scores` from scores.csv; None if a file or a class is missing, or if the images differ between seeds.
 
-    known: {(paths, labels): ...}, so that equal lists of images are the same object."""
+    known: {(paths, labels): ...}, filled here so that equal lists of images become the same object."""
     scores, placements, seen = [], [], set()
     for r in results:
         if not (file := r["folder"] / "scores.csv").exists() or "test" not in r["counts"]:
@@ -256,7 +256,7 @@ def patients_of(paths):
 
 # --------------------------------------------------------------------------------------------- intervals and tests
 def placement(anomalous, scores):
-    """Return (N,), the share of the other class ranked correctly against each image, ties half (DeLong et al. 1988)."""
+    """Return (N,): the share of the other class ranked correctly against each image; ties count half (DeLong 1988)."""
     rank, share = rankdata(scores), np.empty(len(scores))
     for these in (anomalous, ~anomalous):  # share of the other class that is ranked below
         share[these] = (rank[these] - rankdata(scores[these])) / (~these).sum()
@@ -273,9 +273,9 @@ def resample(units, stream):
 
 
 def interval(anomalous, share, patients=None):
-    """Return the 95% interval (low, high) of the AUROC, the mean of the placements `share` (N,), from a bootstrap.
+    """Return the 95% bootstrap interval (low, high) of the AUROC, which is the mean of the placements `share` (N,).
 
-    (None, None) if a class has one image (or patient), or if all samples are equal (perfect separation)."""
+    It is (None, None) if a class has only one image (or patient) or if all samples are equal (perfect separation)."""
     auroc = -share[anomalous].mean()
     for stream, these in enumerate((anomalous, ~anomalous)):
         unit = np.arange(these.sum()) if patients is None else patients[these]
@@ -291,7 +291,7 @@ def interval(anomalous, share, patients=None):
 
 
 def p_value(anomalous, first, second, patients=None):
-    """Return the two-sided p-value of equal AUROC of two methods from their placements (N,) on the same images."""
+    """Return the two-sided p-value for equal AUROC of two methods, from their placements (N,) on the same images."""
     difference = first - second
     delta = difference[anomalous].mean()
     if min(anomalous.sum(), (~anomalous).sum()) < 2 or abs(delta) < 1e-12:  # one image per class has no variance
@@ -317,7 +317,7 @@ def holm(p_values):
 
 @dataclass
 class Comparison:
-    """All pairs of methods on a benchmark that were scored on the same images, those of most methods."""
+    """Comparison of all pairs of methods on a benchmark, among those scored on the same images as most methods."""
     auroc: dict  # {method: image AUROC}, descending
     p_values: dict  # {(better, worse): p}
     held: set  # the pairs that differ at 5%, after Holm's correction for all pairs
@@ -354,8 +354,8 @@ def check_line(results):
 
 
 def as_published(data, method, results, changed):
-    """Return True if all runs have the thesis' method, settings (with `changed`, given by its table) and number of
-    images, and trained weights."""
+    """Return True if all runs have trained weights and the method, number of images and settings of the thesis.
+    changed: settings that differ from the published ones in the thesis' own table."""
     def counts(r):
         test = r["counts"].get("test", dict(normal=None, anomalous=None))
         return r["counts"]["train"]["normal"], test["normal"], test["anomalous"]
@@ -416,7 +416,7 @@ def fair(row):
 
 
 def best_of(rows, metric):
-    """Return the row with the highest value, fair rows first; None if no row has a value."""
+    """Return the row with the highest value, from the fair rows if there are any; None if no row has a value."""
     known = [r for r in rows if r[metric] is not None]
     return max(known, key=lambda r: (fair(r), r[metric]), default=None)
 
@@ -448,7 +448,7 @@ def text_of(row, name, scale=100, digits=2):
 
 
 def thesis_cell(row, metric):
-    """Return the thesis' value and ours minus it in brackets; a question mark if the thesis' value is suspect."""
+    """Return the thesis' value, with a question mark if it is suspect, and ours minus it in brackets."""
     if row[f"{metric}_thesis_mean"] is None:
         return Cell("-")
     mean, deviation = 100 * row[f"{metric}_thesis_mean"], 100 * row[f"{metric}_thesis_std"]
@@ -467,13 +467,13 @@ def interval_cell(row, rows):
 
 
 def marks_of_all(rows):
-    """Return the marks that all of several rows have; they are printed once."""
+    """Return the marks that all rows have if there are several; these marks are printed only once."""
     return [k for k in MARKS if len(rows) > 1 and all(k in r["marks"] for r in rows)]
 
 
 def table(name, rows, metrics, caption, alike=()):
     """Return a table of methods x metrics without empty columns. alike: methods to set in bold for image AUROC; in
-    other columns the highest value is bold."""
+    other columns, the highest value is bold."""
     once = marks_of_all(rows)
     columns = {"Method": [Cell(r["method"], signs="".join(k for k in r["marks"] if k not in once)) for r in rows],
                "Seeds": [Cell(str(r["seeds"]), r["seeds"]) for r in rows]}
@@ -497,12 +497,12 @@ def table(name, rows, metrics, caption, alike=()):
 
 def tables_of(rows, alike):
     text = "Percent, mean ± standard deviation over seeds. Bold: the highest value"
-    text += ", for image AUROC also all methods not distinguished from it." if alike else "."
-    decided = ("Percent: sensitivity at 90 and 95% specificity on test; then at the threshold from normal validation "
-               "scores, or (F1) at the threshold with the best F1 on valid.")
+    text += " and, for image AUROC, all methods not distinguished from it." if alike else "."
+    decided = ("Percent: first sensitivity at 90% and 95% specificity on test; then metrics at the threshold from "
+               "normal validation scores or, if marked (F1), at the threshold with the best F1 on valid.")
     tables = [table("results", rows, METRICS, text, alike), table("decisions", rows, DECISIONS, decided)]
     if known := [r for r in rows if r["lesions"]]:
-        text = ("PRO to 30%, percent, of the {lesions} lesions in three equal groups: small up to {small_to:.0f}, "
+        text = ("PRO up to 30%, percent, of {lesions} lesions in three equal groups: small up to {small_to:.0f}, "
                 "medium up to {medium_to:.0f} pixels, at the methods' image size.")
         tables.append(table("sizes", known, SIZES, text.format(**known[0])))
     seeds = sorted({k for r in rows for k in r if re.fullmatch(r"seed\d+", k)}, key=lambda k: int(k[4:]))
@@ -515,7 +515,7 @@ def tables_of(rows, alike):
 
 
 def overview(rows, others, metric):
-    """Return methods x benchmarks for one metric, by mean rank, with the state of missing or unfinished runs."""
+    """Return a table of methods x benchmarks for one metric, by mean rank, with the state of unfinished runs."""
     known = {(r["data"], r["method"]): r for r in rows if r[metric] is not None}
     names, seeds, lines = sorted({data for data, _ in known}), max(r["seeds"] for r in rows), []
     for method in sorted({m for _, m in known} | {m for _, m in others if metric == "image_auroc"}):
@@ -575,7 +575,7 @@ class Frame:
 
 
 def summary_figure(rows, alike):
-    """Draw methods by descending image AUROC: mean, 95% interval, the seeds, the thesis' value."""
+    """Draw the mean image AUROC of each method, highest first, with 95% interval, seeds and the thesis' value."""
     rows = sorted((r for r in rows if r["image_auroc"] is not None), key=lambda r: -r["image_auroc"])
     seeds = {r["method"]: [v for k, v in r.items() if re.fullmatch(r"seed\d+", k)] for r in rows}
     names = ("image_auroc", "image_auroc_low", "image_auroc_high", "image_auroc_thesis_mean")
@@ -589,14 +589,14 @@ def roc(anomalous, placements):
     """Return the true positive rate at RATES, averaged over seeds."""
     curves = []
     for share in placements:  # (N,)
-        # an anomalous image is detected from the false positive rate 1 - placement on
+        # an anomalous image is detected at false positive rates of 1 - placement and more
         rate = np.sort(1 - share[anomalous])
         curves.append(np.searchsorted(rate, RATES + 1e-9, side="right") / len(rate))
     return np.mean(curves, axis=0)
 
 
 def pixel_curves(results):
-    """Return the mean (tpr, pro) at RATES of the runs with a curves.csv; None if no run has one."""
+    """Return the mean (tpr, pro) at RATES over the runs that have a curves.csv; None if no run has one."""
     curves = []
     for r in results:
         if (file := r["folder"] / "curves.csv").exists():
@@ -608,7 +608,7 @@ def pixel_curves(results):
 
 
 def curves_figure(data, rows, runs, scores):
-    """Draw image ROC, pixel ROC and PRO (to 30%), means over seeds, with labels on the best methods' lines."""
+    """Draw image ROC, pixel ROC and PRO (up to 30%), averaged over seeds; the best methods' lines have labels."""
     curves = [{}, {}, {}]
     for method in [r["method"] for r in rows]:
         if s := scores[data, method]:
@@ -645,7 +645,7 @@ def name_lines(frame, lines, named):
 
 
 def training_figure(data, rows, runs):
-    """Draw the first loss and the image AUROC on valid of each method's first seed, at the validated epochs."""
+    """For the first seed of each method, draw the first loss and the image AUROC on valid at the validated epochs."""
     panels, frame = [], Frame((0, 1), (0, 100), 200, 118, 30, 22, 10, 20)
     for method in [r["method"] for r in rows]:
         log, chosen = read_log(runs[data, method][0]["folder"] / "log.csv"), runs[data, method][0]["epoch"]
@@ -662,7 +662,7 @@ def training_figure(data, rows, runs):
 def browser(data, runs, scores):
     """Return the data that the page needs to show the test images of a benchmark; None if no run kept any.
 
-    Use the first seed with maps of each method, else its first seed. Leave out methods with other images."""
+    Use each method's first seed that has maps, or else its first seed. Leave out methods with other images."""
     shared, methods = None, {}
     for method, results in [(method, results) for (d, method), results in runs.items() if d == data]:
         r = next((r for r in results if (r["folder"] / "browser").is_dir()), results[0])
@@ -687,7 +687,7 @@ def browser(data, runs, scores):
 
 # --------------------------------------------------------------------------------------------------------- the report
 def settings_of(rows, results):
-    """Return lines "methods: changed settings", one for all shared settings; paths are cut to their last part."""
+    """Return lines "methods: settings that all of these change"; paths are shortened to their last part."""
     having, shared = defaultdict(dict), defaultdict(list)  # {flag: {method: None}}, {methods: [flag, ...]}
     for r in results:
         for flag in flags(r["changed"]):
@@ -745,7 +745,7 @@ def tex(text):
 
 
 def write_figure(frame, panels, file):
-    """Write all panels to one SVG for other programs: CSS variables are replaced by the colours of a light page."""
+    """Write all panels to one SVG for other programs, with CSS variables replaced by the colours of a light page."""
     across = min(len(panels), 1000 // frame.width)
     text = ENV.get_template("figure.svg").render(frame=frame, panels=panels, across=across)
     colours = dict(reversed(re.findall(r"(--[\w-]+): ([^;]+);", text)))  # the first of equal names wins

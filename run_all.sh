@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run every method on every benchmark under data/ with five seeds and the published settings, then write the report.
 #   bash run_all.sh                        run everything: finished runs are kept, interrupted ones resume
-#   DATA="brain liver" METHODS="padim patchcore" SEEDS="0 1" bash run_all.sh    run a part of it
+#   DATA="brain liver" METHODS="padim patchcore" SEEDS="0 1" bash run_all.sh    run only some
 #   JOBS=4 bash run_all.sh                 four runs in parallel, spread over the GPUs (CUDA_VISIBLE_DEVICES, or all)
 #   bash run_all.sh --list                 only print the commands, one per line
 #   sbatch --array=1-480 run_all.sh        Slurm: array task n runs line n of the list
@@ -9,16 +9,16 @@
 #                                          4.4, and other readings of chapter 4) in runs/ablation/<variant>/
 #   bash run_all.sh setup                  only create .venv and install requirements.txt
 # datasets/check.py checks each benchmark once; its summary is in the report.
-# If data/ holds no benchmark, the phantom is written and used for a short demonstration (flags: methods/demo.txt).
+# If data/ has no benchmark, the phantom is made and used for a short demonstration (flags: methods/demo.txt).
 # DEMO=1 runs the short demonstration on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" sets its weights.
 # FLAGS="--device cuda:1" adds flags to every command.
-# A failed run does not stop the others; it is named at the end, with exit status 1. Linux and macOS (bash 3.2).
+# A failed run does not stop the others; it is named at the end, with exit status 1. For Linux and macOS (bash 3.2).
 set -fu
 usage() { echo "error: $1; see the head of run_all.sh" >&2; exit 2; }
 number() {
     case "$2" in "" | 0?* | *[!0-9]* | ??????????*) false ;; *) [ "$2" -ge "$3" ] ;; esac || usage "$1=$2: $3 or more"
 }
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1 # Slurm runs a copy of this script in another folder
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1 # Slurm runs a copy of this script from another folder
 python=.venv/bin/python ablation=
 [ "${1:-}" = ablation ] && ablation=variants METHODS=clip_recon && shift
 case "$#${1:-}" in
@@ -31,7 +31,7 @@ number SLURM_ARRAY_TASK_ID "${SLURM_ARRAY_TASK_ID:-1}" 1 && number JOBS "${JOBS:
 for method in $METHODS; do [ -f "methods/$method.py" ] || usage "METHODS: there is no methods/$method.py"; done
 for seed in ${SEEDS:=}; do number SEEDS "$seed" 0; done
 
-# Lock: only one of several parallel tasks makes .venv and the phantom. It needs Python because macOS has no flock.
+# Lock, so that only one of several parallel tasks makes .venv and the phantom; in Python, because macOS has no flock.
 if [ -z "${LOCK:-}" ]; then
     lock='import fcntl, os, sys; f = os.open("requirements.txt", os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX)
 os.set_inheritable(f, True); os.environ["LOCK"] = str(f); os.execvp("bash", ["bash", *sys.argv[1:]])'
@@ -51,7 +51,7 @@ print(*missing or data)
 sys.exit(bool(missing))'
 DATA=$($python -c "$known" ${DATA:-}) || usage "DATA: there is no benchmark $DATA"
 if [ -z "$DATA" ]; then
-    echo "no benchmark under data/ (see datasets/): a short demonstration on the phantom, one seed" >&2
+    echo "no benchmark in data/ (see datasets/); running a short demonstration on the phantom with one seed" >&2
     $python datasets/phantom.py >&2 || exit 1
     DATA=phantom
 fi
@@ -71,7 +71,7 @@ list() {
             demo=$([ "$data" = phantom ] || [ -n "${DEMO:-}" ] && sed -n "s/^$method //p" methods/demo.txt)
             ${ablation:-echo} | while read -r variant; do
                 out=${variant#--} out=${ablation:+--out runs/ablation/${out// /_}}
-                for seed in $SEEDS; do # unquoted: one space between words
+                for seed in $SEEDS; do # unquoted, so that one space separates the words
                     echo $python methods/$method.py --data $data --seed $seed $out $extra ${demo/NET/$NET} ${FLAGS:-} \
                         ${variant#--base}
                 done
@@ -90,7 +90,7 @@ one() { # slot, line: run one line of the list; if it fails, add it to the file 
     done
     return "${PIPESTATUS[0]}"
 }
-# GPUs from CUDA_VISIBLE_DEVICES, else all; none if FLAGS names the device or Slurm assigns GPUs.
+# Use the GPUs of CUDA_VISIBLE_DEVICES, or all; none if FLAGS names a device or Slurm assigns the GPUs.
 gpus=()
 case " ${FLAGS:-} " in *" --device "*) ;; *)
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || IFS=', ' read -r -a gpus <<< "${CUDA_VISIBLE_DEVICES:-$(
@@ -104,7 +104,7 @@ if [ "${1:-}" = --list ]; then
     list
 elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     line=$(list | sed -n "${SLURM_ARRAY_TASK_ID}p")
-    [ -n "$line" ] || usage "the list has $(list | wc -l) lines, none $SLURM_ARRAY_TASK_ID"
+    [ -n "$line" ] || usage "the list has $(list | wc -l) lines, but no line $SLURM_ARRAY_TASK_ID"
     one 0 "$line"
 else
     for data in $DATA; do $python datasets/check.py --data "$data" >&2; done # print errors and continue

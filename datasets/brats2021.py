@@ -1,29 +1,29 @@
 """brain: the brain MR benchmark from BraTS2021 (training set of the RSNA-ASNR-MICCAI challenge 2021).
 
-Source: synapse.org (Task 1, training data) after registration, or its copy on Kaggle; free for research, with the
-challenge's citations (Baid et al. 2021, arXiv:2107.02314). 1,251 cases, 13 GB compressed.
+Source: synapse.org (Task 1, training data) after registration, or its copy on Kaggle. It is free for research that
+cites the challenge's papers (Baid et al. 2021, arXiv:2107.02314). It has 1,251 cases, 13 GB compressed.
 --raw: the folder that holds the cases, BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz (or .nii), at any
 depth. Only FLAIR and the segmentation are read.
 
 The rule:
-1. Axial slices 60 to 99 (40) of each FLAIR volume are used. Slices with labels above 0 (the mask) are anomalous.
-2. Each slice is scaled by its own minimum and maximum to 8 bits, 240x240, seen from below (the patient's right on the
-   left) for any affine. --colormap bone writes slices as the benchmark's code did: colour images by matplotlib's colour
-   map `bone`, with rows from the patient's right to the left (the transpose of the above).
+1. The 40 axial slices 60 to 99 of each FLAIR volume are used. Those with labels above 0 (the mask) are anomalous.
+2. Each slice (240x240 pixels) is scaled to 8 bits by its own minimum and maximum and seen from below (the patient's
+   right is on the left), whatever the affine. --colormap bone writes slices as the benchmark's code did: as colour
+   images with matplotlib's colour map `bone` and with rows from the patient's right to the left (transposed).
 3. The 424 patients of train, 162 of test-normal and 39 of valid-normal are the published ones (brats2021_published.csv,
    the lists in data_processing/brain of github.com/DorisBao/BMAD), with all their tumour-free slices. If the source
    lacks one of them, patients are ranked by their number of tumour-free slices among the 40 (most first, ties by name),
-   as for the published lists, and go to train, test-normal and valid-normal in this order.
-4. The remaining 626 show tumour in every slice: the first 11 by name are valid-anomalous with slices 60, 70, 80, 90,
-   the other 615 test-anomalous with slices 60, 68, 76, 84, 92. The published 11 are unknown: the benchmark's code took
-   the first of a Python set of names, whose order differs from run to run.
+   as in the published lists, and assigned to train, test-normal and valid-normal in this order.
+4. The remaining 626 show tumour in every slice. The first 11 by name are valid-anomalous, with slices 60, 70, 80 and
+   90; the other 615 are test-anomalous, with slices 60, 68, 76, 84 and 92. The published 11 are unknown: the
+   benchmark's code took the first of a Python set of names, and the order of a set differs from run to run.
 
-A cohort of another size is divided in the same proportions, at least one patient for each part (and only patients with
-tumour-free slices for the normal parts, if there are three). Of fewer than five patients, those of valid and test give
-normal and anomalous slices. --split FILE (CSV: case,split,label) defines the parts instead.
-The challenge's validation part has no segmentations and is skipped. A .nii.gz is checked by its checksum. A .nii has
-none: damage is noticed only if the file is cut off or its header is wrong.
-Published: train 7,500; valid 39 + 44; test 640 + 3,075 (which the thesis calls 1:1; about 0.4 GB).
+A cohort of another size is divided in the same proportions, with at least one patient in each part. If three patients
+or more have tumour-free slices, only such patients go to the normal parts. With fewer than five patients, those of
+valid and test give slices of both classes. --split FILE (CSV: case,split,label) defines the parts instead.
+The challenge's validation part has no segmentations and is skipped. The checksum of a .nii.gz is verified. A .nii has
+none, so damage is noticed only if the file is cut off or its header is wrong.
+Published: train 7,500; valid 39 + 44; test 640 + 3,075, which the thesis calls 1:1. The images take about 0.4 GB.
 """
 
 import re
@@ -53,7 +53,7 @@ MEMORY = 0.2  # GiB per process: an unpacked case of 240x240x155
 @dataclass
 class Args(prepare.Args):
     split: Path | None = None
-    """CSV file with the columns case,split,label that assigns the patients, instead of the published lists"""
+    """CSV file with the columns case,split,label that assigns patients to parts, instead of the published lists"""
     colormap: Literal["grey", "bone"] = "grey"
     """bone: coloured and transposed like the published images"""
 
@@ -68,7 +68,7 @@ def find_cases(raw):
 
 
 def tumour_free(files, folder):
-    """Return the tumour-free slices of those that the rule uses. FLAIR is also read, so that only usable cases are
+    """Return which of the slices that the rule uses are tumour-free. FLAIR is read too, so that only usable cases are
     assigned to splits."""
     flair, label = prepare.volume_and_label(files)
     flair.axial(FIRST, LAST + 1)
@@ -76,18 +76,18 @@ def tumour_free(files, folder):
 
 
 def plan(free, groups=None):
-    """Return {case: (split, {label: slices})} from {case: tumour-free slices}. groups: {case: (split, label)} of the
-    cases in a list; all others are anomalous."""
+    """Return {case: (split, {label: slices})} from {case: tumour-free slices}. groups: {case: (split, label)} for the
+    listed cases; all other cases are anomalous."""
     ranked, planned = sorted(free, key=lambda case: (-len(free[case]), case)), {}
     if groups:
         rest = [case for case in ranked if case not in groups]
         groups = groups | {case: ("valid" if i < PATIENTS[3] else "test", 1) for i, case in enumerate(rest)}
         return listed(free, groups)
-    small = len(free) < len(GROUPS)  # then a patient of test or valid gives normal and anomalous slices
+    small = len(free) < len(GROUPS)  # then patients of test and valid give slices of both classes
     parts = [("train", [0]), ("test", [0, 1]), ("valid", [0, 1])] if small else [(s, [y]) for s, y in GROUPS]
     patients = [PATIENTS[0], PATIENTS[1] + PATIENTS[4], PATIENTS[2] + PATIENTS[3]] if small else PATIENTS
     if len(free) == 4:
-        ranked[2:] = ranked[:1:-1]  # test has two patients, one of them with the fewest free slices
+        ranked[2:] = ranked[:1:-1]  # one of test's two patients has the fewest free slices
     counts, normal = prepare.shares(len(free), patients), sum(map(bool, free.values()))
     if not small and 3 <= normal < sum(counts[:3]):  # each normal part needs patients with normal slices
         counts = prepare.shares(normal, PATIENTS[:3]) + prepare.shares(len(free) - normal, PATIENTS[3:])
@@ -98,14 +98,14 @@ def plan(free, groups=None):
 
 
 def listed(free, groups):
-    """Return the plan for the cases in groups, {case: (split, label)}."""
+    """Return the plan for the cases in `groups`, {case: (split, label)}."""
     return {case: (split, {label: slices_of(free[case], split, label)})
             for case, (split, label) in groups.items() if case in free}
 
 
 def slices_of(free, split, label):
-    """Return the slices of a patient: all free ones, or those of the rule that show tumour. If none of these
-    does, as can happen in small cohorts, return all slices with tumour."""
+    """Return the slices of a patient: all tumour-free ones for label 0, the rule's slices that show tumour for label 1.
+    If none of the rule's slices shows tumour, as can happen in small cohorts, return all slices that do."""
     tumour = [z for z in range(FIRST, LAST + 1) if z not in free]
     return ([z for z in SLICES[split] if z in tumour] or tumour) if label else free
 
@@ -142,7 +142,7 @@ def write_case(item, folder):
 
 def bone(image):
     """Convert (H, W) floats to (H, W, 3) uint8 with the colours of matplotlib.pyplot.imsave."""
-    import matplotlib  # here: it takes a while, and only --colormap bone needs it
+    import matplotlib  # imported here: it is slow, and only --colormap bone needs it
 
     low, high = image.min(), image.max()
     return matplotlib.colormaps["bone"]((image - low) / ((high - low) or 1), bytes=True)[..., :3]

@@ -1,27 +1,26 @@
-"""liver, train: the liver CT benchmark's normal slices from BTCV (MICCAI 2015 "Beyond the Cranial Vault").
+"""liver, train: normal slices of the liver CT benchmark from BTCV (MICCAI 2015 "Beyond the Cranial Vault").
 
-Source: synapse.org, syn3193805, after registration: RawData.zip of the abdomen part (syn3379050); CC BY 4.0 according
-to the thesis. 30 labelled cases; valid and test of the benchmark come from LiTS, see lits.py.
+Source: synapse.org, syn3193805, after registration: RawData.zip of the abdomen part (syn3379050). The licence is CC BY
+4.0 according to the thesis. It has 30 labelled cases. Valid and test of the benchmark come from LiTS, see lits.py.
 --raw: the folder that holds RawData/Training/img/img0001.nii.gz and RawData/Training/label/label0001.nii.gz (or .nii),
-at any depth. Scans without label in a folder Testing (or imagesTs) are skipped.
+at any depth. Scans without a label in a folder Testing (or imagesTs) are skipped.
 
 The rule (lits.py shares steps 2 to 4):
 1. Every axial slice with liver (label 6) is used.
 2. Hounsfield units are clipped to the abdominal window, -200 to 250, and scaled to 8 bits; pixels outside the liver are
-   zero. A slice whose liver is nowhere above -200 is left out, since it would be black. This is the thesis' rule. The
+   zero. A slice in which the liver is nowhere above -200 would be black and is left out. This is the thesis' rule. The
    benchmark's code (data_processing/liver of github.com/DorisBao/BMAD) clips LiTS but not BTCV, and scales each slice
    by its own range over the whole body before it cuts out the liver. The published images therefore vary in brightness
    from slice to slice, and those of train differ from those of test.
-3. The histogram of the pixels above 0 is equalised: v becomes floor(255 * share of them that are at most v). Results
-   from 1 to 149 are then lifted to 30 to 149 (x to floor(30 + 0.8 x)). --no-equalize skips this step (the thesis
-   provides both versions); give lits.py the same flag.
-4. Slices are 512x512 as in the source, seen from below (the patient's right on the left) for any affine. A label on the
-   volume's grid takes the volume's orientation whatever its own affine; a note is printed if they differ.
+3. The histogram of the pixels above 0 is equalised: v becomes floor(255 * share of these pixels that are at most v).
+   Results from 1 to 149 are then lifted to 30 to 149 (x to floor(30 + 0.8 x)). --no-equalize skips this step (the
+   thesis provides both versions); give lits.py the same flag.
+4. Slices are 512x512 as in the source, seen from below (the patient's right is on the left), whatever the affine. A
+   label on its volume's grid takes the volume's orientation, whatever its own affine; a note is printed if they differ.
 
-A .nii.gz is checked by its checksum. A .nii has none, so damage is noticed only if the file is cut off or its header is
-wrong.
---patients FILE (CSV: case, like img0001) selects cases.
-Published: 1,542 training slices, "selected" (thesis, 3.1.2) by an unstated criterion; here all slices are used.
+The checksum of a .nii.gz is verified. A .nii has none: damage is noticed only if it is cut off or its header is wrong.
+--patients FILE (CSV with the column case, for example img0001) selects cases.
+Published: 1,542 training slices, "selected" (thesis, 3.1.2) by an unstated criterion. Here all slices are used.
 """
 
 import json
@@ -64,9 +63,9 @@ def find_pairs(raw, pattern, volume):
 
 
 def liver_slices(files, is_liver, equalized):
-    """Yield (slice, image of the liver (H, W) uint8, labels (H, W)) for each slice with visible liver.
+    """Yield (slice, image of the liver (H, W) uint8, labels (H, W)) for each slice that shows liver.
 
-    is_liver: turns labels into a mask of the liver."""
+    is_liver: a function that turns labels into a mask of the liver."""
     volume, label = prepare.volume_and_label(files)
     for start in range(0, label.shape[2], BLOCK):
         labels = label.axial(start, min(start + BLOCK, label.shape[2]))  # (n, H, W)
@@ -91,7 +90,7 @@ def equalize(image):
     """Apply step 3 of the rule. image: (H, W) uint8, not all 0."""
     counts = np.bincount(image.ravel(), minlength=256)
     counts[0] = 0
-    table = 255 * counts.cumsum() // counts.sum()  # integers, so that all machines round equally
+    table = 255 * counts.cumsum() // counts.sum()  # in integers, so that all machines give the same result
     lifted = np.where((table > 0) & (table < 150), 30 + table * 4 // 5, table)
     return lifted.astype(np.uint8)[image]
 
@@ -101,7 +100,7 @@ def check_equalize(args, other):
     record = Path(args.root) / "liver" / f"{other}.json"
     if record.exists() and (theirs := json.loads(record.read_text())["arguments"]["equalize"]) != args.equalize:
         raise common.Error(f"{record.parent} has slices of {other} made with --{'' if theirs else 'no-'}equalize; give "
-                           "the same here, or choose another --root")
+                           "the same flag here, or choose another --root")
 
 
 # ---------------------------------------------------------------------------------------------------------------- BTCV

@@ -1,34 +1,35 @@
 """histo: the histopathology benchmark from Camelyon16 (whole-slide images of lymph nodes, with and without metastases).
 
 Source: camelyon17.grand-challenge.org/Data links to the copies (AWS Registry of Open Data, GigaDB); CC0 1.0, public
-domain. Of its 700 GB only the normal training slides, the test slides and the test annotations are read.
+domain. Of its 700 GB, only the normal training slides, the test slides and the test annotations are read.
 --raw: the folder that holds, at any depth, normal_001.tif ... normal_160.tif (training/normal), test_001.tif ...
 test_130.tif (testing/images) and test_001.xml ... (testing/lesion_annotations, unpacked). A test slide without XML has
 no tumour. The 49 slides with tumour are known; if the XML of one of them is missing, the slide is reported as damaged.
-If the folder also holds the copies' list of checksums (checksums.md5), all files are read once and compared with it.
-Without the list, damage to a slide's JPEG data or to the numbers in an XML file goes unnoticed.
+If the folder also holds the list of checksums that comes with the copies (checksums.md5), all files are read once and
+compared with it. Without the list, damage to a slide's JPEG data or to the numbers in an XML file goes unnoticed.
 
 The rule, for patches of 256x256 pixels at level 0:
-1. Train is the normal training slides except normal_086 (it shows tumour; the source has withdrawn it), 159 in all. Of
-   the test slides, 13 (5 with tumour) are valid and the other 115 are test, except test_049 (a duplicate, withdrawn)
-   and test_114 (not all of its tumour is annotated).
+1. Train consists of the normal training slides except normal_086, which shows tumour and was withdrawn: 159 in all. Of
+   the test slides, 13 (5 with tumour) are valid and 115 are test; test_049 (a withdrawn duplicate) and test_114 (not
+   all of its tumour is annotated) are left out.
 2. Tissue is where the colour (maximum minus minimum of R, G, B) is above Otsu's threshold, on the level nearest to
    1:32. Unlike saturation, this colour is also small in black, unscanned areas. The centre of a patch is a multiple of
    64 pixels, and at least half of the patch is tissue.
 3. The centre of a tumour patch is inside a tumour polygon (groups _0, _1, Tumor, metastases) and outside the excluded
    polygons (_2, Exclusion). A normal patch lies completely outside all polygons.
-4. Patches are drawn at random, seeded by slide; those of one slide do not overlap. Each training slide gives 32. Valid
-   has 100 normal and 100 tumour patches, test 1,000 and 1,000, spread over the slides as evenly as possible, with at
-   most 100 per class and slide. Patches of a slide that turns out to be damaged come from other slides.
+4. Patches are drawn at random, with a seed for each slide, and those of one slide do not overlap. Each training slide
+   gives 32. Valid has 100 normal and 100 tumour patches, test 1,000 and 1,000, spread over the slides as evenly as
+   possible, with at most 100 per class and slide. If a slide turns out to be damaged, other slides give its patches.
 
 A smaller source is divided in the same proportions of slides, separately for those with and without tumour; the last by
 number are valid. --slides FILE (CSV: case,split) assigns the test slides to valid and test instead.
 
 --coords FOLDER uses a list of patch centres instead: lines slide,x_center,y_center in files named train_good,
-valid_good, valid_bad, test_good and test_bad (.txt or .csv; normal and tumor mean good and bad). The authors' list is
-data_processing/histopathology/coords of github.com/DorisBao/BMAD: train 5,088, valid 117 + 105, test 1,026 + 1,008
-(none from test_125), where the thesis gives round numbers. The rule above agrees with that list in the slides of each
-split, the grid of 64 pixels, patches that do not overlap, and 32 patches per training slide.
+valid_good, valid_bad, test_good and test_bad (.txt or .csv; normal and tumor are read as good and bad). The authors'
+list is data_processing/histopathology/coords of github.com/DorisBao/BMAD. It has 5,088 patches in train, 117 + 105 in
+valid and 1,026 + 1,008 in test (none from test_125), where the thesis gives round numbers. The rule above agrees with
+that list in the slides of each split, the grid of 64 pixels, the lack of overlap, and the 32 patches per training
+slide.
 Published: train 5,088; valid 100 + 100; test 1,000 + 1,000 (about 0.9 GB).
 """
 
@@ -49,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
 from prepare import common
 
-SIZE, STEP = 256, 64  # pixels: size of a patch, spacing of the grid of its centre
+SIZE, STEP = 256, 64  # pixels: size of a patch, spacing of the grid of centres
 MIN_COLOUR = 15  # of 255: a lower Otsu threshold would only split an empty slide's noise
 LEFT_OUT = {"normal_086", "test_049", "test_114"}
 VALID = {f"test_{n}" for n in (113, 116, 117, 120, 121, 122, 123, 124, 126, 127, 128, 129, 130)}
@@ -57,7 +58,7 @@ TUMOUR = {f"test_{n:03}" for n in (
     1, 2, 4, 8, 10, 11, 13, 16, 21, 26, 27, 29, 30, 33, 38, 40, 46, 48, 51, 52, 61, 64, 65, 66, 68, 69, 71, 73, 74, 75,
     79, 82, 84, 90, 92, 94, 97, 99, 102, 104, 105, 108, 110, 113, 114, 116, 117, 121, 122)}
 TUMOUR_GROUPS, EXCLUDED_GROUPS = {"_0", "_1", "tumor", "metastases"}, {"_2", "exclusion"}
-PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # at most, of each class
+PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # maximum per class
 PUBLISHED = {("train", 0): 5088, ("valid", 0): 100, ("valid", 1): 100, ("test", 0): 1000, ("test", 1): 1000}
 MEMORY = 0.4  # GiB per process: the tissue of a slide of 100,000x200,000, and OpenSlide's cache
 LOOKED_FOR = "slides like training/normal/normal_001.tif and testing/images/test_001.tif"
@@ -77,7 +78,7 @@ def find_slides(raw):
     files = {}
     for file in common.files_in(raw):
         match = re.fullmatch(r"(normal|test)_(\d+)\.(tiff?|xml)", file.name, re.IGNORECASE)
-        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks, named like slides
+        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks, with the same names
             continue
         kind = "annotation" if match[3].lower() == "xml" else "slide"
         prepare.note_file(files, f"{match[1].lower()}_{int(match[2]):03}", kind, file)
@@ -124,7 +125,7 @@ def choose(splits, found, seed):
 
 
 def share(splits, found, args):
-    """Return `choose`. If damaged slides leave valid without a class, assign the other slides to splits again."""
+    """Return what `choose` returns. If damage leaves valid without a class, first assign the other slides again."""
     patches = choose(splits, found, args.seed)
     kinds = {label for chosen in patches.values() for split, label, *_ in chosen if split == "valid"}
     if args.slides or kinds == {0, 1}:
@@ -166,7 +167,7 @@ def opened(file):
             yield slide
     except prepare.Damaged:
         raise
-    except Exception as e:  # OpenSlide's errors, and others due to a damaged header
+    except Exception as e:  # OpenSlide's own errors, and those that a damaged header causes
         raise prepare.Damaged(f"{file} is not a readable slide ({e}); download it again") from e
 
 
@@ -194,7 +195,7 @@ def on_tissue(slide, file):
 
 
 def otsu(counts):
-    """Return Otsu's threshold: it maximises the variance between the two classes and belongs to the lower one."""
+    """Return Otsu's threshold, which maximises the variance between two classes. The lower class includes it."""
     below, sums = counts.cumsum(), (counts * np.arange(len(counts))).cumsum()
     above = below[-1] - below
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -208,7 +209,7 @@ def read_annotation(file):
         found = [(annotation.get("PartOfGroup", "").lower(),
                   np.array([(float(c.get("X")), float(c.get("Y"))) for c in annotation.iter("Coordinate")]))
                  for annotation in ElementTree.parse(file).iter("Annotation")]
-    except Exception as e:  # also for unknown encodings and invalid numbers
+    except Exception as e:  # including unknown encodings and invalid numbers
         raise prepare.Damaged(f"{file} is not a readable ASAP annotation ({e}); download it again") from e
     found = [(group, polygon) for group, polygon in found if len(polygon) > 2]
     if not any(group in TUMOUR_GROUPS for group, _ in found):
@@ -231,10 +232,10 @@ def inside(polygon, xs, ys):
 def outline(polygon, shape):
     """Return bool `shape` (grid of centres): True if the patch is within 4 pixels of the outline."""
     found, steps = np.zeros(shape, bool), np.roll(polygon, -1, axis=0) - polygon
-    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # points at most 8 pixels apart, the outline within 4
+    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # points are at most 8 pixels apart, so one is within 4
     part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)
     points = np.repeat(polygon, parts, axis=0) + np.repeat(steps / parts[:, None], parts, axis=0) * part[:, None]
-    first = np.ceil((points - SIZE - 4) / STEP).astype(int)  # of the patches that cover a point, as column and row
+    first = np.ceil((points - SIZE - 4) / STEP).astype(int)  # (column, row) of the patches that cover a point
     last = np.floor((points + 4) / STEP).astype(int)
     for dy in range(SIZE // STEP + 1):
         for dx in range(SIZE // STEP + 1):
@@ -246,7 +247,7 @@ def outline(polygon, shape):
 
 # ---------------------------------------------------------------------------------------------------- work on one slide
 def draw(free, most, rng):
-    """Draw up to `most` centres (x, y) from a bool grid at random; their patches do not overlap."""
+    """Draw up to `most` centres (x, y) at random from a bool grid, so that their patches do not overlap."""
     free, centres = free.copy(), []
     for place in rng.permutation(np.flatnonzero(free)):
         row, column = divmod(int(place), free.shape[1])

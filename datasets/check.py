@@ -1,27 +1,28 @@
 """Check new data before the first run: are all files usable, and is an image or a patient in two splits?
 
-Prints one line per kind of finding. Errors (exit code 1): the same image, or one patient, in two splits; masks that are
-missing, all black, or not the size of their image; files that cannot be read. Notices (exit code 0): counts other
-than the published ones, near-duplicates, mixed sizes or formats, odd masks, names that may belong to one patient. Two
-files are written below <root>/.cache: a record of the check (JSON), which runs on the same files quote, and a picture
-(PNG) with samples and the closest pairs.
+It prints one line for each kind of finding. Errors (exit code 1) are images or patients that are in two splits; masks
+that are missing, all black, or not the size of their image; and files that cannot be read. Notices (exit code 0) are
+counts that differ from the published ones, near-duplicates, mixed sizes or formats, odd masks, and names that may
+belong to one patient. Two files are written to <root>/.cache: a record of the check (JSON), which later runs on the
+same files quote, and a picture (PNG) with samples and the closest pairs.
 
-Images are compared by their texture: the difference of an image from its own blur, divided by the local standard
+Images are compared by their texture: the difference between an image and its own blur, divided by the local standard
 deviation of that difference. Brightness, contrast and gamma hardly change it.
-1. The textures of all images at 32x32 pixels are correlated, in eight orientations, also inverted. For each image the
-   best match in another split goes to step 2. (A copy was the best match in each of 750 trials.)
-2. Both images are read again at half their size (64 to 256 pixels), aligned by shifting, and one gets the tone curve of
-   the other. Their similarity is the correlation of the textures: fine details and noise distinguish a copy from a
-   second photograph. A similarity of at least 0.965 (SAME) means the same image, at least 0.75 (NEAR) a near-duplicate.
+1. The textures of all images at 32x32 pixels are correlated in eight orientations, also inverted. For each image, the
+   best match in another split goes to step 2. (In all of 750 trials, the best match was the original of a copy.)
+2. Both images are read again at half their size (64 to 256 pixels) and aligned by a shift, and one is given the tone
+   curve of the other. Their similarity is the correlation of the textures: fine details and noise distinguish a copy
+   from a second photograph. A similarity of at least 0.965 (SAME) means the same image, one of at least 0.75 (NEAR) a
+   near-duplicate.
 
 Similarities of copies of 50 solar cells and 50 brain MR images (lowest; the lower of both medians): mirrored 0.994;
-0.999, JPEG of quality 80 0.982; 0.991, of 60 0.967; 0.982, at 70% of the size and back 0.981; 0.990, gamma 0.6 or 1.6
-0.992; 0.996, contrast 0.5 or 1.5 0.985; 0.992, inverted 0.989; 0.996. Mirrored, 70%, gamma 1.6 and JPEG of 60 combined
-0.955; 0.981, so some of these are called near-duplicates, as are JPEG copies of almost flat images. Images that are not
-copies (median; highest): the ten closest pairs of solar cells, each from one silicon block, 0.950; 0.962, adjacent MR
-slices 1 mm apart 0.851; 0.931, 2 mm apart 0.663; 0.834. The gap at 0.965 is narrow: slices interpolated between thicker
-ones can be above it (0.961; 0.981), and a copy that was cropped, enlarged or shifted is below it. So look at the
-picture.
+0.999, JPEG of quality 80 0.982; 0.991, JPEG of quality 60 0.967; 0.982, scaled to 70% and back 0.981; 0.990, gamma 0.6
+or 1.6 0.992; 0.996, contrast 0.5 or 1.5 0.985; 0.992, inverted 0.989; 0.996. With mirroring, 70%, gamma 1.6 and JPEG of
+quality 60 combined they are 0.955; 0.981, so some of these copies are called near-duplicates, and so are JPEG copies of
+almost flat images. Similarities of images that are not copies (median; highest): the ten closest pairs of solar cells,
+each pair from one silicon block, 0.950; 0.962, adjacent MR slices 1 mm apart 0.851; 0.931, 2 mm apart 0.663; 0.834. The
+gap at 0.965 is narrow: slices interpolated between thicker ones can be above it (0.961; 0.981), and a copy that was
+cropped, enlarged or shifted is below it. So look at the picture.
 """
 
 import csv
@@ -47,15 +48,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 SAME, NEAR = 0.965, 0.75
-COMPARED = 3000  # best matches of two splits that go to step 2, so that a check takes minutes
+COMPARED = 3000  # limit of matches of two splits that go to step 2, so that a check takes only minutes
 CLASSES = ["train normal", "valid normal", "valid anomalous", "test normal", "test anomalous"]
 PUBLISHED = {  # numbers of images (README, Benchmarks)
     "brain": (7500, 39, 44, 640, 3075), "liver": (1542, 93, 73, 833, 660), "resc": (4297, 45, 70, 1041, 764),
     "oct2017": (26315, 8, 24, 242, 726), "chest": (8000, 70, 1420, 781, 16413), "histo": (5088, 100, 100, 1000, 1000)}
 SCRIPTS = dict(brain="brats2021", liver="lits", resc="resc", oct2017="oct2017", chest="rsna", histo="camelyon16")
 MAYBE_PATIENT = re.compile(r"(.*\d.*)[-_]\D*\d+")
-FORMATS = {"1": "1-bit", "L": "8-bit grey", "RGB": "8-bit colour", "I;16": "16-bit grey"}  # otherwise Pillow's mode
-TILE, COLUMNS = 120, 8  # of the picture
+FORMATS = {"1": "1-bit", "L": "8-bit grey", "RGB": "8-bit colour", "I;16": "16-bit grey"}  # others: Pillow's name
+TILE, COLUMNS = 120, 8  # in the picture
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Args:
 
 # ------------------------------------------------------------------------------------------------------- single files
 def look_at(entry):
-    """Return an image's 32x32 texture (None if unreadable), size and format as text, [(level, what, example), ...]."""
+    """Return an image's 32x32 texture (None if unreadable), its size and format in words, and its findings."""
     image, _, mask = entry
     try:
         array, size = common.decode(image, 32)
@@ -84,7 +85,7 @@ def look_at(entry):
 
 
 def look_at_mask(mask, size):
-    """Return the findings about the mask (a file or None) of an anomalous image of this size."""
+    """Return the findings [(level, what, example), ...] about the mask (a file or None) of an image of this size."""
     if mask is None:
         return []
     try:
@@ -108,7 +109,7 @@ def look_at_mask(mask, size):
 def patients(files, base):
     """Return {(level, patient): {split: an image}}; level: "error", or "notice" if the file name is not conclusive.
 
-    files: {split: [image, ...]}. A manifest of the preparation scripts (CSV with image, case) overrides file names."""
+    files: {split: [image, ...]}. A preparation script's manifest (CSV with image, case) overrides file names."""
     cases, found = {}, defaultdict(dict)
     for manifest in base.glob("*.csv"):
         with open(manifest, newline="", errors="replace") as f:
@@ -130,7 +131,7 @@ def turn(image, orientation):
 
 
 def texture(image):
-    """Turn grey values (B, S, S) in 0..255 into unit vectors (B, S * S): the product of two is their correlation."""
+    """Turn grey values (B, S, S) in 0..255 into unit vectors (B, S * S). The product of two is their correlation."""
     detail = image - common.smooth(image, 2)
     detail = detail / (common.smooth(detail**2, 4) + 16).sqrt()  # + 16: details below 4 grey values fade out
     detail = detail.flatten(1)
@@ -138,7 +139,7 @@ def texture(image):
 
 
 def toned(image, other):
-    """Apply the tone curve to `image` (S, S) that brings it closest to `other`: the mean of `other` per grey value."""
+    """Give `image` (S, S) the tone curve that brings it closest to `other`: the mean of `other` for each grey value."""
     value = image.round().long().flatten().numpy()
     count, total = (ndimage.gaussian_filter1d(np.bincount(value, weights, 256), 2)
                     for weights in (np.ones(len(value)), other.flatten().numpy()))
@@ -146,7 +147,7 @@ def toned(image, other):
 
 
 def similarity(file, other, orientation=0):
-    """Return the correlation of the textures of two image files after turning, shifting and adapting the tone."""
+    """Return the correlation of the textures of two image files, after aligning them and matching their tone."""
     with Image.open(file) as first, Image.open(other) as second:
         size = min(256, max(64, min(first.size + second.size) // 2))
     a, b = (torch.from_numpy(common.decode(f, size)[0].mean(axis=0, dtype=np.float32)) for f in (file, other))
@@ -155,7 +156,7 @@ def similarity(file, other, orientation=0):
     correlation = torch.fft.irfft2(spectra[0] * spectra[1].conj(), (size, size))  # for each shift
     b = b.roll(divmod(int(correlation.abs().argmax()), size), (0, 1))
     pairs = texture(torch.stack([toned(a, b), b, a, toned(b, a)]))
-    return max(float(pairs[0] @ pairs[1]), float(pairs[2] @ pairs[3]))  # clipped tones match in one direction
+    return max(float(pairs[0] @ pairs[1]), float(pairs[2] @ pairs[3]))  # clipped tones match in one direction only
 
 
 def closest(known, others):
@@ -194,7 +195,7 @@ def tile(file, mask, orientation):
 
 
 def draw(file, classes, pairs):
-    """Draw a row of samples per class of `classes`, {title: entries}, and two per item of `pairs`, {title: matches}."""
+    """Draw a row of samples for each class, {title: entries}, and up to two for each of `pairs`, {title: matches}."""
     rows = []  # (title, [(caption, image, mask, orientation), ...])
     for title, entries in classes.items():
         n = min(COLUMNS, len(entries))

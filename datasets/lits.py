@@ -1,25 +1,26 @@
-"""liver, valid and test: the liver CT benchmark's slices from LiTS (training set, MICCAI 2017, arXiv:1901.04056).
+"""liver, valid and test: slices of the liver CT benchmark from LiTS (training set, MICCAI 2017, arXiv:1901.04056).
 
-Source: lits-challenge.com or Kaggle, andrewmvd/liver-tumor-segmentation (and its part 2); CC BY-NC-SA according to the
-thesis. 131 cases, 0 to 130. Train comes from BTCV, see btcv.py.
+Source: lits-challenge.com or Kaggle, andrewmvd/liver-tumor-segmentation (and its part 2). The licence is CC BY-NC-SA
+according to the thesis. It has 131 cases, 0 to 130. Train comes from BTCV, see btcv.py.
 --raw: the folder that holds volume-<case>.nii and segmentation-<case>.nii (or .nii.gz), at any depth, in one folder or
-several. Some segmentations have lost the orientation in their volume's header (case 53; 28 to 47 in some copies): see
-step 4 of btcv.py.
+several. Some segmentations lack their volume's orientation (case 53; in some copies also 28 to 47): see step 4 of
+btcv.py.
 
 The rule:
-1. Every axial slice with liver (label above 0) of the cases 1 to 10 is used. Slices with tumour (label 2) are anomalous
-   and have it as mask. --all-cases uses every case of the source, --patients FILE the cases that it lists.
+1. Every axial slice with liver (label above 0) of the cases 1 to 10 is used. Slices with tumour (label 2) are
+   anomalous, and the tumour is the mask. --all-cases uses every case of the source, --patients FILE those that it
+   lists.
 2. Window, mask, equalisation and orientation are those of btcv.py; give it the same --equalize.
-3. Whole patients go to valid so that its slices match the published 93 normal and 73 anomalous (fewer, in proportion,
-   from a smaller source) or come as close as possible. Valid has normal and anomalous slices if any choice allows it.
-   Patients are tried in an order given by --seed; the others are test.
-   --patients FILE (CSV: case,split, with the case's number) defines the division instead.
+3. Whole patients are chosen for valid so that its slices match the published 93 normal and 73 anomalous ones (or, in a
+   smaller source, proportionally fewer) or come as close as possible. Valid has normal and anomalous slices if any
+   choice allows it. Patients are tried in an order given by --seed; the others are test. --patients FILE (CSV:
+   case,split, with the case's number) defines the division instead.
 
 Published: valid 93 + 73, test 833 + 660, i.e. 733 of the 7,190 slices with tumour in the 131 cases. The thesis does not
 say which ones these are. Cases 1 to 10 are inferred: public lists of the published valid images (MVFA-AD, CVPR 2024)
-name slices of these ten only, and 734 slices of these ten have tumour. The published split is by slice (the authors'
-liver.py), with the same patients in valid and test. Here a patient is in one split only, so the slices of ten whole
-patients hardly add up to the published counts; the actual counts are printed before the images are written.
+name slices of these ten only, and 734 slices of these ten show tumour. The published split is by slice (the authors'
+liver.py), so valid and test share patients. Here each patient is in one split only, and the slices of whole patients
+hardly ever add up to the published counts; the actual counts are printed before the images are written.
 """
 
 import sys
@@ -46,7 +47,7 @@ class Args(prepare.Args):
     all_cases: bool = False
     """use all cases of the source instead of 1 to 10"""
     patients: Path | None = None
-    """CSV file with the columns case,split that assigns the patients, instead of a choice by the seed"""
+    """CSV file with the columns case,split that assigns patients to splits, instead of the seed"""
 
 
 def find_cases(raw):
@@ -59,7 +60,7 @@ def is_liver(labels):
 
 
 def count_slices(files, folder):
-    """Count [normal, anomalous] slices of a case. Its volume is also read, so that only usable cases are divided."""
+    """Count [normal, anomalous] slices of a case. Its volume is read too, so that only usable cases are divided."""
     counts = [0, 0]
     for _, _, labels in btcv.liver_slices(files, is_liver, equalized=False):
         counts[int((labels == TUMOUR).any())] += 1
@@ -67,15 +68,15 @@ def count_slices(files, folder):
 
 
 def plan(counts, seed):
-    """Return {case: split} from {case: [number of normal slices, of anomalous slices]}."""
+    """Return {case: split} from {case: [number of normal slices, number of anomalous slices]}."""
     wanted = []
     for label in (0, 1):
         valid, total = PUBLISHED["valid", label], PUBLISHED["valid", label] + PUBLISHED["test", label]
         wanted.append(min(valid, max(1, round(sum(c[label] for c in counts.values()) * valid / total))))
     valid = prepare.divide(counts, wanted, seed) if counts else []
     if not valid:
-        raise common.Error(f"{len(counts)} usable patients cannot be divided: valid needs one, test another one, with "
-                           "normal and anomalous slices; add cases, or give --all-cases or --patients FILE")
+        raise common.Error(f"{len(counts)} usable patients cannot be divided: valid needs one and test another, "
+                           "with normal and anomalous slices; add cases, or give --all-cases or --patients FILE")
     return {case: "valid" if case in valid else "test" for case in counts}
 
 

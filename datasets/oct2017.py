@@ -1,27 +1,27 @@
 """oct2017: the retinal OCT benchmark without masks from OCT2017.
 
 Source: data.mendeley.com/datasets/rscbjbr9sj, the version with 26,315 images in train/NORMAL; CC BY 4.0 (Kermany et al.
-2018, doi.org/10.1016/j.cell.2018.02.010). Images of about 512x496 pixels.
+2018, doi.org/10.1016/j.cell.2018.02.010). The images have about 512x496 pixels.
 --raw: the folder that holds OCT2017/{train,test}/{NORMAL,CNV,DME,DRUSEN}/<CLASS>-<patient>-<k>.jpeg, at any depth. In
-the training part only NORMAL is read.
+the training part, only NORMAL is read.
 
-The same download contains chest X-rays, which are skipped: only folders with CNV, DME or DRUSEN in one of their parts
-are read, and in them only images named after their class.
+The same download contains chest X-rays. They are skipped: a folder is read only if one of its parts has CNV, DME or
+DRUSEN, and in it only images that are named after their class.
 
 The rule:
 1. Train is train/NORMAL. CNV, DME and DRUSEN are anomalous.
-2. The test part (250 images per class) is divided by class and patient. Patients are tried in an order given by
-   --seed: a patient's images go to valid unless a class of valid would then exceed 8 images (for a source of another
-   size, the corresponding share, at least one). The other patients are test.
-3. If a copy already has this part in a folder `val` (Kaggle's: 8 per class, and 242 per class in test), it is valid.
+2. The test part (250 images per class) is divided by class and patient. Patients are tried in an order given by --seed:
+   a patient's images go to valid unless a class of valid would then exceed 8 images (or, in a source of another size,
+   the corresponding share, but at least one). The other patients are test.
+3. If a copy already has a folder `val` (Kaggle's: 8 images per class, and 242 in test), that folder is valid.
 4. Pixels are written unchanged, in grey.
 
-In the original source, train and test probably share patients (the number in a name): 3,663 such images were counted
-in one version. The script then stops before it reads an image, and asks for one of two flags:
-  --leave-out-shared leaves out the train images of patients in valid or test (and the images of a given valid of
-    patients in test): fewer images than published, but no patient in two splits
-  --allow-duplicates keeps them all: the published images, with patients in two splits
-JPEG has no checksums: damage is noticed only if the file is cut off or its header is wrong.
+In the original source, train and test probably share patients (numbered in file names): 3,663 such images were
+counted in one version. If they do, the script stops before it reads any image and asks for one of two flags:
+  --leave-out-shared leaves out the train images of patients who are also in valid or test (and, if there is a `val`,
+    its images of patients who are also in test): fewer images than published, but no patient is in two splits
+  --allow-duplicates keeps them all: the published images, but some patients are in two splits
+JPEG files have no checksums, so damage is noticed only if a file is cut off or its header is wrong.
 Published: train 26,315; valid 8 + 24; test 242 + 726.
 """
 
@@ -42,7 +42,7 @@ VALID, TEST = 8, 242  # images per class
 PUBLISHED = {("train", 0): 26315, ("valid", 0): 8, ("valid", 1): 24, ("test", 0): 242, ("test", 1): 726}
 LOOKED_FOR = "images like train/NORMAL/NORMAL-1001772-1.jpeg and test/CNV/CNV-1016042-1.jpeg"
 MEMORY = 0.1  # GiB per process
-CHUNK = 200  # images that a process takes at a time
+CHUNK = 200  # images given to a process at a time
 
 
 @dataclass
@@ -69,7 +69,7 @@ def find_images(raw):
                 raise common.Error(f"{images[name][-1]} and {file} are copies of one image; keep only one below "
                                    "--raw")
             images[name] = part, kind, match[1], str(file)
-    prepare.skipped(left, "JPEG files that are not OCT images by folder and name")
+    prepare.skipped(left, "JPEG files that are not OCT images (by folder and name)")
     return images
 
 
@@ -96,8 +96,8 @@ def plan(images, seed=0):
 
 
 def shared(images, planned):
-    """Return the names of train images whose patient is also in valid or test, and of valid images (of a folder `val`)
-    whose patient is also in test. images: as in `plan`."""
+    """Return the names of train images of patients who are also in valid or test, and of valid images (of a folder
+    `val`) of patients who are also in test. images: as in `plan`."""
     patients = {split: {images[name][2] for name, s in planned.items() if s == split} for split in ("valid", "test")}
     others = dict(train=patients["valid"] | patients["test"], valid=patients["test"], test=set())
     return [name for name, split in planned.items() if images[name][2] in others[split]]
@@ -119,8 +119,8 @@ if __name__ == "__main__":
     planned = plan({name: image[:3] for name, image in images.items()}, args.seed)
     crossing = shared(images, planned)
     if crossing and not (args.leave_out_shared or args.allow_duplicates):
-        raise common.Error(f"{len(crossing)} of {len(planned)} images (e.g. {crossing[0]}) are of patients also in "
-                           "valid or test; give --leave-out-shared, or keep them all with --allow-duplicates")
+        raise common.Error(f"{len(crossing)} of {len(planned)} images (e.g. {crossing[0]}) show patients who are "
+                           "also in valid or test; give --leave-out-shared, or keep them all with --allow-duplicates")
     left = set(crossing) if args.leave_out_shared else set()
     planned = {name: split for name, split in planned.items() if name not in left}
     preparation = prepare.Preparation("oct2017", "oct2017", ["train", "valid", "test"], args, images, MEMORY)

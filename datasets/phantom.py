@@ -1,20 +1,21 @@
-"""phantom: a benchmark that needs no download, made from the brain MR volume that every nibabel installation contains.
+"""phantom: test data that needs no download, made from the brain MR volume that every nibabel installation contains.
 
 Each image is a slice of one volunteer's brain (an axial volume of 128x96x24 voxels that nibabel distributes as test
-data), deformed, with changed grey values and painted lesions. It is a demonstration for first runs and tests, not a
-benchmark: results on it say nothing about patients.
+data), deformed and with changed grey values; anomalous images also have painted lesions. The phantom is for first runs
+and tests. It is not a benchmark: results on it say nothing about patients.
 
-The rule for an image, with a random generator of its own:
+Each image has a random generator of its own and is made by this rule:
 1. Cut a slice at a random depth and tilt; mirror it or not; scale, rotate and elastically deform it.
-2. For an anomalous image, add one to three lesions: bright or dark, textured, soft-edged, with irregular outline. The
-   mask is where a lesion changes the image by more than a third of its maximum.
+2. For an anomalous image, add one to three lesions that are bright or dark, textured and soft-edged, with an irregular
+   outline. The mask is where a lesion changes the image by more than a third of its maximum.
 3. Apply a random tone curve, a smooth bias field and Rician noise.
 
-Writes <root>/phantom/{train/good,{valid,test}/{good,Ungood}}/img/*.png (8-bit grey), masks in Ungood/anomaly_mask, and
-manifest.csv. The same arguments give the same bytes. Default counts: train 200; valid 20 + 20; test 60 + 60.
+The script writes <root>/phantom/{train/good,{valid,test}/{good,Ungood}}/img/*.png (8-bit grey), masks in
+Ungood/anomaly_mask, and manifest.csv. The same arguments always give the same bytes. Default counts: train 200; valid
+20 + 20; test 60 + 60.
 
 Source: nibabel/tests/data/example4d.nii.gz, the mean of two repetitions of one scan. nibabel's MIT licence covers the
-package with its examples; nibabel does not say where the scan comes from.
+package and its examples; nibabel does not say where the scan comes from.
 """
 
 import dataclasses
@@ -158,4 +159,4 @@ if __name__ == "__main__":
         common.write_csv(tmp / "manifest.csv", rows)
         (tmp / "arguments.json").write_text(asked)
     print(f"{folder}: train {args.train} normal, valid {args.valid} + {args.valid}, test {args.test} + {args.test} "
-          f"(normal + anomalous), {args.size}x{args.size} pixels; one deformed brain, painted lesions: no benchmark")
+          f"(normal + anomalous), {args.size}x{args.size} pixels; one deformed brain, painted lesions, not a benchmark")

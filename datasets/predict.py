@@ -1,10 +1,10 @@
 """--predict: score images or scans with a trained model, decide on each, and write heat maps.
 
 scores.csv has the score of each image (or slice), its percentile among the normal validation images, and the decision;
-scans.csv has the same for scans. maps/ has pictures, masks/ the pixels above the threshold and raw/ (--save-maps) the
-anomaly maps, both at the image's size; maps of a scan have its format. predict.json records the input and checkpoint.
-
-common.py's `finish` calls `predict`. A copied method script needs this file and volumes.py only for --predict."""
+scans.csv has the same for scans. maps/ holds pictures, masks/ the pixels above the threshold, and raw/ (--save-maps)
+the anomaly maps; masks and raw maps have the image's size. Maps of a scan are in the scan's format. predict.json
+records the input and the checkpoint. `common.finish` calls `predict`; a copied method script needs this file and
+volumes.py only for --predict."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def predict(run, model):
 
 
 def score_images(run, model, decision, files):
-    """Return (rows of scores.csv, no rows of scans.csv, damaged files)."""
+    """Return (rows of scores.csv, [] because there are no scans, damaged files)."""
     args, asked, rows, damaged = run.args, Path(run.args.predict), [], []
     for start in common.progress(range(0, len(files), args.batch_size), "images"):
         arrays = {}
@@ -75,7 +75,7 @@ def score_scans(run, model, decision):
     """Return (rows of scores.csv, one per slice; rows of scans.csv; damaged files). Blank slices get no score.
 
     Write each scan's maps in its own format, and a picture of the slice with the highest score."""
-    import volumes  # here, because images need neither nibabel nor pydicom
+    import volumes  # imported here because images need neither nibabel nor pydicom
 
     args, rows, scan_rows = run.args, [], []
     scans, damaged = volumes.find_scans(args.predict)
@@ -124,7 +124,7 @@ def answer(name, score, normal, threshold):
 
 
 def save_maps(run, index, image, anomaly_map, decision, row):
-    """Write the picture of an image (3, H, W), its mask if there is a pixel threshold, and the resized map (S, S)."""
+    """Write the picture of an image (3, H, W) and its map (S, S), the mask if there is a threshold, and the raw map."""
     name = f"{index:05}_{common.plain(row['path'].rsplit('.', 1)[0])}"
     title = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
     common.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
@@ -146,7 +146,7 @@ def show_ranking(rows, what, threshold, normal, needed):
         percentile, decided = row["percentile"] if normal else "-", row["decision"] or "-"
         print(f"{row['score']:>12.4g}  {percentile:>10}  {decided:<9}  {row['path']}")
     if threshold is None:
-        print(f"{len(rows)} {what}, not decided: that needs {needed} normal validation {what}, there were {normal}")
+        print(f"{len(rows)} {what}, not decided: that takes {needed} normal validation {what}, not {normal}")
     else:
         above = sum(row["decision"] == "anomalous" for row in rows)
         print(f"{len(rows)} {what}, {above} above the threshold {threshold:.4g}")

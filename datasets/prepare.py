@@ -1,10 +1,10 @@
 """Code shared by the preparation scripts: arguments, resumable work on many cases, writing images, and checks between
-splits. The rule for a source is in its own script.
+splits. The rule for each source is in its own script.
 
 A script scans its source, assigns each case to a split, calls `Preparation.map` to write the images case by case (in
-parallel; finished cases are kept) and ends with `Preparation.finish`. Until then all files are in the hidden folder
-<root>/.preparing-<source>. Its folder `part`, with the manifest, becomes visible through one rename, so that a visible
-part of a benchmark is always complete.
+parallel; finished cases are kept) and ends with `Preparation.finish`. Until then, all files are in the hidden folder
+<root>/.preparing-<source>. Its folder `part`, with the manifest, is made visible by a single rename, so a visible part
+of a benchmark is always complete.
 """
 
 import csv
@@ -46,7 +46,7 @@ class Args:
     seed: Annotated[int, Ge(0)] = 0
     """seed for all random choices of the rule"""
     workers: Annotated[int | None, Ge(1)] = None
-    """cases processed in parallel (default: one per core, fewer if memory is short)"""
+    """number of cases processed in parallel (default: one per core, fewer if memory is short)"""
     strict: bool = False
     """stop at the first damaged file instead of skipping it"""
     allow_duplicates: bool = False
@@ -66,7 +66,7 @@ def raw_folder(args, looked_for):
 
 
 def wrong_folder(raw, looked_for):
-    """Raise `Error` that names the expected and the actual content of `raw`."""
+    """Raise an `Error` that says what `raw` should hold and what it does hold."""
     found = sorted(p.name + "/" * p.is_dir() for p in raw.iterdir() if p.name[0] != ".")
     more = f" and {len(found) - 6} more" * (len(found) > 6)
     raise common.Error(f"{raw} does not hold {looked_for}; found {', '.join(found[:6]) or 'nothing'}{more}; give the "
@@ -81,7 +81,7 @@ def note_file(files, case, kind, file):
 
 def labelled(files, raw, volume, label):
     """Return {case: [volume file, label file or None]}, sorted by case, from {case: {kind: file}}. Skip volumes without
-    label in a folder named test or validation: challenges publish no labels for these parts."""
+    a label in a folder named test or validation, because challenges publish no labels for these parts."""
     found, left = {}, []
     skipped([kinds[label] for kinds in files.values() if volume not in kinds], "labels without their volume")
     for case, kinds in sorted(files.items()):
@@ -96,7 +96,7 @@ def labelled(files, raw, volume, label):
 
 
 UNLABELLED = re.compile(r"(?<![a-z])(test|valid)|(images|labels)ts$", re.IGNORECASE)
-VOLUME = r"\.(?:nii(?:\.gz)?|img)"  # endings of NIfTI file names; an .img has its .hdr next to it
+VOLUME = r"\.(?:nii(?:\.gz)?|img)"  # endings of NIfTI file names; the .hdr of an .img is next to it
 
 
 def skipped(files, what):
@@ -155,7 +155,7 @@ def read_grey(file):
     """Read an image as (H, W) uint8; `Damaged` if it cannot be used."""
     try:
         with Image.open(file) as image:
-            image.verify()  # a PNG's checksums, which Pillow ignores when it decodes
+            image.verify()  # verifies a PNG's checksums, which Pillow ignores when it decodes
         with Image.open(file) as image:
             if image.mode[0] in "IF":
                 raise Damaged(f"{file} has pixels of mode {image.mode}; 8 bits are expected, download it again")
@@ -174,10 +174,10 @@ def volume_and_label(files):
     volume, label = map(Volume, files)
     if label.image.shape[:3] == volume.image.shape[:3]:
         if (label.axes, label.signs) != (volume.axes, volume.signs):
-            note("labels have another orientation than their volumes on the same grid; the volume's is used")
+            note("labels are on the same grid as their volume but have another orientation; the volume's is used")
         label.axes, label.signs, label.shape = volume.axes, volume.signs, volume.shape
     if volume.shape != label.shape:
-        raise Damaged(f"{label.file} is {label.shape}, its volume {volume.file} {volume.shape} voxels; "
+        raise Damaged(f"{label.file} has {label.shape} voxels, its volume {volume.file} {volume.shape}; "
                       "download both again")
     return volume, label
 
@@ -226,7 +226,7 @@ def worker():
 
 def work_on(function, items, folder, kept):
     """Call function(item, folder) for `items`, {key: (item, asked)}; return ({key: (result, notes)}, {key: damage}).
-    The JSON file `kept` stores each result with `asked`; it is reused if `asked` is equal and its images exist."""
+    The JSON file `kept` stores each result with `asked`. It is reused if `asked` is equal and its images exist."""
     try:
         known = json.loads(kept.read_text())
     except (OSError, ValueError):
@@ -265,8 +265,8 @@ def correct_sum(item, folder):
 
 
 def published_sums(files):
-    """Return {file: checksum} for the `files` (paths of the whole source) that are named in a list of checksums among
-    them, as md5sum or sha256sum writes it."""
+    """Return {file: checksum} for those of `files`, all paths of the source, that are named in a list of checksums
+    among them. A list is a file as md5sum or sha256sum writes it."""
     sums = {}  # {name: {path as listed: checksum}}
     for file in files:
         if re.search("md5|sha256|checksum", file.name, re.IGNORECASE) and file.stat().st_size < 2**26:
@@ -301,7 +301,7 @@ def locked(file, wait=False):
 
 
 def free_memory():
-    """Return the free memory in bytes, at most the memory limit of this container or job."""
+    """Return the free memory in bytes, but at most the memory limit of this container or job."""
     try:
         free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
         group = Path("/sys/fs/cgroup" + Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2])
@@ -312,16 +312,16 @@ def free_memory():
 
 
 class Preparation:
-    """Prepare a benchmark, or part of it, from one source; end the program if that is already done."""
+    """Prepare a benchmark, or a part of it, from one source. End the program if that has already been done."""
 
     def __init__(self, source, benchmark, splits, args, files, memory):
-        """source: name of the script; splits: the splits of `benchmark` that it writes; files: files of the
-        source in nested containers, whose names, sizes and times are recorded; memory: GiB per process."""
+        """source: name of the script; splits: the splits of `benchmark` that it writes; files: the
+        source's files in nested containers, to record their names, sizes and times; memory: GiB per process."""
         self.source, self.splits, self.args, self.memory = source, splits, args, memory
         self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
         self.part, self.record = self.work / "part", self.folder / f"{source}.json"
         self.damaged, self.notes = {}, {}
-        # A list counts by its content, so an edited list defines another benchmark.
+        # A list is recorded by its content, so an edited list means another benchmark.
         self.asked = {k: [common.sha256(f) for f in sorted([v, *v.glob("*")]) if f.is_file()] if isinstance(v, Path)
                       else v for k, v in dataclasses.asdict(args).items() if k not in FREE}
         raw = str(raw_folder(args, source))
@@ -338,7 +338,7 @@ class Preparation:
         if begun["arguments"] != self.asked:
             raise common.Error(f"{self.work} was started with other arguments; remove it, or choose another --root")
         if changed := self._changed(begun["files"]):
-            print(f"note: since this preparation was started {changed}; the affected images are written again")
+            print(f"note: since this preparation began, {changed}; the affected images are written again")
         with common.atomic(self.work / "begun.json") as tmp:
             tmp.write_text(json.dumps(dict(arguments=self.asked, files=self.files)))
 
@@ -352,7 +352,7 @@ class Preparation:
             raise common.Error(f"{file} is damaged ({e}); remove its folder and prepare it again") from e
 
     def _changed(self, before):
-        """Return the changes in the source, in words; before: {file: [size, time]}."""
+        """Return in words how the source has changed; before: {file: [size, time]}."""
         lists = {"changed": [f for f in before if f in self.files and before[f] != self.files[f]],
                  "are missing": sorted(before.keys() - self.files.keys()),
                  "are new": sorted(self.files.keys() - before.keys())}
@@ -360,7 +360,7 @@ class Preparation:
                             for how, files in lists.items() if files)
 
     def _finished(self):
-        """End the program because the part exists; raise `Error` if it does not match the arguments or the source."""
+        """End the program, since the part exists; raise `Error` if it does not match the arguments or the source."""
         shutil.rmtree(self.work)
         made, again = self._read(self.record, {}), "remove it and prepare it again, or choose another --root"
         if made.get("arguments") != self.asked or "files" not in made:
@@ -376,8 +376,8 @@ class Preparation:
 
     def map(self, function, items, what, chunk=1):
         """Return {key: function(item, folder)} for `items`, {key (str): item}, in their order, from worker processes.
-        Damaged items are named and left out. function: defined in a module; returns JSON values, writes with `save`.
-        chunk: number of items that a process takes at a time and whose results share one file."""
+        Damaged items are named and left out. function: must be defined in a module, return JSON values and write
+        images with `save`. chunk: number of items given to a process at a time; their results are kept in one file."""
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         count = self.args.workers or max(1, min(cores, int(free_memory() / 2**30 / self.memory)))
         results, keys = {}, list(items)
@@ -428,7 +428,7 @@ class Preparation:
             raise common.Error("stopped at the first damaged file (--strict)")
 
     def plan(self, counts, published):
-        """Print counts that differ from the published ones; `Error` if a class of train or test would have no images.
+        """Print counts that differ from the published ones; `Error` if a class of train or test would be empty.
 
         counts, published: {(split, label): number of images}."""
         other = []
@@ -487,7 +487,7 @@ class Preparation:
                                "ran; run it again")
         planned = set(images_of(rows))
         for place, folders, names in os.walk(self.part, topdown=False):
-            for file in [Path(place, name) for name in names]:  # from an earlier plan or an interrupted write
+            for file in [Path(place, name) for name in names]:  # left by an earlier plan or an interrupted write
                 if file.relative_to(self.part).as_posix() not in planned:
                     file.unlink()
             for folder in folders:
@@ -500,8 +500,8 @@ class Preparation:
                 notes={text: len(keys) for text, keys in self.notes.items()})))
 
     def _publish(self):
-        """Make the part visible by one rename. If the folder already holds another script's part, hide the folder, add
-        this part and move it back, so that a visible folder is always complete."""
+        """Make the part visible by a single rename. If the folder already holds another script's part, hide the folder,
+        add this part and move the folder back, so that a visible folder is always complete."""
         whole = self.work / "whole"
         try:
             if not self.folder.exists():
@@ -523,7 +523,7 @@ class Preparation:
             for entry in [whole / name for name in (*self.splits, f"{self.source}.csv", f"{self.source}.json")]:
                 if entry.exists():
                     os.rename(entry, self.part / entry.name)
-            if self.folder.exists():  # written again since
+            if self.folder.exists():  # it has been made again since
                 shutil.rmtree(whole)
             else:
                 os.rename(whole, self.folder)
@@ -539,7 +539,7 @@ class Preparation:
 
 
 def shares(total, counts):
-    """Divide `total` cases in proportion to `counts`: at least one for each, largest remainders first."""
+    """Divide `total` cases in proportion to `counts`, with at least one for each and the largest remainders first."""
     exact = np.array(counts) * total / sum(counts)
     found = np.maximum(1, np.floor(exact)).astype(int)
     while found.sum() != total:
@@ -550,9 +550,9 @@ def shares(total, counts):
 
 
 def divide(counts, wanted, seed):
-    """Choose cases from `counts` ({case: (normal, anomalous)}) whose images add up to `wanted` (normal, anomalous), or
-    come closest to it; cases are tried in an order given by the seed. The other cases always have images of both
-    classes, the chosen cases if any division allows it; [] if no case can be spared."""
+    """Choose cases from `counts` ({case: (normal, anomalous)}) so that their images add up to `wanted` (normal,
+    anomalous) or come as close as possible. Cases are tried in an order given by the seed. The other cases always have
+    images of both classes, and so do the chosen ones if any division allows it. Return [] if no case can be spared."""
     total = np.sum(list(counts.values()), axis=0).tolist()
     names = sorted(counts)
     reached = {(0, 0): None}  # {sum of some cases: (sum without the last case, the last case)}

@@ -5,22 +5,22 @@ doi.org/10.1016/j.media.2019.05.002). 70 + 15 labelled cases (cubes) of 128 slic
 --raw: the folder that holds the training and the validation part, at any depth, PNG or BMP, in one of two layouts:
   Edema_trainingset/original_images/<cube>.img/<k>.bmp with Edema_trainingset/label_images/<cube>_labelMark/<k>.bmp
   train/images/<cube>_<k>.png with train/labels/<cube>_<k>.png
-A file's part is given by the last folder in its path whose name contains train, trainingset, val, valid, validation
-or validationset as a word, in upper or lower case. A part named test has no labels and is skipped. A file is a label
-if the last folder in its path whose name contains image, label, mask or ground contains one of the last three. Folders
-that all slices share are ignored.
+The part of a file is given by the last folder in its path with train, trainingset, val, valid, validation or
+validationset as a word in its name (in upper or lower case). A part named test has no labels and is skipped. Of the
+folders with image, label, mask or ground in their names, the last one says whether the file is an image or a label
+(label, mask or ground); folders that all slices share are ignored for this.
 
 The rule:
 1. A slice with labels above 0 (128, 191, 255: three kinds of lesions) is anomalous, and these labels are its mask.
-2. Train is the slices without lesion from the training part.
-3. The validation part is divided by patient: whole patients go to valid so that its slices add up to 45 normal and 70
-   anomalous (for a part of another size, the same shares), or come closest to it. Patients are tried in an order given
-   by --seed; the others are test. --patients FILE (CSV: case,split) defines the division instead.
+2. Train consists of the slices without lesions in the training part.
+3. The validation part is divided by patient. Whole patients are chosen for valid so that its slices add up to 45 normal
+   and 70 anomalous ones (in a part of another size, the same shares) or come as close as possible. Patients are tried
+   in an order given by --seed; the others are test. --patients FILE (CSV: case,split) defines the division instead.
 4. Pixels are written unchanged, in grey.
 
-A patient may have several cubes, in all parts: the patient is the part of a cube's name before _Macular
-(P0077_MacularCube512x128_...). A cube with another name counts as one patient, train_<cube> or valid_<cube> in the
-column `case`. PNG files are checked by their checksums. A BMP has none: damage is noticed only if the file is cut off
+In all parts, a patient may have several cubes: the patient is the part of a cube's name before _Macular
+(P0077_MacularCube512x128_...). A cube with another name is one patient, named train_<cube> or valid_<cube> in the
+column `case`. The checksums of PNG files are verified. A BMP has none, so damage is noticed only if the file is cut off
 or its header is wrong.
 Published: train 4,297; valid 45 + 70; test 1,041 + 764. Valid and test together are all 15 x 128 slices. The 115 slices
 of valid are not a multiple of 128, so whole cubes of the full source come close to the published counts but cannot
@@ -46,7 +46,7 @@ PUBLISHED = {("train", 0): 4297, ("valid", 0): VALID[0], ("valid", 1): VALID[1],
              ("test", 1): TEST[1]}
 LOOKED_FOR = ("a training and a validation part like Edema_trainingset/original_images/<cube>.img/1.bmp with "
               "Edema_trainingset/label_images/<cube>_labelMark/1.bmp")
-CHUNK = 128  # slices that a process takes at a time
+CHUNK = 128  # slices given to a process at a time
 
 
 @dataclass
@@ -79,14 +79,14 @@ def patient_of(part, cube):
 
 
 def has_lesion(item, folder):
-    """Return True if the label has a lesion. The image is also read, so that only usable slices are divided."""
+    """Return True if the label has a lesion. The image is read too, so that only usable slices are divided."""
     image, label = item
     if image is None or label is None:
         raise prepare.Damaged(f"{image or label} has no {'label' if image else 'image'} for the same slice; "
                               "unpack the source again")
     pixels, mask = prepare.read_grey(image), prepare.read_grey(label) > 0  # (512, 1024)
     if mask.shape != pixels.shape:
-        raise prepare.Damaged(f"{label} is {mask.shape}, its image {image} {pixels.shape} pixels; unpack both again")
+        raise prepare.Damaged(f"{label} has {mask.shape} pixels, its image {image} {pixels.shape}; unpack both again")
     return bool(mask.any())
 
 
@@ -102,7 +102,7 @@ def plan(slices, seed=0, fixed=None):
         chosen = prepare.divide(counts, wanted, seed) if counts else []
         if not chosen:
             raise common.Error(f"{len(counts)} usable patients in the validation part cannot be divided: valid needs "
-                               "one, test another one, with normal and anomalous slices")
+                               "one and test another, with normal and anomalous slices")
         fixed = {patient: "valid" if patient in chosen else "test" for patient in counts}
     planned = {}
     for name, (part, patient, lesion) in slices.items():

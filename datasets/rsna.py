@@ -2,19 +2,19 @@
 
 Source: kaggle.com/c/rsna-pneumonia-detection-challenge, after accepting its rules; for research, education and other
 non-commercial use. 26,684 radiographs, 1024x1024 pixels, 8 bit, JPEG in DICOM, 3.7 GB compressed.
---raw: the folder that holds stage_2_train_images/<patientId>.dcm and stage_2_detailed_class_info.csv
-(patientId,class; 30,227 rows, several for some patients), at any depth. Nothing else is read.
+--raw: the folder that holds stage_2_train_images/<patientId>.dcm and stage_2_detailed_class_info.csv (patientId,class;
+30,227 rows, several for some patients), at any depth. Nothing else is read.
 
 The rule:
 1. The class Normal is normal; Lung Opacity and No Lung Opacity / Not Normal are anomalous.
-2. The normal patients (8,851), in an order given by --seed, are divided into 8,000 train, 70 valid and 781 test, the
-   others (17,833) into 1,420 valid and 16,413 test. A source of another size is divided in the same proportions, with
-   at least one patient in each part. --patients FILE (CSV: case,split) defines the division instead.
+2. The 8,851 normal patients, in an order given by --seed, are divided into 8,000 train, 70 valid and 781 test, and the
+   17,833 others into 1,420 valid and 16,413 test. A source of another size is divided in the same proportions, with at
+   least one patient in each part. --patients FILE (CSV: case,split) defines the division instead.
 3. Pixels are scaled to 8 bits, from black at the minimum to white at the maximum that the header allows (bits stored,
    sign, rescale slope and intercept). 8-bit pixels, as in the source, stay unchanged. Images with photometric
    interpretation MONOCHROME1 or a negative slope are inverted.
 
-JPEG in DICOM has no checksums: damage is noticed only if the file is cut off or its header is wrong.
+JPEG in DICOM has no checksums, so damage is noticed only if the file is cut off or its header is wrong.
 Published: train 8,000; valid 70 + 1,420; test 781 + 16,413 (the thesis calls valid 1:1).
 """
 
@@ -37,13 +37,13 @@ PUBLISHED = {(split, label): count for label, parts in PARTS.items() for split, 
 LIST = "stage_2_detailed_class_info.csv"
 LOOKED_FOR = f"stage_2_train_images/<patientId>.dcm and {LIST}"
 MEMORY = 0.15  # GiB per process
-CHUNK = 100  # images that a process takes at a time
+CHUNK = 100  # images given to a process at a time
 
 
 @dataclass
 class Args(prepare.Args):
     patients: Path | None = None
-    """CSV file with the columns case,split that assigns the patients, instead of the seed"""
+    """CSV file with the columns case,split that assigns patients to splits, instead of the seed"""
 
 
 def labels_of(rows):
@@ -73,7 +73,7 @@ def plan(labels, seed=0):
 
 
 def read_radiograph(file):
-    """Read a DICOM image as (H, W) uint8 by rule 3, black is 0; raise `Damaged` if it cannot be used."""
+    """Read a DICOM image as (H, W) uint8 by rule 3, with black as 0; raise `Damaged` if it cannot be used."""
     dataset = volumes.open_dicom(file)
     try:
         stored = dataset.pixel_array.astype(np.float64)
@@ -82,7 +82,7 @@ def read_radiograph(file):
         low = -(2 ** (bits - 1)) if signed else 0
         image = (stored - low) / (2**bits - 1)  # in [0, 1]
     except Exception as e:  # pydicom and its decoders raise many kinds of errors
-        why = " ".join(str(e).split())  # it has one line per decoder tried
+        why = " ".join(str(e).split())  # it has one line for each decoder that was tried
         raise prepare.Damaged(f"{file} has no readable pixels ({why}); download it again") from e
     if image.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2") or not slope:
         raise prepare.Damaged(f"{file} holds {kind} pixels of shape {image.shape}, rescaled by {slope}; one grey image "
@@ -129,8 +129,8 @@ if __name__ == "__main__":
     places = {Path(file).parent for file in used}
     unlisted = [file for patient, file in files.items() if patient not in labels]
     if cut := [file for file in unlisted if Path(file).parent in places]:
-        preparation.damage(LIST, f"{listed} does not name {len(cut)} of the .dcm files among those that it names, e.g. "
-                                 f"{cut[0]}; download it again")
+        preparation.damage(LIST, f"{listed} does not name {len(cut)} of the .dcm files next to those that it "
+                                 f"names, e.g. {cut[0]}; download it again")
     prepare.skipped([file for file in unlisted if Path(file).parent not in places], "other .dcm files")
     preparation.plan(Counter((split, labels[patient]) for patient, split in planned.items()), PUBLISHED)
     items = {patient: (patient, labels[patient], planned[patient], files.get(patient)) for patient in sorted(planned)}

@@ -1,7 +1,7 @@
 """Read scans (NIfTI volumes and DICOM series) slice by slice, and write their anomaly maps in the format of the scan.
 
-As a script it writes the axial slices of a folder of scans as training images, <to>/scan0001-<name>/0042.png and so on.
-These names tell a method that is trained on them with `--data` which slices belong to the same scan.
+Run as a script, it writes the axial slices of a folder of scans as images, <to>/scan0001-<name>/0042.png and so on, to
+train on with `--data`. The names tell the method which slices belong to the same scan.
 
 The preparation scripts use `Volume`, `open_dicom` and `stretched`; predict.py uses `find_scans`. In shapes, D is the
 number of slices of a scan, (H, W) the size of a slice and S the image size of the method."""
@@ -46,16 +46,16 @@ class Damaged(common.Error):
 
 
 class Volume:
-    """Read axial slices of a NIfTI volume in the same orientation for any affine: rows run from front to back, columns
-    from the patient's right to the left (radiological view), slices upwards. Raise `Damaged` if it cannot be used.
+    """Read axial slices of a NIfTI volume in the same orientation, whatever its affine: rows run from front to back,
+    columns from the patient's right to the left (radiological view), slices upwards. Raise `Damaged` if it is unusable.
 
-    header_only: read the grid only; nothing is unpacked, and damaged voxels are not noticed."""
+    header_only: read only the grid; nothing is unpacked, and damaged voxels go unnoticed."""
 
     def __init__(self, file, header_only=False):
         self.file = file
         try:
             self.image = nibabel.load(file) if header_only else _opened(file)
-            orientation = nibabel.io_orientation(self.image.affine)  # per voxel axis: axis of the body and its sign
+            orientation = nibabel.io_orientation(self.image.affine)  # for each voxel axis: body axis and its sign
             needed = math.prod(self.image.shape) * self.image.get_data_dtype().itemsize + self.image.dataobj.offset
             data = self.image.file_map["image"]
             size = data.fileobj.getbuffer().nbytes if data.fileobj else os.path.getsize(data.filename)
@@ -102,8 +102,8 @@ class Volume:
 
 
 def _opened(file):
-    """Open a NIfTI file. Unpack a compressed one into memory up to its end, where the checksum is: reading slices from
-    the file would ignore the checksum and start from the beginning each time."""
+    """Open a NIfTI file. A compressed one is unpacked into memory to its end, where its checksum is. Reading slices
+    from the file would ignore the checksum and start from the beginning each time."""
     image = nibabel.load(file)
     held = {}
     for kind, part in image.file_map.items():
@@ -160,7 +160,7 @@ def find_scans(path):
     A scan is a NIfTI volume, a DICOM series (files in one folder with the same SeriesInstanceUID), or a single DICOM
     file, which may have many frames. Its unique `name` comes from its path `source` and is valid in a file name. The
     len(scan) slices are ordered from bottom to top: slice(i) returns (H, W) uint8, blank(i) is True if all its pixels
-    are equal; both may raise `Damaged`. Read one scan after the other: the voxels of the last volume stay in memory."""
+    are equal; both may raise `Damaged`. Read one scan after another: only the last volume's voxels stay in memory."""
     path = Path(os.path.abspath(path))
     found, series, damaged, others = [], {}, [], []
     for file in [path] if path.is_file() else common.files_in(path):
@@ -177,7 +177,7 @@ def find_scans(path):
                     others.append(file)
         except Damaged as e:
             damaged.append(str(e))
-    if others:  # segmentations, and reports and plans that archives export with a series
+    if others:  # segmentations, reports, and plans that archives export with a series
         print(f"note: {len(others)} files that hold no images are skipped, e.g. {others[0]}", file=sys.stderr)
     alone = {key: len({one.file for one in slices}) == 1 for key, slices in series.items()}
     shared = Counter(folder for folder, number in series if not alone[folder, number])
@@ -207,7 +207,7 @@ class NiftiScan:
         return self.volume.shape[2]
 
     def slice(self, i):
-        return stretched(_voxels(self)[i])  # by its own range, as in the benchmark brain
+        return stretched(_voxels(self)[i])  # by its own range, as in the brain benchmark
 
     def blank(self, i):
         return not np.ptp(self.slice(i))
@@ -223,7 +223,7 @@ class NiftiScan:
         self.volume.save(maps, Path(folder, f"{self.name}_map.nii.gz"))
 
 
-@functools.lru_cache(maxsize=1)  # unpacks a volume once for all its slices, then frees it for the next
+@functools.lru_cache(maxsize=1)  # a volume is unpacked once for all its slices, and freed for the next
 def _voxels(scan):
     """Return the slices (D, H, W) of a NiftiScan; set voxels that are not finite to the minimum of their slice."""
     voxels = np.require(Volume(scan.source).axial(finite=False), requirements="W")
@@ -251,15 +251,15 @@ class DicomScan:
     def save_maps(self, folder, maps, pixel, low):
         """Write the series <name>_map, which viewers can overlay on this one, and <name>_mask if there is a threshold
         `pixel`. maps: (D, S, S), NaN in slices without a map, which get the value `low` and an empty mask."""
-        start, high = (float(f.reduce(maps, axis=None, initial=low)) for f in (np.fmin, np.fmax))  # ignore NaN
-        start, step = (float(format_number_as_ds(v)) for v in (start, (high - start) / 65535 or 1.0))  # as written
+        start, high = (float(f.reduce(maps, axis=None, initial=low)) for f in (np.fmin, np.fmax))  # these ignore NaN
+        start, step = (float(format_number_as_ds(v)) for v in (start, (high - start) / 65535 or 1.0))  # as stored
         self._save(Path(folder, f"{self.name}_map"), "anomaly map", 1000, maps, start, step,
                    lambda m: np.rint((np.where(np.isnan(m), low, m) - start) / step).clip(0, 65535))
         if pixel is not None:
             self._save(Path(folder, f"{self.name}_mask"), "anomaly mask", 2000, maps, 0, 1, lambda m: m >= pixel)
 
     def _save(self, folder, description, number, maps, intercept, slope, stored):
-        """Write a derived series, one file per slice. stored: converts a map to integers for slope and intercept."""
+        """Write a derived series, one file per slice. stored: a function that converts a map to the stored integers."""
         series = uid.generate_uid()
         with common.atomic(folder) as tmp:
             tmp.mkdir()
@@ -267,7 +267,7 @@ class DicomScan:
                 image, source = pydicom.Dataset(), pydicom.Dataset()
                 for key in [key for key in SHARED if key in one.header]:
                     image.add(one.header[key])
-                # The class and modality of the source: viewers overlay few other kinds of series. A map has one frame.
+                # Use the source's class and modality, since viewers overlay few other series. A map has one frame.
                 plain = uid.CTImageStorage if one.header.get("Modality") == "CT" else uid.MRImageStorage
                 own = plain if one.frames > 1 else one.header.get("SOPClassUID")
                 image.SOPClassUID = own or uid.SecondaryCaptureImageStorage
@@ -299,10 +299,10 @@ def _is_dicom(file):
 
 
 def _dicom_slices(file):
-    """Read the header fields that a series needs from a DICOM file with grey images, one entry per frame; [] if the
-    file holds anything else.
+    """Return the header fields that a series needs, one entry per frame of a DICOM file with grey images; [] if it
+    holds no images.
 
-    size: (H, W); turn: directions of rows and columns, place: first pixel in mm, both empty if unknown."""
+    size: (H, W); turn: directions of rows and columns; place: first pixel in mm. The last two are empty if unknown."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER)
@@ -326,7 +326,7 @@ def _dicom_slices(file):
 
 
 def _of_frame(header, frame):
-    """Return the header of a frame, with the fields of its functional groups, if there are any, at the top."""
+    """Return the header of a frame, with the fields of its functional groups, if any, at the top level."""
     flat = pydicom.Dataset()
     flat.update(header)
     for name, item in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
@@ -337,21 +337,21 @@ def _of_frame(header, frame):
 
 
 def _upwards(slices):
-    """Sort a series from bottom to top along the slices' normal; by number if the headers have no common normal."""
+    """Sort a series from bottom to top along the slices' normal, or by number if the headers have no common normal."""
     turn, heights = slices[0].turn, np.zeros(len(slices))
     if turn.size == 6 and all(s.turn.size == 6 and s.place.size == 3 and np.allclose(s.turn, turn, atol=0.01)
                               for s in slices):
         normal = np.cross(turn[:3], turn[3:])
-        normal *= np.sign(normal[np.abs(normal).argmax()])  # up; for coronal slices back, for sagittal left
+        normal *= np.sign(normal[np.abs(normal).argmax()])  # up; for coronal slices to the back, for sagittal left
         heights = np.round([s.place @ normal for s in slices], 3)  # mm
     order = sorted(range(len(slices)), key=lambda i: (heights[i], slices[i].number, slices[i].file))
     return [slices[i] for i in order]
 
 
-_last_dicom = functools.lru_cache(maxsize=1)(open_dicom)  # a file with many frames is read once
+_last_dicom = functools.lru_cache(maxsize=1)(open_dicom)  # so that a file with many frames is read once
 
 
-@functools.lru_cache(maxsize=1)  # blank(i) and slice(i) decode once
+@functools.lru_cache(maxsize=1)  # so that blank(i) and slice(i) decode it once
 def _picture(scan, i):
     """Return slice i of a DicomScan as (H, W) uint8, as viewers show it by default."""
     one = scan.slices[i]
@@ -367,8 +367,8 @@ def _picture(scan, i):
 
 
 def windowed(values, dataset):
-    """Convert (H, W) floats of a DICOM image to uint8 by the header's first window, else its table, else minimum to
-    maximum. Window functions: DICOM PS3.3, C.11.2.1."""
+    """Convert (H, W) floats of a DICOM image to uint8 with the first window in its header; without one, with the table;
+    without either, from minimum to maximum. Window functions: DICOM PS3.3, C.11.2.1."""
     centre, width = (np.atleast_1d(dataset.get(key))[0] for key in ("WindowCenter", "WindowWidth"))
     function = dataset.get("VOILUTFunction") or "LINEAR"
     if centre is not None and width is not None and function == "LINEAR":

@@ -469,7 +469,7 @@ def test_a_file_that_does_not_fit_ends_with_one_line(damage, clip, tmp_path):
     (dict(adapter_reduction=0.0), ["--adapter-reduction"]),
     (dict(da_levels=7), ["--da-levels", "64"]),
     (dict(da_levels=-1), ["--da-levels"]),
-    (dict(image_size=17, da_levels=0), ["17 pixels", "16"]),
+    (dict(image_size=17, da_levels=0), ["image size 17", "16"]),
 ])
 def test_arguments_that_cannot_be_end_with_one_line(changes, words):
     with pytest.raises(common.Error) as error:
