@@ -354,7 +354,7 @@ def read_lines(file):
 
 def compared(lines):
     """Rows (name, data, score, our values, the peer's, whether level), of the seeds that both have."""
-    for name, data in dict.fromkeys(key[:2] for key in lines):
+    for data, name in sorted({(data, name) for name, data, *_ in lines}):
         seeds = [seed for n, d, who, seed in lines if (n, d, who) == (name, data, "ours")]
         method = name.split("_")[0]
         seeds = [seed for seed in sorted(seeds) if (method, data, "peer", seed) in lines]
@@ -369,8 +369,8 @@ def report(lines):
     print("| training | data | score | ours | peer | level |\n|" + " --- |" * 6)
     for name, data, score, *sides, level in compared(lines):
         ours, peer = (f"{statistics.mean(side):.3f} ({', '.join(f'{v:.3f}' for v in side)})" for side in sides)
-        print(f"| {name} | {data} | {score.replace('_', ' ').replace('auroc', 'AUROC')} | {ours} | {peer} "
-              f"| {'yes' if level else '**no**'} |")
+        label = score.replace("_", " ").replace("auroc", "AUROC").replace("aupro", "AUPRO")
+        print(f"| {name} | {data} | {label} | {ours} | {peer} | {'yes' if level else '**no**'} |")
 
 
 if __name__ == "__main__":
