@@ -1,12 +1,14 @@
 """Ours next to a peer's own training: the same images, weights, size and budget, the last epoch of both.
 
     python tests/levels.py [METHOD ...] --data elpv_poly --weights mobilenet_v2.pth --peers FOLDER
+    python tests/levels.py [METHOD ...] --data phantom --weights mobilenet_v2.pth --peers FOLDER
     python tests/levels.py --report                                 the table of tests/README.md
 
 By hand, as parity.py: peers are no dependency. anomalib 2.7 is in the same environment; --peers holds checkouts of
 pytorch-cutpaste (Runinho) and SimpleNet (DonaldRR), under these names. FLAGS has ours; `..._as_peer` undoes what we
-chose to do differently. A method is level if its mean over seeds is at least the peer's less 0.02, in each score; the
-exit status is 1 if one is not. A peer's training step is its own; batches and metrics are common.py's.
+chose to do differently. `phantom` is learns.py's, for the methods with maps. A method is level if its mean over seeds
+is at least the peer's less 0.02, in each score; the exit status is 1 if one is not. A peer's training step is its own;
+batches and metrics are common.py's.
 
 Each training adds a line to levels.jsonl; a finished line is skipped."""
 
@@ -33,26 +35,38 @@ import tyro
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
 from conftest import ROOT, load_script
+from learns import make_phantom
 
 import common
 
 NET = "--backbone mobilenet_v2 --weights WEIGHTS --image-size 128 --batch-size 8"
 FLAGS = {  # of a method's script, and what the peer takes from them; after a _: another run of ours, the same peer
+    "cfa": f"{NET} --epochs 3",
     "cflow": f"{NET} --fiber-batch 128 --epochs 4",
     "cflow_as_peer": f"{NET} --fiber-batch 128 --epochs 4 --schedule constant --augment-degrees 0",
+    "csflow": f"{NET} --hidden 64 --epochs 6 --lr 1e-3",
     "cutpaste": f"{NET} --epochs 60 --freeze-epochs 3",
     "draem": "--textures images --image-size 64 --width 16 --epochs 8 --lr 1e-3",
+    "ganomaly": "--image-size 32 --batch-size 8 --epochs 12",
+    "padim": NET,
+    "patchcore": f"{NET} --ratio 0.003",
+    "rd4ad": "--backbone resnet18 --weights none --image-size 128 --batch-size 8 --epochs 3",
     "simplenet": f"{NET} --epochs 8 --noise 0.16",
+    "stfpm": f"{NET} --epochs 4",
+}
+ON_PHANTOM = {  # has maps, and three times as many training images as elpv_poly; of two values the last counts
+    "cfa": "--epochs 1", "cflow": "--epochs 1", "csflow": "--epochs 2", "draem": "--epochs 3", "padim": "",
+    "patchcore": "--ratio 0.0005", "rd4ad": "--epochs 1", "simplenet": "--epochs 3", "stfpm": "--epochs 2",
 }
 SCORES, MARGIN = ["image_auroc", "pixel_auroc", "aupro"], 0.02
 
 
 @dataclass
 class Args:
-    names: Annotated[list[str], tyro.conf.Positional] = field(default_factory=lambda: list(FLAGS))
-    """of FLAGS; all by default"""
+    names: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
+    """of FLAGS, with the phantom of ON_PHANTOM; all by default"""
     data: Path = Path("elpv_poly")
-    """benchmark folder"""
+    """benchmark folder, or `phantom`"""
     weights: Path = Path("mobilenet_v2.pth")
     """ImageNet weights of torchvision's mobilenet_v2"""
     peers: Path = Path("peers")
@@ -76,32 +90,66 @@ def batches(train, settings, drop_last=False):
         yield from train.batches(settings.batch_size, "cpu", (settings.seed, epoch), drop_last)
 
 
-def anomalib_training(module, images, scale=common.normalize):
-    """The Lightning module's own training step and optimiser, in a plain loop; scores are the model's, an image each.
-
-    One by one, because CFLOW compares to the likeliest vector of a batch."""
-    from anomalib.data import ImageBatch
-
-    optimizer = module.configure_optimizers()
-    module.log, module.optimizers, module.manual_backward = mock.Mock(), lambda: optimizer, torch.Tensor.backward
-    module.train()
-    for image in images:
-        loss = module.training_step(ImageBatch(image=scale(image)), 0)["loss"]
-        if module.automatic_optimization:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    module.eval()
+def anomalib_scores(model, scale=common.normalize):
+    """An image at a time, because CFLOW compares to the likeliest vector of a batch."""
+    model.eval()
 
     def predict(image):
-        answers = [module.model(scale(x)) for x in image.split(1)]
-        return (torch.cat([a.anomaly_map.view(1, *image.shape[2:]) for a in answers]),
-                torch.cat([a.pred_score.view(1) for a in answers]))
+        with torch.no_grad():
+            answers = [model(scale(x)) for x in image.split(1)]
+        maps = [a.anomaly_map.view(1, *image.shape[2:]) for a in answers if a.anomaly_map is not None]
+        return torch.cat(maps) if maps else None, torch.cat([a.pred_score.view(1) for a in answers])
 
     return predict
 
 
+def anomalib_training(module, images, scale=common.normalize, lr=None):
+    """The Lightning module's own training step and optimisers, in a plain loop."""
+    from anomalib.data import ImageBatch
+
+    optimizers = module.configure_optimizers()
+    optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr or group["lr"]
+    module.log = module.log_dict = mock.Mock()
+    module.optimizers = lambda: optimizers if len(optimizers) > 1 else optimizers[0]
+    module.manual_backward = torch.Tensor.backward
+    module.train()
+    for image in images:
+        losses = module.training_step(ImageBatch(image=scale(image)), 0)
+        if module.automatic_optimization:
+            optimizers[0].zero_grad()
+            module.backward(losses["loss"])
+            if norm := module.trainer_arguments.get("gradient_clip_val"):
+                torch.nn.utils.clip_grad_norm_(module.parameters(), norm)
+            optimizers[0].step()
+    return anomalib_scores(module.model, scale)
+
+
 OFF = dict(post_processor=False, evaluator=False, visualizer=False)
+
+
+def sized(module, settings, **more):
+    """The module for images of our size, which it takes from its preprocessing; that is not called."""
+    size = (settings.image_size, settings.image_size)
+    return module(pre_processor=module.configure_pre_processor(size), **OFF, **more)
+
+
+def cfa(settings, train, args):
+    """anomalib knows backbones by name and downloads their weights: its extractor and first layer are replaced."""
+    import anomalib.models.image.cfa.torch_model as theirs
+    from anomalib.data import ImageBatch
+    from anomalib.models.image import Cfa
+
+    layers = load_script("methods/cfa.py").LAYERS[settings.backbone]
+    backbone = common.feature_extractor(settings.backbone, layers, args.weights)
+    width = sum(f.shape[1] for f in backbone(torch.zeros(1, 3, 64, 64)).values())
+    with mock.patch.multiple(theirs, get_return_nodes=lambda name: layers, get_feature_extractor=lambda *_: backbone):
+        module = Cfa("resnet18", **OFF)
+        module.model.descriptor.layer = theirs.CoordConv2d(width, width, 1)
+        module.model.initialize_centroid([ImageBatch(image=common.normalize(image))
+                                          for image in train.batches(settings.batch_size, "cpu")])
+    return anomalib_training(module, batches(train, settings, drop_last=True), lr=settings.lr)
 
 
 def cflow(settings, train, args):
@@ -111,6 +159,26 @@ def cflow(settings, train, args):
     layers = load_script("methods/cflow.py").LAYERS[settings.backbone]
     module = Cflow(network, layers, False, settings.fiber_batch, settings.blocks, lr=settings.lr, **OFF)
     return anomalib_training(module, batches(train, settings, drop_last=True))
+
+
+def csflow(settings, train, args):
+    """Its EfficientNet-B5 is replaced; its flow takes 304 channels and no other number."""
+    import anomalib.models.image.csflow.torch_model as theirs
+    from anomalib.models.image import Csflow
+
+    layer = load_script("methods/csflow.py").LAYERS[settings.backbone]
+    backbone = common.feature_extractor(settings.backbone, [layer], args.weights)
+
+    class Features(torch.nn.Module):
+        def __init__(self, **unused):
+            super().__init__()
+
+        def forward(self, image):
+            return {"features.6.8": backbone(image)[layer][:, :304]}
+
+    with mock.patch.multiple(theirs, TimmFeatureExtractor=Features, efficientnet_b5=lambda weights: None):
+        module = sized(Csflow, settings, cross_conv_hidden_channels=settings.hidden)
+    return anomalib_training(module, batches(train, settings), lr=settings.lr)
 
 
 def draem(settings, train, args):
@@ -168,6 +236,50 @@ def cutpaste(settings, train, args):
     return lambda image: (None, gaussian.predict(embed(image)))
 
 
+def ganomaly(settings, train, args):
+    from anomalib.models.image import Ganomaly
+
+    module = sized(Ganomaly, settings, batch_size=settings.batch_size, n_features=settings.features,
+                   latent_vec_size=settings.latent)
+    return anomalib_training(module, batches(train, settings, drop_last=True), lr=settings.lr)
+
+
+def padim(settings, train, args):
+    from anomalib.models.image.padim.torch_model import PadimModel
+
+    layers, drawn = load_script("methods/padim.py").LAYERS[settings.backbone]
+    network = common.pretrained_network(settings.backbone, args.weights).eval()
+    model = PadimModel(network, layers[::-1], pre_trained=False, n_features=settings.features or drawn)
+    model.train()
+    for image in train.batches(settings.batch_size, "cpu"):
+        model(common.normalize(image))
+    model.fit()
+    return anomalib_scores(model)
+
+
+def patchcore(settings, train, args):
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+
+    layers = load_script("methods/patchcore.py").LAYERS[settings.backbone]
+    network = common.pretrained_network(settings.backbone, args.weights).eval()
+    model = PatchcoreModel(layers, network, pre_trained=False, num_neighbors=settings.neighbors)
+    model.train()
+    for image in train.batches(settings.batch_size, "cpu"):
+        model(common.normalize(image))
+    model.subsample_embedding(settings.ratio)
+    return anomalib_scores(model)
+
+
+def rd4ad(settings, train, args):
+    """Its decoder exists for ResNets only; both have the same random teacher."""
+    from anomalib.models.image import ReverseDistillation
+
+    module = sized(ReverseDistillation, settings, backbone=settings.backbone, pre_trained=False)
+    state = common.pretrained_network(settings.backbone, settings.weights).state_dict()
+    assert not module.model.encoder.feature_extractor.load_state_dict(state, strict=False).missing_keys
+    return anomalib_training(module, batches(train, settings), lr=settings.lr)
+
+
 def simplenet(settings, train, args):
     theirs = load_script("tests/peers/simplenet.py")
     ours = load_script("methods/simplenet.py").build_model(settings)
@@ -184,7 +296,25 @@ def simplenet(settings, train, args):
     return predict
 
 
+def stfpm(settings, train, args):
+    """Repaired: given a network, its teacher and its student are that one, frozen; the student is replaced."""
+    from anomalib.models.components import TimmFeatureExtractor
+    from anomalib.models.image import Stfpm
+    from torchvision.models import get_model
+
+    layers = load_script("methods/stfpm.py").LAYERS[settings.backbone]
+    module = Stfpm(common.pretrained_network(settings.backbone, args.weights).eval(), layers, **OFF)
+    student = get_model(settings.backbone, weights=None)
+    module.model.student_model = TimmFeatureExtractor(backbone=student, layers=layers, requires_grad=True)
+    return anomalib_training(module, batches(train, settings), lr=settings.lr)
+
+
 # ------------------------------------------------------------------------------------------------------- the trainings
+def flags_of(name, data):
+    more = ON_PHANTOM.get(name.split("_")[0], "") if data == "phantom" else ""
+    return f"{FLAGS[name]} {more}".strip()
+
+
 def scores_of(metrics):
     return {name: round(metrics[name], 4) for name in SCORES if metrics.get(name) is not None}
 
@@ -192,10 +322,10 @@ def scores_of(metrics):
 def train_one(args, name, seed, who):
     """A training of ours or of the peer's, as a line of levels.jsonl."""
     method, started = name.split("_")[0], time.perf_counter()
-    flags = [str(args.weights) if flag == "WEIGHTS" else flag for flag in FLAGS[name].split()]
+    flags = [str(args.weights) if flag == "WEIGHTS" else flag for flag in flags_of(name, args.data.name).split()]
     out = args.out / f"{who}-{name}-{seed}"
     flags = ["--data", str(args.data), "--root", str(args.out), "--out", str(out), "--seed", str(seed), "--device",
-             "cpu", "--maps", "0", "--eval-every", str(10**6), "--overwrite", *flags]
+             "cpu", "--maps", "0", "--overwrite", *flags, *["--eval-every", str(10**6)] * ("--epochs" in flags)]
     if who == "ours":
         command = [sys.executable, ROOT / f"methods/{method}.py", *flags]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -211,19 +341,20 @@ def train_one(args, name, seed, who):
         metrics = common.evaluate(model, test, 8, torch.device("cpu")).metrics
     commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=40"],
                             capture_output=True, text=True).stdout.strip()
-    return dict(name=name, data=args.data.name, seed=seed, who=who, flags=FLAGS[name], scores=scores_of(metrics),
-                seconds=round(time.perf_counter() - started, 1), commit=commit)
+    return dict(name=name, data=args.data.name, seed=seed, who=who, flags=flags_of(name, args.data.name),
+                scores=scores_of(metrics), seconds=round(time.perf_counter() - started, 1), commit=commit)
 
 
 def read_lines(file):
     """{(name, data, who, seed): line} of the commands in FLAGS."""
     lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    return {(l["name"], l["data"], l["who"], l["seed"]): l for l in lines if l["flags"] == FLAGS.get(l["name"])}
+    return {(l["name"], l["data"], l["who"], l["seed"]): l for l in lines
+            if l["name"] in FLAGS and l["flags"] == flags_of(l["name"], l["data"])}
 
 
 def compared(lines):
     """Rows (name, data, score, our values, the peer's, whether level), of the seeds that both have."""
-    for name, data in dict.fromkeys(key[:2] for key in lines):
+    for data, name in sorted({(data, name) for name, data, *_ in lines}):
         seeds = [seed for n, d, who, seed in lines if (n, d, who) == (name, data, "ours")]
         method = name.split("_")[0]
         seeds = [seed for seed in sorted(seeds) if (method, data, "peer", seed) in lines]
@@ -238,19 +369,22 @@ def report(lines):
     print("| training | data | score | ours | peer | level |\n|" + " --- |" * 6)
     for name, data, score, *sides, level in compared(lines):
         ours, peer = (f"{statistics.mean(side):.3f} ({', '.join(f'{v:.3f}' for v in side)})" for side in sides)
-        print(f"| {name} | {data} | {score.replace('_', ' ').replace('auroc', 'AUROC')} | {ours} | {peer} "
-              f"| {'yes' if level else '**no**'} |")
+        label = score.replace("_", " ").replace("auroc", "AUROC").replace("aupro", "AUPRO")
+        print(f"| {name} | {data} | {label} | {ours} | {peer} | {'yes' if level else '**no**'} |")
 
 
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     if unknown := set(args.names) - set(FLAGS):
         raise common.Error(f"no training of {', '.join(sorted(unknown))}; there are {', '.join(FLAGS)}")
-    args.data, args.weights, args.peers = args.data.resolve(), args.weights.resolve(), args.peers.resolve()
     if args.report:
         report(read_lines(args.jsonl))
         raise SystemExit
     os.environ["OMP_NUM_THREADS"] = "1"
+    args.names = args.names or list(ON_PHANTOM if args.data.name == "phantom" else FLAGS)
+    if args.data == Path("phantom"):
+        args.data = make_phantom(ROOT / "runs/learns")
+    args.data, args.weights, args.peers = args.data.resolve(), args.weights.resolve(), args.peers.resolve()
     done, broken = read_lines(args.jsonl), []
     left = [(name, seed, who) for seed in args.seeds for name in args.names for who in ("ours", "peer")
             if (name, args.data.name, who, seed) not in done and (who == "ours" or "_" not in name)]
