@@ -174,7 +174,7 @@ def volume_and_label(files):
     volume, label = map(Volume, files)
     if label.image.shape[:3] == volume.image.shape[:3]:
         if (label.axes, label.signs) != (volume.axes, volume.signs):
-            note("labels are on the same grid as their volume but have another orientation; the volume's is used")
+            note("labels have another orientation than their volumes on the same grid; the volume's is used")
         label.axes, label.signs, label.shape = volume.axes, volume.signs, volume.shape
     if volume.shape != label.shape:
         raise Damaged(f"{label.file} has {label.shape} voxels, its volume {volume.file} {volume.shape}; "
