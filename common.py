@@ -394,7 +394,7 @@ class Features:
     """Features of a split's images from a frozen network, for training loops that need them in every epoch.
 
     They are computed once and kept in a file if it takes at most args.cache_features GiB and at most half of the free
-    disk. Otherwise they are computed again for each batch. On a GPU that is also done for more than 2 MiB per image,
+    disk. Otherwise they are computed again for each batch, and so are features of more than 2 MiB per image on a GPU,
     which take longer to read than to compute (tests/README.md). The script prints which of the two it does."""
 
     def __init__(self, extract, split, args, run):
@@ -462,7 +462,7 @@ def load_benchmark(args):
 
 # --------------------------------------------------------------------------------------------------- pretrained weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_TAG = "laion400m_e32"  # the only published ViT-B-16-plus-240 (laion400m_e31 is one epoch earlier)
+CLIP_TAG = "laion400m_e32"  # the only published ViT-B-16-plus-240 (laion400m_e31 is the same run an epoch earlier)
 TINY_CLIP = dict(embed_dim=128, vision_cfg=dict(layers=4, width=128, patch_size=16),
                  text_cfg=dict(layers=4, width=128, heads=4))  # --model tiny: for tests and demonstrations
 
@@ -655,7 +655,7 @@ class PixelMetrics:
         order = anomalous.argsort()[::-1]
         anomalous, pro = anomalous[order], overlap[order].cumsum()
         last = np.append(np.flatnonzero(np.diff(anomalous)), len(anomalous) - 1)  # last of equal scores
-        # At each anomalous score, highest first: anomalous pixels at or above it, normal ones above it, and at or above
+        # At each anomalous score, highest first: anomalous pixels at or above it; normal pixels above it, or also at it
         tp, pro = last + 1, pro[last]
         fp_above, fp = (self.n - np.searchsorted(normal, anomalous[last], side) for side in ("right", "left"))
         hits, middle = np.diff(tp, prepend=0), np.float32(self.low / 2 + self.high / 2)
