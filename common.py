@@ -685,12 +685,12 @@ class PixelMetrics:
         has this false positive rate over all normal pixels)."""
         scores, region = np.concatenate(self.anomalous), np.concatenate(self.region)
         area, rates = np.bincount(region), [0.015 * k for k in range(1, 21)]
-        above = {} if threshold is None else dict(overlap=scores >= np.float32(threshold))
-        above |= {f"fpr_{rate:.3f}": scores > self.normal[self.n - 1 - int(rate * self.n)] for rate in rates}
+        above = {f"fpr_{rate:.3f}": scores > self.normal[self.n - 1 - int(rate * self.n)] for rate in rates}
+        above |= {} if threshold is None else dict(overlap=scores >= np.float32(threshold))
         share = {name: np.bincount(region[hit], minlength=len(area)) / area for name, hit in above.items()}
         first = np.searchsorted(self.regions, self.regions)  # the first region of the same image
-        return [dict(image=image, lesion=int(k - first[k]), area=int(area[k]),
-                     **{name: round(float(column[k]), 4) for name, column in share.items()})
+        return [dict(image=image, lesion=int(k - first[k]), area=int(area[k]), overlap=None)
+                | {name: round(float(column[k]), 4) for name, column in share.items()}
                 for k, image in enumerate(self.regions)]
 
 

@@ -48,6 +48,7 @@ SHORT = {  # the budgets of these tests
     "utrad": [*NET, *BRIEF, "--image-size", 64, "--width", 64, "--layers", 1],
     "winclip": ["--model", "tiny", "--clip-weights", "none", "--image-size", 64, "--clip-size", 64, "--shots", 2],
 }
+report = load_script("report.py")
 RANDOM = set(METHODS) - {"clip_zeroshot"}  # methods whose scores depend on the seed
 IMAGE_ONLY = {"anogan", "cutpaste", "deepsvdd", "fanogan", "ganomaly"}  # methods that give no anomaly map
 SHARED = {"data": str, "root": str, "out": str, "seed": int, "device": str, "image_size": int, "batch_size": int,
@@ -118,6 +119,7 @@ def test_a_run_leaves_complete_results(finished):
     assert {p.name for p in folder.iterdir()} <= {"results.json", "scores.csv", "model.pt", "maps", f"{method}.py",
                                                   "log.csv", "curves.csv", "lesions.csv", "browser"}
     assert ("epochs" in results["args"]) == (folder / "log.csv").exists()
+    assert report.read_run(folder / "results.json", folder.parents[2])["metrics"].items() >= metrics.items()
     if metrics["aupro"] is not None:
         rows = read_csv(folder / "curves.csv")
         fpr, tpr, pro = (np.array([float(r[k]) for r in rows]) for k in ("fpr", "tpr", "pro"))
