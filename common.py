@@ -194,7 +194,7 @@ def named_folder(data, root):
     """Return the folder that --data and --root refer to, or None if it does not exist."""
     known = NAMES.get(data.lower(), [])
     places = (p for p in sorted(Path(root).glob("*")) if p.name.lower() in known and p.is_dir())
-    return Path(data) if Path(data).is_dir() else next(places, None)
+    return Path(data) if data and Path(data).is_dir() else next(places, None)
 
 
 def find_benchmark(data, root):
