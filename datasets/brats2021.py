@@ -53,7 +53,7 @@ MEMORY = 0.2  # GiB per process: an unpacked case of 240x240x155
 @dataclass
 class Args(prepare.Args):
     split: Path | None = None
-    """CSV file with the columns case,split,label that assigns patients to parts, instead of the published lists"""
+    """CSV file with columns case,split,label that assigns patients to splits; replaces the published lists"""
     colormap: Literal["grey", "bone"] = "grey"
     """bone: coloured and transposed like the published images"""
 

@@ -18,7 +18,7 @@ The rule (lits.py shares steps 2 to 4):
 4. Slices are 512x512 as in the source, seen from below (the patient's right is on the left), whatever the affine. A
    label on its volume's grid takes the volume's orientation, whatever its own affine; a note is printed if they differ.
 
-The checksum of a .nii.gz is verified. A .nii has none: damage is noticed only if it is cut off or its header is wrong.
+The checksum of a .nii.gz is verified. A .nii has none: damage is found only if the file is cut or its header invalid.
 --patients FILE (CSV with the column case, for example img0001) selects cases.
 Published: 1,542 training slices, "selected" (thesis, 3.1.2) by an unstated criterion. Here all slices are used.
 """

@@ -219,7 +219,7 @@ def read_annotation(file):
 
 
 def inside(polygon, xs, ys):
-    """Return bool (len(ys), len(xs)): True if the point is inside the polygon (exact even-odd rule)."""
+    """Return a bool array (len(ys), len(xs)), True where the point is inside the polygon (exact even-odd rule)."""
     found = np.zeros((len(ys), len(xs)), bool)
     (x0, y0), (x1, y1) = polygon.T, np.roll(polygon, -1, axis=0).T  # edges from each corner to the next
     for row in np.flatnonzero((ys >= y0.min()) & (ys <= y0.max())):

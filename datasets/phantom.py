@@ -7,7 +7,7 @@ and tests. It is not a benchmark: results on it say nothing about patients.
 Each image has a random generator of its own and is made by this rule:
 1. Cut a slice at a random depth and tilt; mirror it or not; scale, rotate and elastically deform it.
 2. For an anomalous image, add one to three lesions that are bright or dark, textured and soft-edged, with an irregular
-   outline. The mask is where a lesion changes the image by more than a third of its maximum.
+   outline. The mask marks pixels that a lesion changes by more than a third of its largest change.
 3. Apply a random tone curve, a smooth bias field and Rician noise.
 
 The script writes <root>/phantom/{train/good,{valid,test}/{good,Ungood}}/img/*.png (8-bit grey), masks in

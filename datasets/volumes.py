@@ -223,7 +223,7 @@ class NiftiScan:
         self.volume.save(maps, Path(folder, f"{self.name}_map.nii.gz"))
 
 
-@functools.lru_cache(maxsize=1)  # a volume is unpacked once for all its slices, and freed for the next
+@functools.lru_cache(maxsize=1)  # unpack each volume once for all its slices
 def _voxels(scan):
     """Return the slices (D, H, W) of a NiftiScan; set voxels that are not finite to the minimum of their slice."""
     voxels = np.require(Volume(scan.source).axial(finite=False), requirements="W")

@@ -1,8 +1,8 @@
 """CFLOW-AD (Gudovskiy, Ishizaka, Kozuka, WACV 2022, arXiv:2107.12571).
 
 For each of three layers of a pretrained CNN, a normalizing flow learns how likely a feature vector is, given a code of
-its position in the image. The features of lesions are unlikely. The anomaly maps of all layers are enlarged to the size
-of the image and added.
+its position in the image. Features of lesions have a low likelihood. The anomaly maps of all layers are enlarged to
+the size of the image and added.
 
 Settings: thesis, Table 3.3: wide_resnet50_2, Adam with learning rate 1e-4, codes of 128 numbers, clamp 1.9. Where the
 thesis is silent, we follow the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks, each with a

@@ -199,7 +199,7 @@ class ClipRecon(nn.Module):
         features = [f[:, where] for f in features]
         with torch.autocast("cuda", torch.bfloat16, enabled=self.prompts.is_cuda):
             words = self.words(features[-1], self.prompts[where])
-            # no torch.no_grad here: the gradient of the words passes through the frozen encoder
+            # no torch.no_grad here: the gradient must flow back to the words through the frozen encoder
             texts = text_features(self.clip, words.flatten(0, 1), self.text_blocks)
         pairs = [(features[k - 1].float(), p.float().unflatten(0, words.shape[:2]))  # f^k, p^k: (B, P, D)
                  for k, p in zip(self.layers, texts, strict=True)]

@@ -59,7 +59,7 @@ class Args:
     device: str = "auto"
     """device to run on: auto, cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(32)] = 256
-    """images are resized to this width and height in pixels (BMAD's code); scars keep their size of up to 31 pixels"""
+    """width and height in pixels to which images are resized (as in BMAD's code); scars stay up to 31 pixels long"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch (thesis, Table 3.5); each is used three times in training: normal, CutPaste, scar"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535

@@ -155,7 +155,7 @@ def random_projection(dim):
 def greedy_coreset(points, count, batch=2048):
     """Farthest-first traversal (paper, Alg. 1): indices (count,) into points (n, d), starting from a random point.
 
-    The paper updates all distances after each pick. Here many picks share one pass over the points: they are made among
+    The paper updates all distances after each pick. Here, many picks share one pass over the points: each is one of
     the `batch` points farthest from all centres. As long as the farthest of these is no closer than the (batch + 1)-th
     point was at the start of the pass, no other point can be farther, so each pick is exactly the paper's."""
     n = len(points)

@@ -14,7 +14,7 @@ Differences from gdwang08/STFPM:
 - The best epoch is chosen on valid, which contains anomalies, and all training images are used for training. The
   official code holds out a fifth of them and keeps the epoch with the smallest anomaly map on these.
 - Each layer's map is enlarged to the size of the image before the maps are multiplied, as in anomalib and the thesis'
-  benchmark. The official code multiplies the maps on the grid of stride 4 and enlarges the product.
+  benchmark. The official code multiplies the maps on the stride-4 grid and enlarges the product.
 
 Differences from anomalib, which the thesis' benchmark used: its loss is half the sum over the batch, ours is the mean.
 With batches of B images, it equals our loss with a learning rate B/2 times as high (32 images: --lr 6.4) and a weight
