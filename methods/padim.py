@@ -123,13 +123,13 @@ class PaDiM(nn.Module):
                 before = x - mean[:, None]  # (CHUNK, B, d)
                 mean += before.sum(dim=1) / n
                 s.baddbmm_(before.mT, x - mean[:, None])  # gives the sum around the new mean (Chan et al. 1979)
-        whitening, identity = [], torch.eye(d, device=self.mean.device)
+        whitening = []
         while scatter:
             cov = scatter.pop(0)  # frees each chunk before the next one is computed
             cov = (cov.cpu() if cov.device.type == "mps" else cov).double().div_(max(n - 1, 1))  # mps has no float64
             cov.diagonal(dim1=1, dim2=2).add_(EPSILON)
             L = torch.linalg.cholesky(cov)  # S = L L^T
-            W = torch.linalg.solve_triangular(L, identity.to(cov), upper=False)  # L^-1, so S^-1 = W^T W
+            W = torch.linalg.solve_triangular(L, torch.eye(d).to(cov), upper=False)  # L^-1, so S^-1 = W^T W
             whitening.append(W.float().to(self.mean.device)[:, self.lower])
         self.whitening = torch.cat(whitening)
 

@@ -168,15 +168,8 @@ def csflow(settings, train, args):
 
     layer = load_script("methods/csflow.py").LAYERS[settings.backbone]
     backbone = common.feature_extractor(settings.backbone, [layer], args.weights)
-
-    class Features(torch.nn.Module):
-        def __init__(self, **unused):
-            super().__init__()
-
-        def forward(self, image):
-            return {"features.6.8": backbone(image)[layer][:, :304]}
-
-    with mock.patch.multiple(theirs, TimmFeatureExtractor=Features, efficientnet_b5=lambda weights: None):
+    features = load_script("tests/peers/csflow.py").features_of(backbone, layer)
+    with mock.patch.multiple(theirs, TimmFeatureExtractor=features, efficientnet_b5=lambda weights: None):
         module = sized(Csflow, settings, cross_conv_hidden_channels=settings.hidden)
     return anomalib_training(module, batches(train, settings), lr=settings.lr)
 

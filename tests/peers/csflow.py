@@ -20,11 +20,8 @@ script = load_script("methods/csflow.py")
 CHANNELS, HIDDEN = 304, 256
 
 
-def compare(args, train, test):
-    torch.set_default_dtype(torch.float64)
-    layer = script.LAYERS["mobilenet_v2"]
-    backbone = common.feature_extractor("mobilenet_v2", [layer], args.weights)
-
+def features_of(backbone, layer):
+    """The class that replaces anomalib's EfficientNet-B5: as many channels of our backbone as its flow takes."""
     class Features(torch.nn.Module):
         def __init__(self, **unused):
             super().__init__()
@@ -32,8 +29,16 @@ def compare(args, train, test):
         def forward(self, image):
             return {"features.6.8": backbone(image)[layer][:, :CHANNELS]}
 
+    return Features
+
+
+def compare(args, train, test):
+    torch.set_default_dtype(torch.float64)
+    layer = script.LAYERS["mobilenet_v2"]
+    backbone = common.feature_extractor("mobilenet_v2", [layer], args.weights)
     size = (args.image_size, args.image_size)
-    with mock.patch.multiple(anomalib, TimmFeatureExtractor=Features, efficientnet_b5=lambda weights: None):
+    features = features_of(backbone, layer)
+    with mock.patch.multiple(anomalib, TimmFeatureExtractor=features, efficientnet_b5=lambda weights: None):
         peer = anomalib.CsFlowModel(size, HIDDEN)
     for name, parameter in peer.named_parameters():
         if "gamma" in name:
