@@ -190,13 +190,6 @@ def images_in(folder):
     return [file for file in files_in(folder) if file.suffix.lower() in SUFFIXES]
 
 
-def named_folder(data, root):
-    """Return the folder that --data and --root refer to, or None if it does not exist."""
-    known = NAMES.get(data.lower(), [])
-    places = (p for p in sorted(Path(root).glob("*")) if p.name.lower() in known and p.is_dir())
-    return Path(data) if data and Path(data).is_dir() else next(places, None)
-
-
 def find_benchmark(data, root):
     """Return (folder, files by role) of the benchmark that --data and --root refer to; raise `Error` if there is none.
 
@@ -204,7 +197,9 @@ def find_benchmark(data, root):
     valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with Test/test_label/Ungood; MVTec
     AD's test/<defect> with ground_truth/<defect>/*_mask.png. A folder with only images, or with only
     train/good, is read as normal training images."""
-    known, asked = data.lower() in NAMES, named_folder(data, root)
+    known = NAMES.get(data.lower())
+    named = [p for p in sorted(Path(root).glob("*")) if known and p.name.lower() in known and p.is_dir()]
+    asked = Path(data) if data and Path(data).is_dir() else named[0] if named else None
     if asked is None:
         maker = f"made by datasets/{MADE_BY[data.lower()]}" if known else f"known: {', '.join(NAMES)}"
         raise Error(f"no benchmark {data} in {root} ({maker}) and no folder {data}")
@@ -679,20 +674,6 @@ class PixelMetrics:
                     dice=dice(np.nextafter(middle, np.float32(np.inf))),  # above the middle, not at it
                     dice_valid=None if self.threshold is None else dice(np.float32(self.threshold)))
 
-    def lesions(self, threshold):
-        """Call after `compute`. Returns a dict for each region: image (index), lesion (number within the image), area
-        (pixels), overlap (share at or above `threshold`) and fpr_0.015, ..., fpr_0.300 (overlap at the threshold that
-        has this false positive rate over all normal pixels)."""
-        scores, region = np.concatenate(self.anomalous), np.concatenate(self.region)
-        area, rates = np.bincount(region), [0.015 * k for k in range(1, 21)]
-        above = {f"fpr_{rate:.3f}": scores > self.normal[self.n - 1 - int(rate * self.n)] for rate in rates}
-        above |= {} if threshold is None else dict(overlap=scores >= np.float32(threshold))
-        share = {name: np.bincount(region[hit], minlength=len(area)) / area for name, hit in above.items()}
-        first = np.searchsorted(self.regions, self.regions)  # the first region of the same image
-        return [dict(image=image, lesion=int(k - first[k]), area=int(area[k]), overlap=None)
-                | {name: round(float(column[k]), 4) for name, column in share.items()}
-                for k, image in enumerate(self.regions)]
-
 
 @torch.no_grad()
 def score(model, image):
@@ -735,82 +716,6 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
     return SimpleNamespace(metrics=image_metrics(split.labels, scores) | pixel.compute(), scores=scores,
                            ms_per_image=1000 * seconds / done, maxima=maxima, pixel=pixel,
                            map_range=None if maxima is None else (low, float(maxima.max())))
-
-
-# ------------------------------------------------------------------------------------------- from a score to a decision
-def at_specificity(normal, specificity):
-    """Return (threshold, its specificity): the ceil((n + 1) s)-th smallest of n sorted scores of normal images.
-
-    A new normal image of the same kind exceeds it with probability at most 1 - s, whatever the distribution (split
-    conformal prediction, Vovk et al. 2005). If n is too small for s: the maximum, with specificity n / (n + 1)."""
-    rank, n = math.ceil(round((len(normal) + 1) * specificity, 9)), len(normal)
-    return (normal[rank - 1], specificity) if rank <= n else (normal[-1], n / (n + 1)) if n else (None, None)
-
-
-def scan_score(scores, rule):
-    """Combine the scores of a scan's slices: the maximum, or the mean of the five highest ("top5")."""
-    return float(np.sort(scores)[-5 if rule == "top5" else -1 :].mean())
-
-
-def calibrate(model, valid, args, device):
-    """Score the valid split for `decide`. A model with `scaled_by_image` gets no pixel threshold, because its maps
-    cannot be compared between images."""
-    result, comparable = evaluate(model, valid, args.batch_size, device), not getattr(model, "scaled_by_image", False)
-    return {"from": valid.source, "labels": valid.labels.tolist(), "scores": result.scores.tolist(),
-            "scans": [patient(path) for path in valid.paths], "map_range": result.map_range, "dice": result.pixel.best,
-            "maxima": result.maxima.tolist() if result.maxima is not None and comparable else None}
-
-
-# Used in place of `calibrate`'s result if there are no normal validation images. Zero-shot maps are in [0, 1].
-NOTHING_SEEN = {"from": "nothing", "labels": [], "scores": [], "scans": [], "map_range": (0, 1), "dice": None,
-                "maxima": None}
-
-
-def decide(seen, args):
-    """Compute thresholds from the result of `calibrate`: image, pixel and scan at args.specificity, image_f1 (best F1).
-
-    Images and scans are anomalous above their threshold, pixels at or above theirs. None means no decision."""
-    from sklearn.metrics import precision_recall_curve
-
-    labels, scores = np.array(seen["labels"], int), np.float32(seen["scores"])
-    normal, best, scans = np.sort(scores[labels == 0]).tolist(), None, {}
-    image, reached = at_specificity(normal, args.specificity)
-    if labels.any():
-        precision, recall, at = precision_recall_curve(labels, scores)
-        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        best = float(np.nextafter(at[np.argmax(f1[:-1])], -np.inf, dtype=np.float32))  # just below that score
-    pixel, rule = seen["dice"], "best Dice on valid"
-    if not normal or seen["maxima"] is None:
-        pixel, rule = None, "none: no normal images or maps, or each map is scaled by itself"
-    elif pixel is None:
-        highest, _ = at_specificity(np.sort(np.float32(seen["maxima"])[labels == 0]), args.specificity)
-        pixel = float(np.nextafter(highest, np.inf, dtype=np.float32))
-        rule = f"above all pixels of a normal map, at specificity {args.specificity}"
-    if None not in seen["scans"]:
-        for scan, value in zip(seen["scans"], scores, strict=True):
-            scans.setdefault(scan, []).append(value)
-    anomalous = {scan for scan, label in zip(seen["scans"], labels, strict=True) if label}
-    scans = sorted(scan_score(values, args.scan_score) for scan, values in scans.items() if scan not in anomalous)
-    scan = at_specificity(scans, args.specificity)[0] if len(scans) >= 20 else None
-    return dict(specificity=args.specificity, reached=reached, image=image, image_f1=best, pixel=pixel, pixel_rule=rule,
-                scan=scan, scan_score=args.scan_score, normal_scores=normal, normal_scans=scans,
-                **{key: seen[key] for key in ("from", "map_range", "dice")})
-
-
-def decision_metrics(labels, scores, decision):
-    """Compute sensitivity, specificity, F1 and balanced accuracy at decision["image"] and, with suffix _f1, at
-    decision["image_f1"]; also the sensitivity at a specificity of 0.9 and 0.95 on these images."""
-    from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score, roc_curve
-
-    metrics = {}
-    for threshold, suffix in ((decision["image"], ""), (decision["image_f1"], "_f1")):
-        if threshold is not None:
-            above = scores > threshold
-            of = dict(sensitivity=recall_score(labels, above), specificity=recall_score(labels, above, pos_label=0),
-                      f1=f1_score(labels, above), balanced_accuracy=balanced_accuracy_score(labels, above))
-            metrics |= {f"{name}{suffix}": float(value) for name, value in of.items()}
-    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
-    return metrics | {f"sensitivity_at_{round(100 * s)}": float(tpr[fpr <= 1 - s + 1e-9].max()) for s in (0.9, 0.95)}
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
@@ -1042,28 +947,40 @@ def _weights(model):
 def finish(run, model, splits):
     """Evaluate the kept state once, on the test split, and write the results, results.json last.
 
-    splits: (train, valid, test) from `load_benchmark`. For --predict, see datasets/predict.py."""
-    args, folder, (train, valid, test), metrics, test_ms = run.args, run.folder, splits, {}, None
+    splits: (train, valid, test) from `load_benchmark`. Thresholds and pictures come from datasets/decisions.py, and
+    --predict from datasets/predict.py; a copied script works without them, but then it has neither."""
+    args, folder, (train, valid, test), decision, metrics, test_ms = run.args, run.folder, splits, {}, {}, None
     epoch, train_seconds = run.load(model)
     model.to(run.device)
     for name in [w["name"] for w in _weights(model) if not w["trained"]]:
         print(f"NOTE: {name} has UNTRAINED weights; the results are meaningless")
+    sys.path.insert(0, str(Path(__file__).with_name("datasets")))
     if args.predict:
-        sys.path.insert(0, str(Path(__file__).with_name("datasets")))
         try:
             return importlib.import_module("predict").predict(run, model)
         except ImportError as e:
-            raise Error(f"--predict needs datasets/predict.py and datasets/volumes.py ({e}); copy both, too") from e
+            raise Error(f"--predict needs decisions.py, predict.py and volumes.py in datasets/ ({e}); copy them") from e
+    decisions = None
+    if importlib.util.find_spec("decisions"):
+        decisions = importlib.import_module("decisions")
+    else:
+        print("NOTE: without datasets/decisions.py there are no thresholds and no pictures")
     for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
         remove(folder / old)  # a run without results.json is not finished
-    seen = calibrate(model, valid or train, args, run.device)
-    if not valid:  # training images set the colour scale, but no thresholds
-        seen = NOTHING_SEEN | dict(map_range=seen["map_range"])
-    decision = decide(seen, args)
-    run.kept |= dict(seen=seen, decision=decision)
-    print(stated(decision))
+    on_valid = evaluate(model, valid or train, args.batch_size, run.device)
+    if decisions:
+        seen = decisions.on_valid(model, valid, on_valid)
+        decision = decisions.decide(seen, args)
+        run.kept |= dict(seen=seen, decision=decision)
+        print(decisions.stated(decision))
     if test:
-        metrics, test_ms = _test(run, model, test, decision)
+        draw = decisions and decisions.pictures(run, test, decision)
+        result = evaluate(model, test, args.batch_size, run.device, on_valid.pixel.best, draw)
+        metrics, test_ms = result.metrics, result.ms_per_image
+        rows = zip(test.paths, test.labels, result.scores, strict=True)
+        write_csv(folder / "scores.csv", [dict(path=p, label=int(y), score=float(s)) for p, y, s in rows])
+        if decisions:
+            metrics |= decisions.write(run, test, result, decision)
     defaults = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
     if "epochs" in defaults:  # without training, the batch size does not change the result
         defaults["batch_size"] = type(args).batch_size
@@ -1100,88 +1017,3 @@ def finish(run, model, splits):
         print("", *shown[start : start + 4], sep="  ")
     print(f"  epoch {epoch or '-'}, train {train_seconds:.1f} s, peak {peak:.2f} GiB: {folder}")
 
-
-def stated(decision):
-    """Say in words where the image threshold comes from."""
-    if not (n := len(decision["normal_scores"])):
-        return "no threshold: no normal validation images"
-    few = f"; NOTE: these support a specificity of only {decision['reached']:.2f}, not {decision['specificity']}"
-    return (f"threshold {decision['image']:.4g} from {n} normal images ({decision['from']})"
-            + few * (decision["reached"] < decision["specificity"]))
-
-
-def _test(run, model, test, decision):
-    """Score the test split. Write scores.csv, curves.csv, maps/ (pictures) and, for report.py, lesions.csv, browser/.
-
-    Returns the metrics and the time per image in ms."""
-    from matplotlib import colormaps
-
-    args, folder, (low, high) = run.args, run.folder, decision["map_range"] or (0, 1)
-    count = len(test) if args.maps < 0 else min(args.maps, len(test))
-    shown = {i * len(test) // count for i in range(count)}  # the same images for all methods
-    browser = (args.seed == 0 and args.maps) or args.maps < 0
-
-    def each(i, anomaly_map):
-        if i in shown:
-            mask = test.masks[i] if test.has_masks else None
-            name = f"{i:05}_{plain(test.paths[i].rsplit('.', 1)[0])}.png"
-            save_picture(folder / "maps" / name, test.images[i], anomaly_map, decision, test.paths[i], mask)
-        if browser:  # a tile of about 6 kB
-            small = Image.fromarray(anomaly_map).resize([min(128, test.size)] * 2, Image.Resampling.BILINEAR)
-            share = np.clip((np.asarray(small) - low) / (high - low or 1), 0, 1)
-            tile = Image.fromarray(np.rint(share * 255).astype(np.uint8), "P")
-            tile.putpalette(colormaps["inferno"](range(256), bytes=True)[:, :3].tobytes())
-            (folder / "browser").mkdir(exist_ok=True)
-            tile.save(folder / "browser" / f"{i:05}.png")
-
-    result = evaluate(model, test, args.batch_size, run.device, decision["dice"], each)
-    metrics = result.metrics | decision_metrics(test.labels, result.scores, decision)
-    rows = zip(test.paths, test.labels, result.scores, strict=True)
-    write_csv(folder / "scores.csv", [dict(path=p, label=int(y), score=float(s)) for p, y, s in rows])
-    if result.pixel.curve:
-        write_csv(folder / "curves.csv", result.pixel.curve)
-        lesions = result.pixel.lesions(decision["pixel"])
-        write_csv(folder / "lesions.csv", [dict(path=test.paths[row.pop("image")]) | row for row in lesions])
-    images = folder.parents[1] / f"images-{run.images}{f'-{args.limit}' * bool(args.limit)}"
-    if browser and not images.exists():  # once per benchmark
-        with atomic(images) as tmp:
-            tmp.mkdir()
-            for i, (file, _, mask) in enumerate(test.entries):
-                array, size = decode(file, 256, white=test.white)
-                Image.fromarray(array.transpose(1, 2, 0).copy()).save(tmp / f"{i:05}.jpg", quality=85)
-                if mask:
-                    Image.fromarray(decode_mask(mask, size, 256)[0] > 0).save(tmp / f"{i:05}-mask.png")
-    return metrics, result.ms_per_image
-
-
-def save_picture(file, image, anomaly_map, decision, title, mask=None):
-    """Draw a uint8 image (3, H, W) with the contour of its mask (H, W). Next to it, draw the anomaly map on the scale
-    of the validation maps, transparent where it is low, with the contour of the anomalous pixels and a colour bar."""
-    from matplotlib.figure import Figure
-
-    (h, w), (low, high), pixel = image.shape[1:], decision["map_range"] or (0, 1), decision["pixel"]
-    width, height = (4 * max(side / max(h, w), 0.25) for side in (w, h))  # of a panel, in inches
-    figure = Figure((2 * width + 1.1, height + 0.6))
-    figure.suptitle(title.encode("latin-1", "replace").decode("latin-1"), y=0.99, parse_math=False, fontsize=9)
-
-    def axes(left, width):
-        size = figure.get_size_inches()
-        return figure.add_axes((left / size[0], 0.1 / size[1], width / size[0], height / size[1]))
-
-    left, right = axes(0.1, width), axes(width + 0.2, width)
-    for ax in (left, right):
-        ax.imshow(image.transpose(1, 2, 0), extent=(0, w, h, 0))
-        ax.autoscale(False)
-        ax.axis("off")
-    opacity = 0.7 * np.clip((anomaly_map - low) / (high - low or 1), 0, 1)
-    heat = right.imshow(anomaly_map, "inferno", vmin=low, vmax=high, alpha=opacity, extent=(0, w, h, 0))
-    left.set_title("image" + ", ground truth (green)" * (mask is not None), fontsize=9)
-    right.set_title("anomaly map" + ", decision (cyan)" * (pixel is not None), fontsize=9)
-    for ax, area, colour in ((left, mask, "lime"), (right, pixel is not None and anomaly_map >= pixel, "cyan")):
-        if np.any(area):
-            ax.contour(np.pad(area, 1), [0.5], colors=colour, extent=(-1, w + 1, -1, h + 1))
-    bar = figure.colorbar(heat, cax=axes(2 * width + 0.3, 0.15), extend="max")
-    if pixel is not None:
-        bar.ax.axhline(pixel, color="cyan")
-    file.parent.mkdir(exist_ok=True)
-    figure.savefig(file)

@@ -79,6 +79,7 @@ NEEDED = dict(method=str, metrics=dict, counts=dict, train_seconds=NUMBER, test_
               notes=dict, peak_memory_gib=dict, weights=list, args=dict, changed=dict, device=str, decision=dict,
               versions=dict, threads=int, commit=str, finished=str, images=str)  # of results.json
 DRAWS = 2000  # bootstrap samples of the test images
+UNDECIDED = {"from": "nothing", "image": None, "map_range": None, "normal_scores": [], "pixel": None}  # no decisions.py
 RATES = np.concatenate([np.linspace(0, 0.1, 61), np.linspace(0.1, 1, 91)[1:]])  # false positive rates of the curves
 LEVELS = [f"fpr_{0.015 * i:.3f}" for i in range(1, 21)]  # columns of lesions.csv
 LABELLED, HUES = 5, 8  # number of curves with a name and a colour; number of colours
@@ -125,7 +126,8 @@ def read_run(file, root):
         wrong |= {k: v for k, v in results["costs"].items() if math.isinf(v)}
         for name, value in wrong.items():
             raise ValueError(f"{name} is {value}")
-        if missing := {"from", "image", "map_range", "normal_scores", "pixel"} - results["decision"].keys():
+        results["decision"] = results["decision"] or UNDECIDED
+        if missing := UNDECIDED.keys() - results["decision"].keys():
             raise KeyError(missing.pop())
         results["metrics"] = {m: results["metrics"].get(m) for m in METRICS | DECISIONS}
         check_line(results), as_published(None, results["method"], [results], {}), marks([results], {""})

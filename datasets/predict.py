@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import decisions
 import numpy as np
 import torch
 from PIL import Image
@@ -23,7 +24,7 @@ import common
 def predict(run, model):
     """Score args.predict and write the run folder. If files are damaged, list them at the end and exit with code 1."""
     args, folder, asked = run.args, run.folder, Path(run.args.predict)
-    decision = common.decide(run.kept.get("seen", common.NOTHING_SEEN), args)
+    decision = decisions.decide(run.kept.get("seen", decisions.NOTHING_SEEN), args)
     for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
         common.remove(folder / old)
     files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)
@@ -46,7 +47,7 @@ def predict(run, model):
         show_ranking(scans, "scans", decision["scan"], len(decision["normal_scans"]), 20)
     else:
         show_ranking(rows, "images", decision["image"], len(decision["normal_scores"]), 1)
-    print(f"{common.stated(decision)}: {folder}")
+    print(f"{decisions.stated(decision)}: {folder}")
     if damaged:
         print(*[f"not scored: {message}" for message in damaged], sep="\n", file=sys.stderr)
         raise SystemExit(1)
@@ -96,7 +97,7 @@ def score_scans(run, model, decision):
         for z, (anomaly_map, score) in zip(slices, scored(run, model, small), strict=True):
             own[z] = answer(f"{scan.name}#{z:04}", score, decision["normal_scores"], decision["image"])
             maps[z] = np.nan if anomaly_map is None else anomaly_map
-        score = common.scan_score([row["score"] for row in own.values()], args.scan_score)
+        score = decisions.scan_score([row["score"] for row in own.values()], args.scan_score)
         scan_rows.append(answer(scan.name, score, decision["normal_scans"], decision["scan"])
                          | dict(slices=len(scan), blank=len(scan) - len(slices)))
         rows += own.values()
@@ -127,7 +128,7 @@ def save_maps(run, index, image, anomaly_map, decision, row):
     """Write the picture of an image (3, H, W) and its map (S, S), the mask if there is a threshold, and the raw map."""
     name = f"{index:05}_{common.plain(row['path'].rsplit('.', 1)[0])}"
     title = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
-    common.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
+    decisions.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
     own = Image.fromarray(anomaly_map).resize(image.shape[:0:-1], Image.Resampling.BILINEAR)
     masks, raw = run.folder / "masks", run.folder / "raw"
     if decision["pixel"] is not None:

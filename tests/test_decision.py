@@ -6,6 +6,7 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import decisions
 import numpy as np
 import pytest
 import torch
@@ -26,21 +27,27 @@ def rows_of(file):
 
 def decided(**changed):
     n = len(changed.get("maxima") or [0, 0, 0])
-    return common.decide({"from": "valid", "labels": [0] * n, "scores": list(range(n)), "scans": [None] * n,
+    return decisions.decide({"from": "valid", "labels": [0] * n, "scores": list(range(n)), "scans": [None] * n,
                           "map_range": [0, 1], "dice": None, "maxima": None} | changed,
                          SimpleNamespace(specificity=0.95, scan_score="max"))
+
+
+def decided_on(valid, model, args):
+    result = common.evaluate(model, valid, args.batch_size, torch.device("cpu"))
+    return decisions.decide(decisions.on_valid(model, valid, result), args)
 
 
 @pytest.mark.parametrize("n, specificity, rank, reached", [
     (19, 0.95, 19, 0.95), (39, 0.95, 38, 0.95), (59, 0.95, 57, 0.95), (20, 0.95, 20, 0.95), (99, 0.9, 90, 0.9),
     (8, 0.95, 8, 8 / 9), (18, 0.95, 18, 18 / 19), (1, 0.95, 1, 0.5)])
 def test_the_threshold_is_an_order_statistic_or_says_what_so_few_images_allow(n, specificity, rank, reached):
-    assert common.at_specificity(list(range(1, n + 1)), specificity) == (rank, pytest.approx(reached))
+    assert decisions.at_specificity(list(range(1, n + 1)), specificity) == (rank, pytest.approx(reached))
 
 
 def test_new_normal_scores_stay_below_the_threshold_as_often_as_stated():
     draw = np.random.default_rng(0)
-    below = [draw.standard_t(2) <= common.at_specificity(sorted(draw.standard_t(2, 39)), 0.95)[0] for _ in range(4000)]
+    below = [draw.standard_t(2) <= decisions.at_specificity(sorted(draw.standard_t(2, 39)), 0.95)[0]
+             for _ in range(4000)]
     assert 0.94 < np.mean(below) < 0.965
 
 
@@ -52,7 +59,7 @@ def test_the_f1_threshold_has_the_best_f1_of_all(tmp_path):
     model = SimpleNamespace(predict=lambda image: (None, image[:, 0, 0, 0] * 2.55))
     split = common.Split("valid", entries, 4, tmp_path, tmp_path / ".cache")
     args = SimpleNamespace(batch_size=8, specificity=0.95, scan_score="max")
-    threshold = common.decide(common.calibrate(model, split, args, torch.device("cpu")), args)["image_f1"]
+    threshold = decided_on(split, model, args)["image_f1"]
 
     def f1(t):
         return 2 * (labels[scores > t]).sum() / ((scores > t).sum() + labels.sum())
@@ -62,7 +69,7 @@ def test_the_f1_threshold_has_the_best_f1_of_all(tmp_path):
 
 def test_decision_metrics_are_those_of_a_table_by_hand():
     labels, scores = np.array([0, 0, 0, 0, 1, 1, 1, 1]), np.array([1, 2, 3, 4, 2.5, 3.5, 5, 6.0])
-    metrics = common.decision_metrics(labels, scores, dict(image=3.0, image_f1=4.5))
+    metrics = decisions.decision_metrics(labels, scores, dict(image=3.0, image_f1=4.5))
     assert metrics["sensitivity"] == 0.75 and metrics["specificity"] == 0.75
     assert metrics["f1"] == 0.75 and metrics["balanced_accuracy"] == 0.75
     assert metrics["sensitivity_f1"] == 0.5 and metrics["specificity_f1"] == 1
@@ -90,12 +97,12 @@ def test_of_twenty_healthy_scans_that_the_threshold_has_not_seen_at_most_three_a
     valid, new = (common.Split(name, part, 8, tmp_path, tmp_path / ".cache")
                   for name, part in (("valid", entries[:1000]), ("new", entries[1000:])))
     for args.scan_score in ("max", "top5"):
-        decision = common.decide(common.calibrate(model, valid, args, torch.device("cpu")), args)
+        decision = decided_on(valid, model, args)
         scores = common.evaluate(model, new, 64, torch.device("cpu")).scores.reshape(20, 10)
-        flagged = sum(common.scan_score(scan, args.scan_score) > decision["scan"] for scan in scores)
+        flagged = sum(decisions.scan_score(scan, args.scan_score) > decision["scan"] for scan in scores)
         assert flagged <= 3 and (scores.max(axis=1) > decision["image"]).sum() > 4  # a scan is not a slice
     few = common.Split("few", entries[: 19 * 10], 8, tmp_path, tmp_path / ".cache")
-    assert common.decide(common.calibrate(model, few, args, torch.device("cpu")), args)["scan"] is None
+    assert decided_on(few, model, args)["scan"] is None
 
 
 @pytest.mark.parametrize("name, patient", [
@@ -157,7 +164,7 @@ def test_a_picture_has_image_map_and_contours_where_they_are(tmp_path):
     anomaly_map[16:, 16:] = 2
     mask[:16, 16:] = 1
     file = tmp_path / "maps/a.png"
-    common.save_picture(file, image, anomaly_map, dict(map_range=(0, 2), pixel=1.5), "a$_b", mask > 0)
+    decisions.save_picture(file, image, anomaly_map, dict(map_range=(0, 2), pixel=1.5), "a$_b", mask > 0)
     panel = np.asarray(Image.open(file).convert("RGB"), int)[:, :825]  # without the colour bar
     for colour, right, low in (((0, 255, 0), False, False), ((0, 255, 255), True, True)):
         rows, columns = np.nonzero((abs(panel - colour) < 60).all(axis=2))

@@ -411,6 +411,9 @@ def test_copying_one_script_and_common_is_enough(phantom, tmp_path):
     run = "--root", phantom, "--out", tmp_path / "runs"
     done = run_script(tmp_path / "methods/padim.py", *run, *SHORT["padim"])
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("NOTE: without datasets/decisions.py") == 1
+    kept = report.read_run(next(tmp_path.glob("runs/**/results.json")), tmp_path)
+    assert kept["metrics"]["dice_valid"] is not None and kept["decision"]["image"] is None
     model = next(tmp_path.glob("runs/**/model.pt"))
     done = run_script(tmp_path / "methods/padim.py", *run, "--checkpoint", model, "--predict", phantom)
-    assert done.returncode == 2 and "needs datasets/predict.py" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "needs decisions.py, predict.py" in done.stderr and done.stderr.count("\n") == 1
