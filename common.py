@@ -140,7 +140,7 @@ def sha256(file):
 
 
 def plain(name):
-    """Make a name safe for file names: at most 60 characters, ASCII, no dots or spaces."""
+    """Make a string safe for use in file names: at most 60 ASCII characters, no dots or spaces."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[-60:]
 
 
@@ -162,21 +162,22 @@ NORMAL, MASKS = {"good", "normal"}, {"anomaly_mask", "label"}  # folder names; i
 # folder name -> (split, whether it holds masks)
 ROLES = {name + end: (split, bool(end)) for split, names in SPLITS.items() for name in names for end in ("", "_label")}
 ROLES["ground_truth"] = ("test", True)  # MVTec AD
-SCAN = r"((?:patient|pat|subject|subj|sub|case|scan|volume|vol|p)[-_]?\d+)[-_].+"  # scan012_0001, scan012/0001
+SCAN = r"((?:patient|pat|subject|subj|sub|case|scan|volume|vol|p)[-_]?\d+)[-_].+"
 PATIENT = r"(brats.*_\d+)_\d+|(?:normal|cnv|dme|drusen)-(\d+)-\d+|((?:normal|tumor|test)_\d+)_\d+_\d+|(.+?)_macular.*|"
 
 
 def patient(path):
-    """Return the patient, scan or slide that an image's path names, or None: BraTS2021_00003_60.png, scan012/0001.png.
+    """Return the patient, scan or slide named in an image's path, or None.
 
-    This works for BraTS, OCT2017, Camelyon16, RESC and names that start with a word such as "scan" and a number."""
+    This works for BraTS (BraTS2021_00003_60.png), OCT2017, Camelyon16, RESC and names that start with a word such as
+    "scan" and a number (scan012_0001.png, scan012/0001.png)."""
     path = Path(path)
     match = re.fullmatch(PATIENT + SCAN, path.stem, re.I) or re.fullmatch(SCAN, f"{path.parent.name}_{path.stem}", re.I)
     return match and next(group for group in match.groups() if group)
 
 
 def files_in(folder):
-    """Return a sorted list of all files below `folder`, except hidden ones. Links are followed, but not to a parent."""
+    """Return a sorted list of all files below `folder`, except hidden ones. Links are followed, except to a parent."""
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         above = {os.path.realpath(parent) for parent in (place, *Path(place).parents)}
@@ -275,7 +276,7 @@ def fingerprint(entries, base):
 
 
 def to_array(image, size=None, white=65535):
-    """Convert a Pillow image to uint8 (3, size, size), or (3, H, W) without size. white: level of white in 16 bits."""
+    """Convert a Pillow image to uint8 (3, size, size), or (3, H, W) without size. white: the 16-bit value of white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         array = np.asarray(image, np.float32)
         if image.mode == "F" or array.min() < 0 or array.max() > 65535:
@@ -289,7 +290,7 @@ def to_array(image, size=None, white=65535):
 
 
 def decode(path, size=None, mask=False, white=65535):
-    """Read an image file: (array as in `to_array`, file's (width, height)). In a mask, transparent pixels are black."""
+    """Return an image file as in `to_array`, and its (width, height). In a mask, transparent pixels become black."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
@@ -316,7 +317,7 @@ def decode_mask(path, image_size, size):
 
 
 class Split:
-    """The images of a split, which are decoded and resized once and then kept in a file in `cache`.
+    """The images of a split. They are decoded and resized once, and then read from a file in `cache`.
 
     images: uint8 (N, 3, H, W); masks: bool (N, H, W) or None; labels (N,): 0 normal, 1 anomalous, -1 unknown; paths:
     relative to the benchmark's folder."""
@@ -333,7 +334,7 @@ class Split:
         if not decoded.is_file() or decoded.stat().st_size != math.prod(self.shape):
             with atomic(decoded) as tmp:
                 self._decode(tmp)
-        self.file = open(decoded, "rb")  # noqa: SIM115 (stays readable, even if the file is removed)
+        self.file = open(decoded, "rb")  # noqa: SIM115 (so that it can be read even if it is removed)
 
     def _decode(self, file):
         def one(entry):
@@ -345,12 +346,12 @@ class Split:
             for start in progress(range(0, len(self), 256), f"decoding {self.name}"):
                 for array in pool.map(one, self.entries[start : start + 256]):
                     maximum = max(maximum, array[:3].max())
-                    f.write(array.tobytes())  # a full disk raises an error here; with a memmap it kills the process
+                    f.write(array.tobytes())  # on a full disk this raises an error; a memmap would kill the process
         if maximum < 17:
             print(f"NOTE: {self.name} is almost black: no value is above {maximum} of 255. If its 16-bit files hold "
                   "12-bit images, give --white 4095")
 
-    # A new memmap for each access, so that pages read earlier don't count towards this process's memory.
+    # Each access makes a new memmap, because pages read through an old one count as memory of this process.
     @property
     def images(self):
         return np.memmap(self.file, np.uint8, "r", shape=self.shape)[:, :3]
@@ -370,7 +371,7 @@ class Split:
         """Yield all images in batches, in file order or shuffled with a seed (an int or a tuple such as (seed, epoch)).
 
         drop_last: leave out an incomplete last batch, unless it is the only one.
-        fetch: a function that maps indices (b,) to what should be yielded instead of images."""
+        fetch: a function from indices (b,) to the batch; without it, batches are images."""
         order = np.arange(len(self)) if shuffle is None else np.random.default_rng(shuffle).permutation(len(self))
         if drop_last and len(self) >= batch_size:
             order = order[: len(self) // batch_size * batch_size]
@@ -380,7 +381,7 @@ class Split:
 
 
 def to_device(array, device):
-    """Copy an array to a device. A copy to a GPU goes through pinned memory, so that the CPU need not wait for it."""
+    """Copy an array to a device. The CPU does not wait for a copy to a GPU, because it starts from pinned memory."""
     tensor = torch.from_numpy(np.asarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else tensor.to(device)
 
@@ -388,9 +389,9 @@ def to_device(array, device):
 class Features:
     """Features of a split's images from a frozen network, for training loops that need them in every epoch.
 
-    They are computed once and kept in a file if it takes at most args.cache_features GiB and at most half of the free
-    disk. Otherwise they are computed again for each batch, and so are features of more than 2 MiB per image on a GPU,
-    which take longer to read than to compute (tests/README.md). The script prints which of the two it does."""
+    They are computed once and read from a file, if it takes at most args.cache_features GiB and half of the free disk.
+    Otherwise they are computed again for each batch. So are features of more than 2 MiB per image on a GPU, because
+    reading them takes longer than computing them (tests/README.md)."""
 
     def __init__(self, extract, split, args, run):
         """extract: a deterministic function from images (B, 3, H, W) to [(B, ...), ...]."""
@@ -457,19 +458,19 @@ def load_benchmark(args):
 
 # --------------------------------------------------------------------------------------------------- pretrained weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_TAG = "laion400m_e32"  # the only published ViT-B-16-plus-240 (laion400m_e31 is the same run an epoch earlier)
+CLIP_TAG = "laion400m_e32"  # the published weights of ViT-B-16-plus-240 (laion400m_e31 is one epoch earlier)
 TINY_CLIP = dict(embed_dim=128, vision_cfg=dict(layers=4, width=128, patch_size=16),
                  text_cfg=dict(layers=4, width=128, heads=4))  # --model tiny: for tests and demonstrations
 
 
 def normalize(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Standardise images (B, 3, H, W) in [0, 1] by channel, as was done to train the pretrained network."""
+    """Standardise images (B, 3, H, W) in [0, 1] per channel, as the pretrained network expects."""
     mean, std = (torch.tensor(v, device=image.device).view(1, 3, 1, 1) for v in (mean, std))
     return (image - mean) / std
 
 
 def smooth(anomaly_map, sigma=4):
-    """Smooth (B, H, W) with a Gaussian cut off at 4 sigma and mirrored borders, like scipy.ndimage.gaussian_filter."""
+    """Smooth maps (B, H, W) like scipy.ndimage.gaussian_filter: a Gaussian cut off at 4 sigma, mirrored borders."""
     from torchvision.transforms.v2.functional import gaussian_blur, pad  # a slow import
 
     radius, size = 4 * sigma, 8 * sigma + 1
@@ -479,9 +480,9 @@ def smooth(anomaly_map, sigma=4):
 
 
 def read_state(file, what, mmap=False):
-    """Load a dict of tensors, written by torch.save, onto the CPU. what: the kind of file that the `Error` asks for.
+    """Load a dict of tensors from a torch.save file onto the CPU. mmap: read large tensors only when they are used.
 
-    mmap: leave large tensors in the file until they are used."""
+    what: the kind of file that is expected, for the message of the `Error`."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         return state | {}  # TypeError if it is not a dict
@@ -491,7 +492,7 @@ def read_state(file, what, mmap=False):
 
 
 def load_state(net, state, source, optional):
-    """Load the state dict `state` from the file `source`. Keys that start with one of `optional` may be missing."""
+    """Load a state dict, read from the file `source`. Keys that start with one of `optional` may be missing."""
     try:
         for key, value in state.items():  # aminmax, since isfinite would copy a large memory bank
             if value.numel() and not all(math.isfinite(limit) for limit in torch.aminmax(value)):
@@ -540,8 +541,8 @@ def _weights_used(name, weights, file):
 def feature_extractor(name, layers, weights):
     """Return a frozen network that maps images to {layer: (B, C, h, w)} and stops at the last of `layers`.
 
-    name, weights: see `pretrained_network`; layers: torchvision's node names. Modules with `frozen` set, such as
-    this one, are not saved in checkpoints. A checkpoint only names their weights and does not load with others."""
+    name, weights: see `pretrained_network`; layers: torchvision's node names. Checkpoints do not contain modules that
+    have the attribute `frozen`, such as this one, only the hash of their weights, which must match on loading."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     net = pretrained_network(name, weights)
@@ -550,14 +551,14 @@ def feature_extractor(name, layers, weights):
 
 def _freeze(net, weights_used):
     net.eval().requires_grad_(False)
-    net.train = lambda mode=True: net  # keeps batch norm's statistics fixed while the rest trains
+    net.train = lambda mode=True: net  # the statistics of batch norm must not change while the rest trains
     net.frozen, net.weights_used = True, weights_used
     return net
 
 
 def load_clip(name, weights, image_size):
-    """Return a frozen open_clip.CLIP with a ViT for images of `image_size`, on the CPU. Its `mean` and `std` are those
-    of its training images.
+    """Return a frozen open_clip.CLIP with a ViT for images of `image_size`, on the CPU. Its attributes `mean` and
+    `std` are those for `normalize`.
 
     name: an open_clip model, or 'tiny', which has no published weights. weights: an open_clip TAG, a FILE, 'none'
     (untrained, always from seed 0) or 'auto' (CLIP_TAG if available, otherwise 'none' with a warning)."""
@@ -581,7 +582,7 @@ def load_clip(name, weights, image_size):
                 layer.reset_parameters()
     try:
         if weights != "none":
-            # from the release, because the hub's laion400m_e32 of the default model holds the weights of e31
+            # not from the hub, where laion400m_e32 of the default model is a copy of e31
             file = file or open_clip.download_pretrained(published, prefer_hf_hub=False)
             open_clip.load_checkpoint(clip, file)  # resizes the position embedding if the image size differs
     except Exception as e:  # no such file or tag, no network, an unreadable file, other keys or shapes
@@ -606,20 +607,20 @@ def image_metrics(labels, scores):
 
 
 class PixelMetrics:
-    """Exact pixel AUROC, pixel AP, AUPRO and Dice over a set of anomaly maps, from all scores sorted once.
+    """Exact pixel AUROC, pixel AP, AUPRO and Dice of a set of anomaly maps. All scores are kept and sorted once.
 
-    It needs 4 bytes per normal pixel and 8 per anomalous one: 1 GB for the largest benchmark with masks (brain).
-    After `compute`, `best` is the threshold with the highest Dice; scores at or above it are anomalous."""
+    This takes 4 bytes per normal pixel and 8 per anomalous one: 1 GB for the largest benchmark with masks (brain).
+    After `compute`, `best` is the threshold with the highest Dice. Scores at or above it are anomalous."""
 
     def __init__(self, pixels, threshold=None):
-        """pixels: an upper bound on their number. threshold: `best` of the valid split, for `dice_valid`."""
+        """pixels: at least their number. threshold: for `dice_valid`, usually `best` of the valid split."""
         self.threshold, self.best, self.curve, self.images = threshold, None, [], 0
         self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of normal pixels, and their number
         self.anomalous, self.region = [], []  # scores of anomalous pixels, and the region of each
         self.regions, self.low, self.high = [], math.inf, -math.inf  # the image of each region; range of all scores
 
     def update(self, anomaly_maps, masks):
-        """Add float anomaly maps and bool masks, both (B, H, W). ValueError if shapes differ or a map is not finite."""
+        """Add float maps and bool masks, both (B, H, W). Raises ValueError if shapes differ or a map is not finite."""
         maps, masks = np.asarray(anomaly_maps, np.float32), np.asarray(masks, bool)
         if maps.shape != masks.shape or maps.ndim != 3 or not np.isfinite([maps.min(), maps.max()]).all():
             raise ValueError(f"anomaly maps {maps.shape} and masks {masks.shape} must be (B, H, W), the maps finite")
@@ -650,7 +651,7 @@ class PixelMetrics:
         order = anomalous.argsort()[::-1]
         anomalous, pro = anomalous[order], overlap[order].cumsum()
         last = np.append(np.flatnonzero(np.diff(anomalous)), len(anomalous) - 1)  # last of equal scores
-        # At each anomalous score, highest first: anomalous pixels at or above it; normal pixels above it, or also at it
+        # For each anomalous score, highest first: number of anomalous pixels at or above it, and of normal pixels
         tp, pro = last + 1, pro[last]
         fp_above, fp = (self.n - np.searchsorted(normal, anomalous[last], side) for side in ("right", "left"))
         hits, middle = np.diff(tp, prepend=0), np.float32(self.low / 2 + self.high / 2)
@@ -660,7 +661,7 @@ class PixelMetrics:
             true, false = np.sum(anomalous >= threshold), self.n - np.searchsorted(normal, threshold)
             return float(2 * true / (true + false + tp[-1]))
 
-        # Corners of the curves: flat between anomalous scores, with a step at each (slanted if normal pixels share it)
+        # Corners of the curves: flat between anomalous scores, a step at each (slanted if normal pixels have it, too)
         fpr = np.append(np.stack([fp_above, fp], axis=1).ravel(), self.n) / self.n
         tpr, pro = (np.append(np.stack([np.append(0, y[:-1]), y], axis=1).ravel(), 1) for y in (tp / tp[-1], pro))
         # 200 points on the curves, for figures
@@ -690,8 +691,8 @@ def score(model, image):
 
 
 def evaluate(model, split, batch_size, device, threshold=None, each=None):
-    """Score a split. Returns an object with metrics {image_auroc, ..., dice_valid}, scores (N,), ms_per_image (loading
-    excluded), pixel (`PixelMetrics`) and, if there are maps, their maxima (N,) and map_range (minimum, maximum).
+    """Score a split. Returns an object with metrics {image_auroc, ..., dice_valid}, scores (N,), ms_per_image (without
+    loading), pixel (`PixelMetrics`) and, if there are maps, their maxima (N,) and map_range (minimum, maximum).
 
     model.predict: images (B, 3, H, W) in [0, 1] -> anomaly maps (B, H, W) or None, scores (B,). threshold: for
     `dice_valid`. each: a function that is called with the index and the map (H, W) of each image."""
@@ -699,7 +700,7 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
     scores, maxima, low, seconds, done = [], [], math.inf, 0.0, 0
     for image in split.batches(batch_size, device):
         n, started = len(image), time.perf_counter()
-        if done and n < batch_size:  # padded: scores would be rounded differently in a smaller batch
+        if done and n < batch_size:  # fill the batch up: in a smaller one, scores are rounded differently
             image = torch.cat([image, image[-1:].expand(batch_size - n, -1, -1, -1)])
         maps, new = (None if part is None else part[:n] for part in score(model, image))
         seconds += time.perf_counter() - started
@@ -720,8 +721,8 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
 
 # ------------------------------------------------------------------------------------------------------- the run folder
 FORMAT = 3  # of model.pt, resume.pt and results.json; raised whenever their content changes
-# With --checkpoint, these arguments and the path of --weights may differ from the training run; all others come from
-# the checkpoint. A resumed run must also keep data, limit, batch size, specificity and scan score.
+# With --checkpoint, these arguments and the path of --weights may differ from the training run. All others come from
+# the checkpoint. When a run resumes, its data, limit, batch size, specificity and scan score must also be the same.
 FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "save_maps", "overwrite", "checkpoint",
         "predict", "specificity", "scan_score", "cache_features"}
 
@@ -736,7 +737,7 @@ def read_results(file):
 
 
 def read_checkpoint(file, method, more=()):
-    """Read a model.pt of `method`, as written by `Run._save`. more: keys that resume.pt needs as well."""
+    """Read a model.pt of `method`, as written by `Run._save`. more: additional keys that resume.pt must have."""
     kept = read_state(file, f"model.pt of a {method} run", mmap=True)
     if kept.get("method") != method:
         raise Error(f"{file} is of method {kept.get('method')}; expected a model.pt of {method}")
@@ -755,16 +756,16 @@ def _checked(kept, file, **kinds):
 
 
 class Run:
-    """A run's folder, device and bookkeeping. `finish` writes the results.
+    """A run's folder, device and state. `finish` writes the results.
 
-    checkpoint.pt holds the best state so far and becomes model.pt at the end; resume.pt holds all that is needed to
-    resume from the last evaluation. notes: a dict of more values for results.json, saved with the checkpoint."""
+    checkpoint.pt holds the best state so far and becomes model.pt at the end. resume.pt holds what is needed to resume
+    from the last evaluation. A script can add values to the dict `notes`, which goes into results.json."""
 
     def __init__(self, script, args, zero_shot=False):
         """Seed PyTorch, choose the device, make the folder `<out>/<data>/<method>/seed<k>` and lock it.
 
-        With args.checkpoint, the checkpoint's arguments replace those that define the model. Without it, --predict
-        works only for methods that need no training images (zero_shot)."""
+        With args.checkpoint, the checkpoint's arguments replace those that define the model. zero_shot: the method
+        needs no training images, so that --predict works without a checkpoint."""
         self.script, self.args, method, kept = Path(script), args, Path(script).stem, None
         if args.checkpoint:
             kept = read_checkpoint(args.checkpoint, method)
@@ -783,7 +784,7 @@ class Run:
             reason = str(e).splitlines()[0][:120]
             raise Error(f"--device {args.device} cannot be used ({reason}); try --device auto") from e
         torch.manual_seed(args.seed)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic cuBLAS
         torch.use_deterministic_algorithms(True, warn_only=True)
         if args.predict:  # a folder for each input and model
             asked, model = Path(args.predict).resolve(), sha256(args.checkpoint) if args.checkpoint else args
@@ -818,7 +819,7 @@ class Run:
             self.check = json.loads((Path(args.root) / ".cache" / f"{self.images}.check.json").read_text())
         if not args.predict:
             print("datasets/check.py:", self.check["summary"] if self.check else "not run on these files", flush=True)
-        self.kept = kept  # content of --checkpoint, or of resume.pt if the run was interrupted, or None
+        self.kept = kept  # the content of --checkpoint, or of resume.pt after an interruption, or None
         self.history, self.best, self.epoch, self.notes = [], -math.inf, None, {}
         self.total = getattr(args, "epochs", None)  # a script may change it
         self.started, self.stateful, self.fresh = time.perf_counter(), (), kept is None
@@ -849,7 +850,7 @@ class Run:
     def epochs(self, model, *stateful):
         """Yield 1, 2, ..., total. After an interruption, continue from the state saved at the last evaluation.
 
-        stateful: everything else that training changes: optimizers, schedules, networks outside the model."""
+        stateful: what training changes besides the model: optimizers, schedules, other networks."""
         self.stateful = stateful
         yield from range(self._resume(model) + 1, self.total + 1)
 
@@ -874,8 +875,8 @@ class Run:
         """Log the epoch. Every args.eval_every epochs, and after the last, score valid and keep the best state so far.
 
         The best state has the highest image AUROC or, if there are masks, the highest mean of image and pixel AUROC
-        (thesis, 3.4.1: chosen on valid, evaluated every 10 epochs); among equals, the first. If valid has no anomalous
-        images, the last is kept. losses: name -> value in this epoch. A value that is not finite ends the run."""
+        (thesis, 3.4.1: chosen on valid, evaluated every 10 epochs); of equal ones, the first. If valid has no anomalous
+        images, the last state is kept. losses: name -> value in this epoch. A loss that is not finite ends the run."""
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
             raise Error(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
         seconds = time.perf_counter() - self.started
@@ -922,7 +923,7 @@ class Run:
                             **more), tmp)
 
     def load(self, model):
-        """Load the saved state, or that of --checkpoint, into `model`. Returns its epoch and its training time (s)."""
+        """Load the saved state, or that of --checkpoint, into `model`. Returns its epoch and training time (s)."""
         if not self.args.checkpoint:
             self.kept = read_checkpoint(self.folder / "checkpoint.pt", self.script.stem)
         self._put(model)
