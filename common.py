@@ -191,6 +191,13 @@ def images_in(folder):
     return [file for file in files_in(folder) if file.suffix.lower() in SUFFIXES]
 
 
+def named_folder(data, root):
+    """Return the folder that --data and --root refer to, or None if it does not exist."""
+    known = NAMES.get(data.lower(), [])
+    places = (p for p in sorted(Path(root).glob("*")) if p.name.lower() in known and p.is_dir())
+    return Path(data) if data and Path(data).is_dir() else next(places, None)
+
+
 def find_benchmark(data, root):
     """Return (folder, files by role) of the benchmark that --data and --root refer to; raise `Error` if there is none.
 
@@ -198,9 +205,7 @@ def find_benchmark(data, root):
     valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with Test/test_label/Ungood; MVTec
     AD's test/<defect> with ground_truth/<defect>/*_mask.png. A folder with only images, or with only
     train/good, is read as normal training images."""
-    known = NAMES.get(data.lower())
-    named = [p for p in sorted(Path(root).glob("*")) if known and p.name.lower() in known and p.is_dir()]
-    asked = Path(data) if data and Path(data).is_dir() else named[0] if named else None
+    known, asked = data.lower() in NAMES, named_folder(data, root)
     if asked is None:
         maker = f"made by datasets/{MADE_BY[data.lower()]}" if known else f"known: {', '.join(NAMES)}"
         raise Error(f"no benchmark {data} in {root} ({maker}) and no folder {data}")
