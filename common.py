@@ -107,9 +107,7 @@ def atomic(path):
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):  # torch.save on a full disk
-            raise
+    except OSError as e:
         raise Error(f"cannot write {path}: {e}; free some space or choose another folder") from e
     finally:
         remove(temporary)
@@ -726,10 +724,11 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
 
 # ------------------------------------------------------------------------------------------------------- the run folder
 FORMAT = 3  # of model.pt, resume.pt and results.json; raised whenever their content changes
-# With --checkpoint, these arguments and the path of --weights may differ from the training run. All others come from
-# the checkpoint. When a run resumes, its data, limit, batch size, specificity and scan score must also be the same.
-FREE = {"data", "root", "out", "device", "batch_size", "limit", "maps", "save_maps", "overwrite", "checkpoint",
-        "predict", "specificity", "scan_score", "cache_features"}
+# A run resumes if all arguments but these are the same, and its images, too (`data` can be spelled in several ways).
+PLACES = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", "checkpoint", "predict", "cache_features"}
+# With --checkpoint, all arguments but these and the path of --weights come from the checkpoint.
+FREE = PLACES | {"batch_size", "limit", "specificity", "scan_score"}
+
 
 
 def read_results(file):
@@ -763,8 +762,8 @@ def _checked(kept, file, **kinds):
 class Run:
     """A run's folder, device and state. `finish` writes the results.
 
-    checkpoint.pt holds the best state so far and becomes model.pt at the end. resume.pt holds what is needed to resume
-    from the last evaluation. A script can add values to the dict `notes`, which goes into results.json."""
+    model.pt holds the best state so far, resume.pt what is needed to resume from the last evaluation. A script can add
+    values to the dict `notes`, which goes into results.json."""
 
     def __init__(self, script, args, zero_shot=False):
         """Seed PyTorch, choose the device, make the folder `<out>/<data>/<method>/seed<k>` and lock it.
@@ -814,10 +813,12 @@ class Run:
             raise SystemExit(0)
         if not args.overwrite and not args.checkpoint and (folder / "resume.pt").exists():
             kept = read_checkpoint(folder / "resume.pt", method, ("images", "threads", "first_stage", "history", "best",
-                                                                  "best_epoch", "stateful", "random"))
+                                                                  "stateful", "random"))
             self._belongs_to(kept)
             if kept["threads"] != torch.get_num_threads():
                 print(f"NOTE: {torch.get_num_threads()} threads now, {kept['threads']} before: results can differ")
+        for old in folder.iterdir() if kept is None else ():
+            remove(old)
         print(f"{method} on {data}, seed {args.seed}, {self.device}: {folder}", flush=True)
         self.check = None
         with suppress(OSError, ValueError):  # datasets/check.py has not been run
@@ -825,56 +826,51 @@ class Run:
         if not args.predict:
             print("datasets/check.py:", self.check["summary"] if self.check else "not run on these files", flush=True)
         self.kept = kept  # the content of --checkpoint, or of resume.pt after an interruption, or None
-        self.history, self.best, self.epoch, self.notes = [], -math.inf, None, {}
+        self.history, self.best, self.notes, self.started = [], -math.inf, {}, time.perf_counter()
         self.total = getattr(args, "epochs", None)  # a script may change it
-        self.started, self.stateful, self.fresh = time.perf_counter(), (), kept is None
 
     def _belongs_to(self, kept):
         """Raise `Error` if an earlier run in this folder had other arguments or images."""
         asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # as lists
-        for a in (asked, theirs):  # folders with the same name can be different benchmarks
-            a["data"] = str(Path(a["data"]).resolve()) if Path(a["data"]).is_dir() else a["data"]
-        free = FREE - {"data", "limit", "batch_size", "specificity", "scan_score"}
         other = [f"--{k.replace('_', '-')} {theirs.get(k)}, not {asked[k]}" for k in asked
-                 if k not in free and asked[k] != theirs.get(k)]
-        if kept["images"] != self.images:
-            other.append(f"other images: files of {self.args.data} were added, removed or changed")
+                 if k not in PLACES and asked[k] != theirs.get(k)]
+        if kept["images"] != self.images:  # they include the folder
+            other.append(f"other images: --data {self.args.data} is another folder, or its files have changed")
         if other:
             raise Error(f"{self.folder} holds a run with {other[0]}; give --overwrite or another --out")
 
     def first_stage(self, model, epochs, *stateful):
-        """Yield 1, 2, ..., epochs for a stage before `epochs`. It is saved every args.eval_every epochs."""
+        """Yield 1, 2, ..., epochs for a stage of training before `epochs`, which resumes, too."""
         if not self.kept or self.kept["first_stage"]:
-            self.stateful = stateful
-            for epoch in range(self._resume(model) + 1, epochs + 1):
-                yield epoch
-                if epoch % self.args.eval_every == 0 or epoch == epochs:
-                    self._save_all(model, epoch, first_stage=True)
-            self.kept = None
+            yield from self._train(model, epochs, stateful, first_stage=True)
 
     def epochs(self, model, *stateful):
         """Yield 1, 2, ..., total. After an interruption, continue from the state saved at the last evaluation.
 
         stateful: what training changes besides the model: optimizers, schedules, other networks."""
-        self.stateful = stateful
-        yield from range(self._resume(model) + 1, self.total + 1)
+        yield from self._train(model, self.total, stateful, first_stage=False)
 
-    def _resume(self, model):
-        """Restore the state of an interrupted run and return its epoch, or 0 if there is none."""
-        if not (kept := self.kept):
-            return 0
-        self.history, self.best, self.epoch = kept["history"], kept["best"], kept["best_epoch"]
-        self.notes |= kept["notes"]
-        self._put(model)
-        for item, state in zip(self.stateful, kept["stateful"], strict=True):
-            item.load_state_dict(state)
-        torch.set_rng_state(kept["random"][0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(kept["random"][1])
-        self.started = time.perf_counter() - kept["train_seconds"]
-        stage = " of the first stage" * kept["first_stage"]
-        print(f"resuming after epoch {kept['epoch']}{stage}, where the interrupted run was saved", flush=True)
-        return kept["epoch"]
+    def _train(self, model, epochs, stateful, first_stage):
+        done = 0
+        if kept := self.kept:
+            self._put(model)
+            for item, state in zip(stateful, kept["stateful"], strict=True):
+                item.load_state_dict(state)
+            torch.set_rng_state(kept["random"][0])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(kept["random"][1])
+            self.history, self.best, done = kept["history"], kept["best"], kept["epoch"]
+            self.notes |= kept["notes"]
+            self.started = time.perf_counter() - kept["train_seconds"]
+            stage = " of the first stage" * first_stage
+            print(f"resuming after epoch {done}{stage}, where the interrupted run was saved", flush=True)
+        self.kept = None
+        for epoch in range(done + 1, epochs + 1):
+            yield epoch
+            if epoch % self.args.eval_every == 0 or epoch == epochs:
+                on_gpu = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+                self._save("resume.pt", model, epoch, first_stage=first_stage, history=self.history, best=self.best,
+                           stateful=[item.state_dict() for item in stateful], random=(torch.get_rng_state(), on_gpu))
 
     def validate(self, model, epoch, valid, **losses):
         """Log the epoch. Every args.eval_every epochs, and after the last, score valid and keep the best state so far.
@@ -884,56 +880,42 @@ class Run:
         images, the last state is kept. losses: name -> value in this epoch. A loss that is not finite ends the run."""
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
             raise Error(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
-        seconds = time.perf_counter() - self.started
+        seconds, is_best = time.perf_counter() - self.started, False
         row = dict(epoch=epoch, seconds=round(seconds, 1), **losses)
         self.history.append(row)
-        evaluates, value = epoch % self.args.eval_every == 0 or epoch == self.total, math.inf
-        can_choose = valid and valid.labels.any()
-        if evaluates and can_choose:
-            metrics = evaluate(model, valid, self.args.batch_size, self.device).metrics
-            value = np.mean([v for v in (metrics["image_auroc"], metrics["pixel_auroc"]) if v is not None])
-            row |= {f"valid_{k}": v for k, v in metrics.items() if v is not None}
-        if evaluates and (value > self.best or not can_choose):
-            self.best = value
-            self.keep(model, epoch)
+        if epoch % self.args.eval_every == 0 or epoch == self.total:
+            value = epoch
+            if valid and valid.labels.any():
+                metrics = evaluate(model, valid, self.args.batch_size, self.device).metrics
+                value = float(np.mean([metrics[k] for k in ("image_auroc", "pixel_auroc") if metrics[k] is not None]))
+                row |= {f"valid_{k}": v for k, v in metrics.items() if v is not None}
+            if is_best := value > self.best:
+                self.best = value
+                self.keep(model, epoch)
         shown = {k: row[k] for k in (*losses, "valid_image_auroc", "valid_pixel_auroc") if k in row}
         print(f"epoch {epoch}/{self.total}", *(f"{k} {v:.4f}" for k, v in shown.items()),
-              f"{seconds:.0f} s, {seconds / epoch * (self.total - epoch):.0f} s left",
-              *["(best)"] * bool(can_choose and self.epoch == epoch), sep="  ", flush=True)
+              f"{seconds:.0f} s, {seconds / epoch * (self.total - epoch):.0f} s left", *["(kept)"] * is_best, sep="  ",
+              flush=True)
         write_csv(self.folder / "log.csv", self.history)
-        if evaluates:
-            self._save_all(model, epoch)
-
-    def _save_all(self, model, epoch, first_stage=False):
-        on_gpu = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        self._save("resume.pt", model, epoch, first_stage=first_stage, history=self.history, best=float(self.best),
-                   best_epoch=self.epoch, stateful=[item.state_dict() for item in self.stateful],
-                   random=(torch.get_rng_state(), on_gpu))
 
     def keep(self, model, epoch=None):
-        """Save the model, without its frozen networks, as checkpoint.pt, which `finish` evaluates."""
-        self.epoch = epoch
-        remove(self.folder / "results.json")  # the run is no longer finished
-        self._save("checkpoint.pt", model, epoch)
+        """Save the model, without its frozen networks, as model.pt, which `finish` evaluates."""
+        self._save("model.pt", model, epoch)
 
     def _save(self, name, model, epoch, **more):
-        for old in self.folder.iterdir() if self.fresh else ():  # files of an earlier run
-            remove(old)
-        self.fresh = False
         state = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(_frozen(model))}
-        with atomic(self.folder / name) as tmp:
+        with atomic(self.folder / name) as tmp, open(tmp, "wb") as f:
             torch.save(dict(format=FORMAT, method=self.script.stem, args=dataclasses.asdict(self.args), epoch=epoch,
                             notes=self.notes, train_seconds=time.perf_counter() - self.started,
                             weights=_weights(model), state=state, images=self.images, threads=torch.get_num_threads(),
-                            **more), tmp)
+                            **more), f)
 
     def load(self, model):
-        """Load the saved state, or that of --checkpoint, into `model`. Returns its epoch and training time (s)."""
+        """Load the state of --checkpoint or of model.pt into `model`. Returns the content of that file."""
         if not self.args.checkpoint:
-            self.kept = read_checkpoint(self.folder / "checkpoint.pt", self.script.stem)
+            self.kept = read_checkpoint(self.folder / "model.pt", self.script.stem)
         self._put(model)
-        self.notes = self.kept["notes"]
-        return self.kept["epoch"], self.kept["train_seconds"]
+        return self.kept
 
     def _put(self, model):
         source, theirs, ours = self.args.checkpoint or self.folder, self.kept["weights"], _weights(model)
@@ -956,7 +938,7 @@ def finish(run, model, splits):
     splits: (train, valid, test) from `load_benchmark`. Thresholds and pictures come from datasets/decisions.py, and
     --predict from datasets/predict.py; a copied script works without them, but then it has neither."""
     args, folder, (train, valid, test), decision, metrics, test_ms = run.args, run.folder, splits, {}, {}, None
-    epoch, train_seconds = run.load(model)
+    kept = run.load(model)
     model.to(run.device)
     for name in [w["name"] for w in _weights(model) if not w["trained"]]:
         print(f"NOTE: {name} has UNTRAINED weights; the results are meaningless")
@@ -977,7 +959,7 @@ def finish(run, model, splits):
     if decisions:
         seen = decisions.on_valid(model, valid, on_valid)
         decision = decisions.decide(seen, args)
-        run.kept |= dict(seen=seen, decision=decision)
+        kept |= dict(seen=seen, decision=decision)
         print(decisions.stated(decision))
     if test:
         draw = decisions and decisions.pictures(run, test, decision)
@@ -987,9 +969,7 @@ def finish(run, model, splits):
         write_csv(folder / "scores.csv", [dict(path=p, label=int(y), score=float(s)) for p, y, s in rows])
         if decisions:
             metrics |= decisions.write(run, test, result, decision)
-    defaults = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE | {"seed"}}
-    if "epochs" in defaults:  # without training, the batch size does not change the result
-        defaults["batch_size"] = type(args).batch_size
+    defaults = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE - {"batch_size"} | {"seed"}}
     packages = ("torch", "torchvision", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # GiB
     on_gpu = run.device.type == "cuda"
@@ -999,27 +979,27 @@ def finish(run, model, splits):
         format=FORMAT, method=run.script.stem, data=folder.parts[-3], seed=args.seed, metrics=metrics,
         images=run.images, counts={name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum()))
                                    for name, s in zip(SPLITS, splits, strict=True) if s},
-        decision=decision, check=run.check, epoch=epoch, train_seconds=train_seconds, test_ms_per_image=test_ms,
+        decision=decision, check=run.check, test_ms_per_image=test_ms,
+        **{key: kept[key] for key in ("epoch", "train_seconds", "weights", "notes")},
         peak_memory_gib=dict(ram=peak) | (dict(gpu=torch.cuda.max_memory_allocated() / 2**30) if on_gpu else {}),
         parameters=dict(total=sum(p.numel() for p in model.parameters()),
                         trained=sum(p.numel() for p in model.parameters() if p.requires_grad)),
-        weights=_weights(model), notes=run.notes, args=dataclasses.asdict(args), command=" ".join(sys.argv[1:]),
+        args=dataclasses.asdict(args), command=" ".join(sys.argv[1:]),
         changed={name: getattr(args, name) for name, value in defaults.items() if getattr(args, name) != value},
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         device=torch.cuda.get_device_name() if on_gpu else str(run.device), threads=torch.get_num_threads(),
         commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     if not args.checkpoint:
-        with atomic(folder / "model.pt") as tmp:
-            torch.save(run.kept, tmp)
+        with atomic(folder / "model.pt") as tmp, open(tmp, "wb") as f:
+            torch.save(kept, f)
     shutil.copyfile(run.script, folder / run.script.name)
     with atomic(folder / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1))
-    for name in ("checkpoint.pt", "resume.pt"):
-        remove(folder / name)
+    remove(folder / "resume.pt")
     os.close(run.lock)
     shown = [f"{k} {v:.4f}" for k, v in metrics.items() if v is not None and not k.endswith("_f1")]
     for start in range(0, len(shown), 4):
         print("", *shown[start : start + 4], sep="  ")
-    print(f"  epoch {epoch or '-'}, train {train_seconds:.1f} s, peak {peak:.2f} GiB: {folder}")
+    print(f"  epoch {kept['epoch'] or '-'}, train {kept['train_seconds']:.1f} s, peak {peak:.2f} GiB: {folder}")
 

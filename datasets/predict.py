@@ -41,7 +41,7 @@ def predict(run, model):
                   args={k: v for k, v in dataclasses.asdict(args).items() if k != "data"},
                   scored=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     (folder / "predict.json").write_text(json.dumps(record, indent=1))
-    common.remove(folder / "checkpoint.pt")  # left by a zero-shot method
+    common.remove(folder / "model.pt")  # left by a zero-shot method
     os.close(run.lock)
     if scans:
         show_ranking(scans, "scans", decision["scan"], len(decision["normal_scans"]), 20)

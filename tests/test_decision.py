@@ -251,7 +251,7 @@ def test_zero_shot_methods_score_a_bare_folder_in_the_users_words(method, phanto
         scores.append([float(row["score"]) for row in rows_of(folder / "scores.csv")])
         args = json.loads((folder / "predict.json").read_text())["args"]
         assert args["organ"] == "knee" if i == 0 else args["sentences"] == str(words)
-        assert not (folder / "checkpoint.pt").exists()
+        assert not (folder / "model.pt").exists()
     assert len(scores[0]) == 6 and scores[0] != scores[1]
     words.write_text("a scan\n")
     done = run_here(f"methods/{method}.py", *common_flags, "--sentences", words, "--out", tmp_path / "c")
