@@ -8,7 +8,6 @@ score means more anomalous."""
 import csv
 import dataclasses
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -50,12 +49,13 @@ def command_line(Args, description):
     """Parse the script's arguments. After this, an `Error` ends the program with one line on stderr and exit code 2.
     Notebooks and tests do not call this function and see the exception itself."""
     def in_one_line(kind, error, traceback):
-        if not issubclass(kind, Error | KeyboardInterrupt):
-            return sys.__excepthook__(kind, error, traceback)
-        interrupted = issubclass(kind, KeyboardInterrupt)
-        print("interrupted; run the same command again to resume from the last evaluation, if any" if interrupted
-              else f"error: {error}", file=sys.stderr)
-        raise SystemExit(130 if interrupted else 2)
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted; run the same command again to resume from the last evaluation, if any", file=sys.stderr)
+            raise SystemExit(130)
+        if issubclass(kind, Error):
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2)
+        sys.__excepthook__(kind, error, traceback)
 
     sys.excepthook = in_one_line
     for stream in (sys.stdout, sys.stderr):
@@ -81,10 +81,9 @@ def check_ranges(args):
                  for op, bound in dataclasses.asdict(limits).items() if bound is not None]  # [("ge", 1), ...]
         values = getattr(args, name)
         for value in values if isinstance(values, tuple) else (values,):
-            if not rules or value in (None, getattr(type(args), name)):
-                continue
-            if not isinstance(value, int | float) or not math.isfinite(value) \
-                    or not all(getattr(operator, op)(value, bound) for op, bound in rules):
+            inside = isinstance(value, int | float) and math.isfinite(value) \
+                and all(getattr(operator, op)(value, bound) for op, bound in rules)
+            if rules and value is not None and not inside:
                 asked = " and ".join(f"{signs[op]} {bound}" for op, bound in rules)
                 raise Error(f"--{name.replace('_', '-')} {value}: the value must be a number that is {asked}")
 
@@ -140,6 +139,12 @@ def sha256(file):
 def plain(name):
     """Make a string safe for use in file names: at most 60 ASCII characters, no dots or spaces."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name)[-60:]
+
+
+def spread(items, n):
+    """Return at most n of `items`, evenly spread."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 # ----------------------------------------------------------------------------------------------------------- benchmarks
@@ -207,20 +212,19 @@ def find_benchmark(data, root):
     if asked is None:
         maker = f"made by datasets/{MADE_BY[data.lower()]}" if known else f"known: {', '.join(NAMES)}"
         raise Error(f"no benchmark {data} in {root} ({maker}) and no folder {data}")
-    bases = {}  # {folder: {(split, mask or not): {(class, ..., name): [files]}}}
+    benchmarks = {}  # {folder: {(split, mask or not): {(class, ..., name): [files]}}}
     files = images_in(asked)
     for file in files:
         folders = file.relative_to(asked).parts[:-1]
-        roles = [ROLES.get(name.lower(), (None, None)) for name in folders]
-        if last := max((i for i, (split, _) in enumerate(roles, 1) if split), default=None):  # innermost
-            split, mask = roles[last - 1]
+        names = [name.lower() for name in folders]
+        if named := [i for i, name in enumerate(names) if name in ROLES]:
             # Val/val/img/Ungood/x.png: base "", split valid, key ("ungood", "x"); its mask: Val/val_label/Ungood/x.png
-            first = next(i for i in range(last) if all(role[0] == split for role in roles[i:last]))
-            inner = [name.lower() for name in folders[last:]]
+            base, (split, mask) = asked.joinpath(*folders[: named[0]]), ROLES[names[named[-1]]]
+            inner = names[named[-1] + 1 :]
             key = *(name for name in inner if name not in ("img", *MASKS)), file.stem.removesuffix("_mask")
-            parts = bases.setdefault(asked.joinpath(*folders[:first]), {})
-            parts.setdefault((split, mask or bool(MASKS & set(inner))), {}).setdefault(key, []).append(file)
-    for base, parts in sorted(bases.items()):
+            part = split, mask or bool(MASKS & set(inner))
+            benchmarks.setdefault(base, {}).setdefault(part, {}).setdefault(key, []).append(file)
+    for base, parts in sorted(benchmarks.items()):
         if (("test", False) in parts or not known) and any(k[0] in NORMAL for k in parts.get(("train", False), {})):
             return base, parts
     if files and not known and all(file.parent == asked for file in files):
@@ -239,11 +243,11 @@ def list_split(parts, split):
     masks = {key: files for key, files in masks.items() if key[0] not in NORMAL}
     masked = bool(masks)
     for key in [key for key in images if key[0] not in NORMAL and len(key) > 1]:
-        own = masks.pop(key, []) if masked else [None]
-        if own != [None] and (len(own) != 1 or len(images[key]) != 1):
+        own = masks.pop(key, [])
+        if masked and (len(own) != 1 or len(images[key]) != 1):
             who, what = (" and ".join(map(str, files)) for files in (images[key], own))
             raise Error(f"{who}: {what or 'no mask'}; each anomalous image needs one mask with the same name")
-        entries += [(file, 1, own[0]) for file in images[key]]
+        entries += [(file, 1, own[0] if masked else None) for file in images[key]]
     if masks:
         raise Error(f"mask {min(masks.values())[0]} has no image with the same name; add one or remove the mask")
     return entries
@@ -257,13 +261,12 @@ def list_benchmark(args):
     base, parts = find_benchmark(args.data, args.root)
     entries = {split: list_split(parts, split) for split in SPLITS}
     images, held = fingerprint(sum(entries.values(), []), base), []
-    scans = [patient(image) or image for image, _, _ in entries["train"]]
-    names = list(dict.fromkeys(scans))
+    scans = {entry: patient(entry[0]) or entry[0] for entry in entries["train"]}
+    names = list(dict.fromkeys(scans.values()))
     if len(names) > 1 and args.holdout and all(label for _, label, _ in entries["valid"]):
-        n = max(1, round(args.holdout * len(names)))
-        chosen = {names[i * len(names) // n] for i in range(n)}  # evenly spread
-        held = [entry for entry, scan in zip(entries["train"], scans, strict=True) if scan in chosen]
-        entries["train"] = [entry for entry, scan in zip(entries["train"], scans, strict=True) if scan not in chosen]
+        chosen = set(spread(names, max(1, round(args.holdout * len(names)))))
+        held = [entry for entry, scan in scans.items() if scan in chosen]
+        entries["train"] = [entry for entry, scan in scans.items() if scan not in chosen]
         entries["valid"] = held + entries["valid"]
     return base, entries, images, len(held)
 
@@ -322,8 +325,8 @@ def decode_mask(path, image_size, size):
 class Split:
     """The images of a split. They are decoded and resized once, and then read from a file in `cache`.
 
-    images: uint8 (N, 3, H, W); masks: bool (N, H, W) or None; labels (N,): 0 normal, 1 anomalous, -1 unknown; paths:
-    relative to the benchmark's folder."""
+    images: uint8 (N, 3, H, W); masks: bool (N, H, W) or None; labels (N,): 0 normal, 1 anomalous; paths: relative to
+    the benchmark's folder."""
 
     def __init__(self, name, entries, size, base, cache, white=65535):
         """entries: [(image, label, mask or None)], as from `list_split`; white: see `to_array`."""
@@ -332,8 +335,7 @@ class Split:
         self.labels = np.array([label for _, label, _ in entries], int)
         self.has_masks = any(mask for _, _, mask in entries)
         self.shape = len(entries), 3 + self.has_masks, size, size  # the fourth channel is the mask
-        state = f"{white}-" * (white != 65535) + fingerprint(entries, base)
-        decoded = cache / f"{base.resolve().name}-{name}-{size}-{len(entries)}-{state}.decoded"
+        decoded = cache / f"{base.resolve().name}-{name}-{size}-{white}-{fingerprint(entries, base)}.decoded"
         if not decoded.is_file() or decoded.stat().st_size != math.prod(self.shape):
             with atomic(decoded) as tmp:
                 self._decode(tmp)
@@ -401,13 +403,11 @@ class Features:
         self.extract, self.split, self.device, self.file = extract, split, run.device, None
         self.shapes = [f.shape[1:] for f in extract(split.batch([0], run.device))]
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        needed = sum(self.sizes) * 4 * len(split) / 2**30
-        budget = min(args.cache_features, shutil.disk_usage(run.folder).free / 2**31)
-        faster = self.device.type == "cuda" and sum(self.sizes) * 4 > 2**21
-        cached = run.notes["features_cached"] = needed <= budget and not faster
-        why = "which is faster on a GPU" if faster else f"above the budget of {budget:.2f} (--cache-features)"
-        print(f"features of {split.name}: {needed:.2f} GiB, "
-              + ("cached" if cached else f"computed again each epoch, {why}"), flush=True)
+        each, free = 4 * sum(self.sizes), shutil.disk_usage(run.folder).free  # bytes
+        cached = each * len(split) <= min(args.cache_features * 2**30, free / 2) \
+            and not (self.device.type == "cuda" and each > 2**21)
+        print(f"features of {split.name}: {each * len(split) / 2**30:.2f} GiB, "
+              + ("cached" if cached else "computed again each epoch (--cache-features)"), flush=True)
         if cached:
             with atomic(run.folder / "features") as tmp, open(tmp, "w+b") as f:
                 for image in split.batches(args.batch_size, run.device):
@@ -437,9 +437,8 @@ def load_benchmark(args):
     (base, entries, _, held), splits, counts = list_benchmark(args), [], []
     for name in SPLITS:
         normal, anomalous = ([e for e in entries[name] if e[1] == label] for label in (0, 1))
-        if args.limit:  # evenly spread over the files
-            normal, anomalous = ([e[i * len(e) // n] for i in range(n)] for e in (normal, anomalous)
-                                 for n in [min(args.limit, len(e))])
+        if args.limit:
+            normal, anomalous = spread(normal, args.limit), spread(anomalous, args.limit)
         counts.append(f"{name} {len(normal)} normal" + f" + {len(anomalous)} anomalous" * (name != "train"))
         if (name == "train" and not normal) or (name == "test" and bool(normal) != bool(anomalous)):
             raise Error(f"{base}: {counts[-1]} images; put images into train/good, test/good and test/Ungood")
@@ -533,12 +532,9 @@ def pretrained_network(name, weights):
         state = read_state(file, f"torchvision weights of {name}, or --weights imagenet, auto or none")
     if state is not None:
         load_state(net, state, file, ("fc.", "classifier."))
-    net.weights_used = _weights_used(name, weights, file if state else None)
+    net.weights_used = dict(name=name, weights=weights if state else "none", sha256=sha256(file) if state else None,
+                            trained=bool(state))
     return net
-
-
-def _weights_used(name, weights, file):
-    return dict(name=name, weights=weights if file else "none", sha256=file and sha256(file), trained=bool(file))
 
 
 def feature_extractor(name, layers, weights):
@@ -549,13 +545,15 @@ def feature_extractor(name, layers, weights):
     from torchvision.models.feature_extraction import create_feature_extractor
 
     net = pretrained_network(name, weights)
-    return _freeze(create_feature_extractor(net.eval(), layers), net.weights_used)
+    extractor = create_feature_extractor(net.eval(), layers)
+    extractor.weights_used = net.weights_used
+    return _freeze(extractor)
 
 
-def _freeze(net, weights_used):
+def _freeze(net):
     net.eval().requires_grad_(False)
     net.train = lambda mode=True: net  # the statistics of batch norm must not change while the rest trains
-    net.frozen, net.weights_used = True, weights_used
+    net.frozen = True
     return net
 
 
@@ -596,7 +594,9 @@ def load_clip(name, weights, image_size):
         file = None
     clip.mean = published.get("mean", open_clip.OPENAI_DATASET_MEAN)
     clip.std = published.get("std", open_clip.OPENAI_DATASET_STD)
-    return _freeze(clip, _weights_used(f"CLIP {name}", f"{weights} ({file})", file))
+    clip.weights_used = dict(name=f"CLIP {name}", weights=f"{weights} ({file})" if file else "none",
+                             sha256=file and sha256(file), trained=bool(file))
+    return _freeze(clip)
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -613,31 +613,36 @@ class PixelMetrics:
     """Exact pixel AUROC, pixel AP, AUPRO and Dice of a set of anomaly maps. All scores are kept and sorted once.
 
     This takes 4 bytes per normal pixel and 8 per anomalous one: 1 GB for the largest benchmark with masks (brain).
-    After `compute`, `best` is the threshold with the highest Dice. Scores at or above it are anomalous."""
+    After `compute`, `best` is the threshold with the highest Dice (scores at or above it are anomalous), and `curve`
+    holds the false positive rates, true positive rates and mean overlaps per region of all thresholds."""
 
     def __init__(self, pixels, threshold=None):
         """pixels: at least their number. threshold: for `dice_valid`, usually `best` of the valid split."""
-        self.threshold, self.best, self.curve, self.images = threshold, None, [], 0
+        self.threshold, self.best, self.curve = threshold, None, None
+        self.maxima, self.low = [], math.inf  # maximum of each map, minimum of all maps
         self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of normal pixels, and their number
         self.anomalous, self.region = [], []  # scores of anomalous pixels, and the region of each
-        self.regions, self.low, self.high = [], math.inf, -math.inf  # the image of each region; range of all scores
+        self.regions = []  # the image of each region
 
-    def update(self, anomaly_maps, masks):
-        """Add float maps and bool masks, both (B, H, W). Raises ValueError if shapes differ or a map is not finite."""
-        maps, masks = np.asarray(anomaly_maps, np.float32), np.asarray(masks, bool)
-        if maps.shape != masks.shape or maps.ndim != 3 or not np.isfinite([maps.min(), maps.max()]).all():
-            raise ValueError(f"anomaly maps {maps.shape} and masks {masks.shape} must be (B, H, W), the maps finite")
-        self.low, self.high = min(self.low, float(maps.min())), max(self.high, float(maps.max()))
-        for scores, mask in zip(maps, masks, strict=True):
+    def update(self, anomaly_maps, masks=None):
+        """Add float maps and bool masks, both (B, H, W). Without masks, only the range of the maps is kept.
+
+        Raises ValueError if shapes differ or a map is not finite."""
+        maps, shape = np.asarray(anomaly_maps, np.float32), np.shape(masks)  # () without masks
+        if maps.ndim != 3 or shape not in ((), maps.shape) or not np.isfinite([maps.min(), maps.max()]).all():
+            raise ValueError(f"anomaly maps {maps.shape} and masks {shape} must be (B, H, W), the maps finite")
+        first, self.low = len(self.maxima), min(self.low, float(maps.min()))
+        self.maxima += maps.max(axis=(1, 2)).tolist()
+        pairs = zip(maps, np.asarray(masks, bool), strict=True) if shape else ()
+        for image, (scores, mask) in enumerate(pairs, first):
             if mask.any():
                 region, count = ndimage.label(mask, np.ones((3, 3)))  # 8-connected
                 self.anomalous.append(scores[mask])
                 self.region.append(region[mask] + (len(self.regions) - 1))
-                self.regions += [self.images] * count
+                self.regions += [image] * count
                 scores = scores[~mask]
             self.normal[self.n : self.n + scores.size] = scores.ravel()
             self.n += scores.size
-            self.images += 1
 
     def compute(self):
         """Return {pixel_auroc, pixel_ap, aupro, dice, dice_valid} in [0, 1], or None if all pixels are of one class.
@@ -657,7 +662,7 @@ class PixelMetrics:
         # For each anomalous score, highest first: number of anomalous pixels at or above it, and of normal pixels
         tp, pro = last + 1, pro[last]
         fp_above, fp = (self.n - np.searchsorted(normal, anomalous[last], side) for side in ("right", "left"))
-        hits, middle = np.diff(tp, prepend=0), np.float32(self.low / 2 + self.high / 2)
+        hits, middle = np.diff(tp, prepend=0), np.float32(self.low / 2 + max(self.maxima) / 2)
         self.best = float(anomalous[last][np.argmax(2 * tp / (tp + fp + tp[-1]))])
 
         def dice(threshold):
@@ -667,11 +672,7 @@ class PixelMetrics:
         # Corners of the curves: flat between anomalous scores, a step at each (slanted if normal pixels have it, too)
         fpr = np.append(np.stack([fp_above, fp], axis=1).ravel(), self.n) / self.n
         tpr, pro = (np.append(np.stack([np.append(0, y[:-1]), y], axis=1).ravel(), 1) for y in (tp / tp[-1], pro))
-        # 200 points on the curves, for figures
-        places = np.concatenate([np.linspace(0, 0.01, 50), np.linspace(0.01, 0.3, 100), np.linspace(0.3, 1, 50)])
-        columns = ([0, *y] for y in (places, np.interp(places, fpr, tpr), np.interp(places, fpr, pro)))
-        self.curve = [dict(zip(("fpr", "tpr", "pro"), map(float, y), strict=True)) for y in zip(*columns, strict=True)]
-        inside = fpr <= 0.3
+        self.curve, inside = (fpr, tpr, pro), fpr <= 0.3
         x, y = np.append(fpr[inside], 0.3), np.append(pro[inside], np.interp(0.3, fpr, pro))
         return dict(pixel_auroc=float(np.sum(hits * (self.n - fp / 2 - fp_above / 2)) / tp[-1] / self.n),
                     pixel_ap=float(np.sum(hits * tp / (tp + fp)) / tp[-1]), aupro=float(np.trapezoid(y, x) / 0.3),
@@ -695,12 +696,12 @@ def score(model, image):
 
 def evaluate(model, split, batch_size, device, threshold=None, each=None):
     """Score a split. Returns an object with metrics {image_auroc, ..., dice_valid}, scores (N,), ms_per_image (without
-    loading), pixel (`PixelMetrics`) and, if there are maps, their maxima (N,) and map_range (minimum, maximum).
+    loading) and pixel (`PixelMetrics`).
 
     model.predict: images (B, 3, H, W) in [0, 1] -> anomaly maps (B, H, W) or None, scores (B,). threshold: for
     `dice_valid`. each: a function that is called with the index and the map (H, W) of each image."""
     pixel = PixelMetrics(len(split) * split.size**2 * split.has_masks, threshold)
-    scores, maxima, low, seconds, done = [], [], math.inf, 0.0, 0
+    scores, seconds, done = [], 0.0, 0
     for image in split.batches(batch_size, device):
         n, started = len(image), time.perf_counter()
         if done and n < batch_size:  # fill the batch up: in a smaller one, scores are rounded differently
@@ -709,17 +710,13 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
         seconds += time.perf_counter() - started
         scores.append(new)
         if maps is not None:
-            maxima.append(maps.max(axis=(1, 2)))
-            low = min(low, float(maps.min()))
-            if split.has_masks:
-                pixel.update(maps, split.masks[done : done + n])
+            pixel.update(maps, split.masks[done : done + n] if split.has_masks else None)
             for i in range(n) if each else ():
                 each(done + i, maps[i])
         done += n
-    scores, maxima = np.concatenate(scores), np.concatenate(maxima) if maxima else None
+    scores = np.concatenate(scores)
     return SimpleNamespace(metrics=image_metrics(split.labels, scores) | pixel.compute(), scores=scores,
-                           ms_per_image=1000 * seconds / done, maxima=maxima, pixel=pixel,
-                           map_range=None if maxima is None else (low, float(maxima.max())))
+                           ms_per_image=1000 * seconds / done, pixel=pixel)
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
@@ -745,8 +742,8 @@ def read_checkpoint(file, method, more=()):
     kept = read_state(file, f"model.pt of a {method} run", mmap=True)
     if kept.get("method") != method:
         raise Error(f"{file} is of method {kept.get('method')}; expected a model.pt of {method}")
-    return _checked(kept, file, args=dict, state=dict, weights=list, notes=dict, train_seconds=float,
-                    epoch=(int, type(None)), **dict.fromkeys(more, object))
+    return _checked(kept, file, args=dict, state=dict, weights=list, notes=dict, train_seconds=float, threads=int,
+                    epoch=(int, type(None)), images=(str, type(None)), **dict.fromkeys(more, object))
 
 
 def _checked(kept, file, **kinds):
@@ -812,8 +809,8 @@ class Run:
             print(f"{folder} already holds this run, finished; nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
         if not args.overwrite and not args.checkpoint and (folder / "resume.pt").exists():
-            kept = read_checkpoint(folder / "resume.pt", method, ("images", "threads", "first_stage", "history", "best",
-                                                                  "stateful", "random"))
+            more = "first_stage", "history", "best", "stateful", "random"
+            kept = read_checkpoint(folder / "resume.pt", method, more)
             self._belongs_to(kept)
             if kept["threads"] != torch.get_num_threads():
                 print(f"NOTE: {torch.get_num_threads()} threads now, {kept['threads']} before: results can differ")
@@ -839,21 +836,18 @@ class Run:
         if other:
             raise Error(f"{self.folder} holds a run with {other[0]}; give --overwrite or another --out")
 
-    def first_stage(self, model, epochs, *stateful):
-        """Yield 1, 2, ..., epochs for a stage of training before `epochs`, which resumes, too."""
-        if not self.kept or self.kept["first_stage"]:
-            yield from self._train(model, epochs, stateful, first_stage=True)
-
-    def epochs(self, model, *stateful):
+    def epochs(self, model, *stateful, first_stage=None):
         """Yield 1, 2, ..., total. After an interruption, continue from the state saved at the last evaluation.
 
-        stateful: what training changes besides the model: optimizers, schedules, other networks."""
-        yield from self._train(model, self.total, stateful, first_stage=False)
-
-    def _train(self, model, epochs, stateful, first_stage):
-        done = 0
-        if kept := self.kept:
-            self._put(model)
+        stateful: what training changes besides the model: optimizers, schedules, other networks. first_stage: number of
+        epochs of a stage before, which is not validated; nothing is yielded if the interrupted run had completed it."""
+        kept, done, total, stage = self.kept, 0, self.total, ""
+        if first_stage is not None:
+            if kept and kept["first_stage"] is None:
+                return
+            total, stage = first_stage, " of the first stage"
+        if kept:
+            restore(model, kept, self.folder)
             for item, state in zip(stateful, kept["stateful"], strict=True):
                 item.load_state_dict(state)
             torch.set_rng_state(kept["random"][0])
@@ -862,15 +856,14 @@ class Run:
             self.history, self.best, done = kept["history"], kept["best"], kept["epoch"]
             self.notes |= kept["notes"]
             self.started = time.perf_counter() - kept["train_seconds"]
-            stage = " of the first stage" * first_stage
+            self.kept = None
             print(f"resuming after epoch {done}{stage}, where the interrupted run was saved", flush=True)
-        self.kept = None
-        for epoch in range(done + 1, epochs + 1):
+        for epoch in range(done + 1, total + 1):
             yield epoch
-            if epoch % self.args.eval_every == 0 or epoch == epochs:
+            if epoch % self.args.eval_every == 0 or epoch == total:
                 on_gpu = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-                self._save("resume.pt", model, epoch, first_stage=first_stage, history=self.history, best=self.best,
-                           stateful=[item.state_dict() for item in stateful], random=(torch.get_rng_state(), on_gpu))
+                self.keep(model, epoch, "resume.pt", first_stage=first_stage, history=self.history, best=self.best,
+                          stateful=[item.state_dict() for item in stateful], random=(torch.get_rng_state(), on_gpu))
 
     def validate(self, model, epoch, valid, **losses):
         """Log the epoch. Every args.eval_every epochs, and after the last, score valid and keep the best state so far.
@@ -898,38 +891,30 @@ class Run:
               flush=True)
         write_csv(self.folder / "log.csv", self.history)
 
-    def keep(self, model, epoch=None):
+    def keep(self, model, epoch=None, file="model.pt", **more):
         """Save the model, without its frozen networks, as model.pt, which `finish` evaluates."""
-        self._save("model.pt", model, epoch)
-
-    def _save(self, name, model, epoch, **more):
-        state = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(_frozen(model))}
-        with atomic(self.folder / name) as tmp, open(tmp, "wb") as f:
-            torch.save(dict(format=FORMAT, method=self.script.stem, args=dataclasses.asdict(self.args), epoch=epoch,
-                            notes=self.notes, train_seconds=time.perf_counter() - self.started,
-                            weights=_weights(model), state=state, images=self.images, threads=torch.get_num_threads(),
-                            **more), f)
-
-    def load(self, model):
-        """Load the state of --checkpoint or of model.pt into `model`. Returns the content of that file."""
-        if not self.args.checkpoint:
-            self.kept = read_checkpoint(self.folder / "model.pt", self.script.stem)
-        self._put(model)
-        return self.kept
-
-    def _put(self, model):
-        source, theirs, ours = self.args.checkpoint or self.folder, self.kept["weights"], _weights(model)
-        if [w["sha256"] for w in theirs] != [w["sha256"] for w in ours]:
-            raise Error(f"{source} was trained on the frozen weights {theirs}, not on {ours}; give the same ones")
-        load_state(model, self.kept["state"], source, _frozen(model))
+        used, frozen = pretrained(model)
+        kept = dict(format=FORMAT, method=self.script.stem, args=dataclasses.asdict(self.args), epoch=epoch,
+                    notes=self.notes, train_seconds=time.perf_counter() - self.started, weights=used,
+                    state={k: v.cpu() for k, v in model.state_dict().items() if not k.startswith(frozen)},
+                    images=self.images, threads=torch.get_num_threads(), **more)
+        with atomic(self.folder / file) as tmp, open(tmp, "wb") as f:
+            torch.save(kept, f)
 
 
-def _frozen(model):
-    return tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "frozen", False))
+def pretrained(model):
+    """Return `weights_used` of each pretrained network in `model`, and how the keys of the frozen ones begin."""
+    networks = [(name, module) for name, module in model.named_modules() if hasattr(module, "weights_used")]
+    frozen = tuple(f"{name}." for name, module in networks if hasattr(module, "frozen"))
+    return [module.weights_used for _, module in networks], frozen
 
 
-def _weights(model):
-    return [module.weights_used for module in model.modules() if hasattr(module, "weights_used")]
+def restore(model, kept, source):
+    """Load the state of `kept`, as from `read_checkpoint`, into `model`. source: where it is from, for the `Error`."""
+    used, frozen = pretrained(model)
+    if [w["sha256"] for w in kept["weights"]] != [w["sha256"] for w in used]:
+        raise Error(f"{source} was trained on the frozen weights {kept['weights']}, not on {used}; give the same ones")
+    load_state(model, kept["state"], source, frozen)
 
 
 def finish(run, model, splits):
@@ -938,20 +923,23 @@ def finish(run, model, splits):
     splits: (train, valid, test) from `load_benchmark`. Thresholds and pictures come from datasets/decisions.py, and
     --predict from datasets/predict.py; a copied script works without them, but then it has neither."""
     args, folder, (train, valid, test), decision, metrics, test_ms = run.args, run.folder, splits, {}, {}, None
-    kept = run.load(model)
+    kept = run.kept if args.checkpoint else read_checkpoint(folder / "model.pt", run.script.stem)
+    restore(model, kept, args.checkpoint or folder)
     model.to(run.device)
-    for name in [w["name"] for w in _weights(model) if not w["trained"]]:
+    for name in [w["name"] for w in kept["weights"] if not w["trained"]]:
         print(f"NOTE: {name} has UNTRAINED weights; the results are meaningless")
     sys.path.insert(0, str(Path(__file__).with_name("datasets")))
     if args.predict:
         try:
-            return importlib.import_module("predict").predict(run, model)
+            from predict import predict
+
+            return predict(run, model, kept)
         except ImportError as e:
             raise Error(f"--predict needs decisions.py, predict.py and volumes.py in datasets/ ({e}); copy them") from e
-    decisions = None
-    if importlib.util.find_spec("decisions"):
-        decisions = importlib.import_module("decisions")
-    else:
+    try:
+        import decisions
+    except ImportError:
+        decisions = None
         print("NOTE: without datasets/decisions.py there are no thresholds and no pictures")
     for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
         remove(folder / old)  # a run without results.json is not finished
@@ -969,7 +957,6 @@ def finish(run, model, splits):
         write_csv(folder / "scores.csv", [dict(path=p, label=int(y), score=float(s)) for p, y, s in rows])
         if decisions:
             metrics |= decisions.write(run, test, result, decision)
-    defaults = {f.name: f.default for f in dataclasses.fields(args) if f.name not in FREE - {"batch_size"} | {"seed"}}
     packages = ("torch", "torchvision", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # GiB
     on_gpu = run.device.type == "cuda"
@@ -985,7 +972,8 @@ def finish(run, model, splits):
         parameters=dict(total=sum(p.numel() for p in model.parameters()),
                         trained=sum(p.numel() for p in model.parameters() if p.requires_grad)),
         args=dataclasses.asdict(args), command=" ".join(sys.argv[1:]),
-        changed={name: getattr(args, name) for name, value in defaults.items() if getattr(args, name) != value},
+        changed={f.name: getattr(args, f.name) for f in dataclasses.fields(args)
+                 if f.name not in FREE - {"batch_size"} | {"seed"} and getattr(args, f.name) != f.default},
         versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
         device=torch.cuda.get_device_name() if on_gpu else str(run.device), threads=torch.get_num_threads(),
         commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -198,8 +198,7 @@ def draw(file, classes, pairs):
     """Draw a row of samples for each class, {title: entries}, and up to two for each of `pairs`, {title: matches}."""
     rows = []  # (title, [(caption, image, mask, orientation), ...])
     for title, entries in classes.items():
-        n = min(COLUMNS, len(entries))
-        rows.append((title, [("", *entries[i * len(entries) // n][::2], 0) for i in range(n)]))
+        rows.append((title, [("", image, mask, 0) for image, _, mask in common.spread(entries, COLUMNS)]))
     for title, found in pairs.items():
         cells = []
         for value, known, image, orientation in found[:COLUMNS]:
@@ -245,8 +244,7 @@ if __name__ == "__main__":
             made = f" (datasets/{script}.py makes them)" * bool(script)
             alone = split == "test" and not listed["test"]  # normal images are enough to train
             findings.append(("notice" if split == "valid" or alone else "error", "no images", name + made))
-        n = min(args.limit or len(chosen), len(chosen))
-        classes[name] = [chosen[i * len(chosen) // n] for i in range(n)]  # evenly spread over the files
+        classes[name] = common.spread(chosen, args.limit or len(chosen))
     # A run looks for the record of all files; the record of a subset (--limit) has another name.
     entries = sum((classes if args.limit else listed).values(), [])
     record = Path(args.root) / ".cache" / f"{common.fingerprint(entries, base)}.check.json"

@@ -37,12 +37,14 @@ def on_valid(model, valid, result):
 
     A model with `scaled_by_image` gets no pixel threshold, because its maps cannot be compared between images. Without
     a valid split (None), `result` is of the training images. They set the colour scale, but no thresholds."""
+    pixel = result.pixel
+    map_range = (pixel.low, max(pixel.maxima)) if pixel.maxima else None
     if valid is None:
-        return NOTHING_SEEN | dict(map_range=result.map_range)
-    comparable = result.maxima is not None and not getattr(model, "scaled_by_image", False)
+        return NOTHING_SEEN | dict(map_range=map_range)
+    comparable = pixel.maxima and not getattr(model, "scaled_by_image", False)
     return {"from": valid.source, "labels": valid.labels.tolist(), "scores": result.scores.tolist(),
-            "scans": [common.patient(path) for path in valid.paths], "map_range": result.map_range,
-            "dice": result.pixel.best, "maxima": result.maxima.tolist() if comparable else None}
+            "scans": [common.patient(path) for path in valid.paths], "map_range": map_range,
+            "dice": pixel.best, "maxima": pixel.maxima if comparable else None}
 
 
 def decide(seen, args):
@@ -108,8 +110,7 @@ def pictures(run, test, decision):
     from matplotlib import colormaps
 
     args, folder, (low, high) = run.args, run.folder, decision["map_range"] or (0, 1)
-    count = len(test) if args.maps < 0 else min(args.maps, len(test))
-    shown = {i * len(test) // count for i in range(count)}  # the same images for all methods
+    shown = set(common.spread(range(len(test)), len(test) if args.maps < 0 else args.maps))  # the same for all methods
     inferno = colormaps["inferno"](range(256), bytes=True)[:, :3].tobytes()
 
     def draw(i, anomaly_map):
@@ -137,7 +138,7 @@ def write(run, test, result, decision):
     `common.evaluate` for the test split. Returns the metrics at the thresholds."""
     args, folder = run.args, run.folder
     if result.pixel.curve:
-        common.write_csv(folder / "curves.csv", result.pixel.curve)
+        common.write_csv(folder / "curves.csv", curve(result.pixel))
         rows = lesions(result.pixel, decision["pixel"])
         common.write_csv(folder / "lesions.csv", [dict(path=test.paths[row.pop("image")]) | row for row in rows])
     images = folder.parents[1] / f"images-{run.images}{f'-{args.limit}' * bool(args.limit)}"
@@ -150,6 +151,14 @@ def write(run, test, result, decision):
                 if mask:
                     Image.fromarray(common.decode_mask(mask, size, 256)[0] > 0).save(tmp / f"{i:05}-mask.png")
     return decision_metrics(test.labels, result.scores, decision)
+
+
+def curve(pixel):
+    """Return points {fpr, tpr, pro} on the curves of `pixel`, a `common.PixelMetrics` after `compute`."""
+    places = np.concatenate([np.linspace(0, 0.01, 50), np.linspace(0.01, 0.3, 100), np.linspace(0.3, 1, 50)])
+    fpr, *others = pixel.curve
+    columns = [[0, *places], *([0, *np.interp(places, fpr, y)] for y in others)]
+    return [dict(zip(("fpr", "tpr", "pro"), map(float, point), strict=True)) for point in zip(*columns, strict=True)]
 
 
 def lesions(pixel, threshold):

@@ -21,10 +21,12 @@ from PIL import Image
 import common
 
 
-def predict(run, model):
-    """Score args.predict and write the run folder. If files are damaged, list them at the end and exit with code 1."""
+def predict(run, model, kept):
+    """Score args.predict and write the run folder. If files are damaged, list them at the end and exit with code 1.
+
+    kept: the content of the model's model.pt."""
     args, folder, asked = run.args, run.folder, Path(run.args.predict)
-    decision = decisions.decide(run.kept.get("seen", decisions.NOTHING_SEEN), args)
+    decision = decisions.decide(kept.get("seen", decisions.NOTHING_SEEN), args)
     for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
         common.remove(folder / old)
     files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)

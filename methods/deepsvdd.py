@@ -233,7 +233,7 @@ if __name__ == "__main__":
         images = model.load(train.batches(256, run.device))
         autoencoder = Autoencoder(model.encoder).to(run.device)
         optimizer, schedule = adam(autoencoder, args.ae_lr, args.ae_weight_decay, args.ae_milestone)
-        for epoch in run.first_stage(model, args.ae_epochs, autoencoder, optimizer, schedule):
+        for epoch in run.epochs(model, autoencoder, optimizer, schedule, first_stage=args.ae_epochs):
             losses = []
             for image in batches(images, args.ae_batch_size):
                 loss = autoencoder.loss(image)

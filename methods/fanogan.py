@@ -190,7 +190,7 @@ if __name__ == "__main__":
     if not args.checkpoint:
         optimizer_g, optimizer_d, optimizer_e = (torch.optim.Adam(m.parameters(), args.lr, BETAS)
                                                  for m in (generator, critic, encoder))
-        for epoch in run.first_stage(model, args.gan_epochs, optimizer_g, optimizer_d):
+        for epoch in run.epochs(model, optimizer_g, optimizer_d, first_stage=args.gan_epochs):
             losses_d, losses_g = [], []
             for step, image in enumerate(train.batches(args.batch_size, run.device, shuffle=(args.seed, 1, epoch))):
                 real = 2 * augment(image) - 1

@@ -124,21 +124,21 @@ def too_long(*_):
 def run(method, out, *flags, stop=None):
     """One run of a script in this process: its results.json (None where it was stopped or predicts), scores, and
     losses, [{name: value} by epoch]."""
-    argv, save = sys.argv, common.Run._save
+    argv, keep = sys.argv, common.Run.keep
 
-    def and_stop(self, name, model, epoch, **more):
-        save(self, name, model, epoch, **more)
-        if name == "resume.pt" and epoch == stop and not more["first_stage"]:
+    def and_stop(self, model, epoch=None, file="model.pt", **more):
+        keep(self, model, epoch, file, **more)
+        if file == "resume.pt" and epoch == stop and not more["first_stage"]:
             os.close(self.lock)
             raise Stopped
 
     sys.argv = [f"{method}.py", "--out", str(out), *map(str, flags)]
     try:
-        common.Run._save = and_stop
+        common.Run.keep = and_stop
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Stopped):
             runpy.run_path(str(ROOT / f"methods/{method}.py"), run_name="__main__")
     finally:
-        sys.argv, common.Run._save = argv, save
+        sys.argv, common.Run.keep = argv, keep
     folder = next(out.glob(f"*/{method}/seed0"))
     results, scores, losses = None, None, []
     if (folder / "results.json").exists():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import decisions
 import numpy as np
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_the_curve_has_the_area_of_the_metrics():
     metrics = common.PixelMetrics(signal.size)
     metrics.update(signal, masks)
     found = metrics.compute()
-    fpr, tpr, pro = (np.array([point[k] for point in metrics.curve]) for k in ("fpr", "tpr", "pro"))
+    fpr, tpr, pro = (np.array([point[k] for point in decisions.curve(metrics)]) for k in ("fpr", "tpr", "pro"))
     assert (fpr[0], tpr[0], pro[0]) == (0, 0, 0) and (fpr[-1], tpr[-1], pro[-1]) == (1, 1, pytest.approx(1))
     assert np.trapezoid(tpr, fpr) == pytest.approx(found["pixel_auroc"], abs=1e-3)
 
@@ -400,7 +401,7 @@ def test_frozen_features_come_back_whole_and_in_the_order_of_the_images(budget, 
     asked, run = [], SimpleNamespace(device=torch.device("cpu"), folder=tmp_path, notes={})
     features = common.Features(lambda image: asked.append(len(image)) or halves(image), train,
                                SimpleNamespace(cache_features=budget, batch_size=4), run)
-    assert said in capsys.readouterr().out and run.notes["features_cached"] == (budget != 0)
+    assert said in capsys.readouterr().out
     before = sum(asked)
     for shuffle in ((0, 1), (0, 2), None):
         found = list(features.batches(4, shuffle=shuffle, drop_last=True))

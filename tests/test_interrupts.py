@@ -135,16 +135,16 @@ def test_a_run_stopped_in_its_first_stage_goes_on_there_and_ends_with_the_same_b
     monkeypatch.setattr(common.fcntl, "flock", lambda *_: None)  # this process stops, but does not end
     arguments = ["--root", phantom, "--device", "cpu", "--maps", 0, *SHORT[method], first, 3]
     run_here(method, *arguments, "--out", tmp_path / "whole")
-    save, saved = common.Run._save, []
+    keep, saved = common.Run.keep, []
 
-    def and_stop(run, name, *rest, **more):
-        save(run, name, *rest, **more)
-        saved.append(name)
+    def and_stop(run, *rest, **more):
+        keep(run, *rest, **more)
+        saved.append(rest)
         if len(saved) == stop:
             raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(common.Run, "_save", and_stop)
+        patch.setattr(common.Run, "keep", and_stop)
         run_here(method, *arguments, "--out", tmp_path / "cut")
     capsys.readouterr()
     torch.manual_seed(99)  # whatever the next process draws before

@@ -172,17 +172,17 @@ def test_a_run_stopped_after_an_evaluation_goes_on_and_ends_with_the_same_bytes(
     method, folder, arguments, _ = finished
     if "--epochs" not in arguments:
         return  # nothing is trained: such a run starts anew
-    save, stop = common.Run._save, arguments[arguments.index("--epochs") + 1] // 2
+    keep, stop = common.Run.keep, arguments[arguments.index("--epochs") + 1] // 2
 
-    def and_stop(run, name, model, epoch, **more):
-        save(run, name, model, epoch, **more)
-        if name == "resume.pt" and epoch == stop and not more["first_stage"]:
+    def and_stop(run, model, epoch=None, file="model.pt", **more):
+        keep(run, model, epoch, file, **more)
+        if file == "resume.pt" and epoch == stop and not more["first_stage"]:
             raise Stopped
 
     monkeypatch.setattr(common.fcntl, "flock", lambda *_: None)  # this process stops, but does not end
     arguments = [*arguments, "--eval-every", stop, "--out", tmp_path, "--maps", 0]
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(common.Run, "_save", and_stop)
+        patch.setattr(common.Run, "keep", and_stop)
         run_here(method, *arguments)
     stopped = tmp_path / "phantom" / method / "seed0"
     assert not (stopped / "results.json").exists()
