@@ -82,7 +82,7 @@ DRAWS = 2000  # bootstrap samples of the test images
 UNDECIDED = {"from": "nothing", "image": None, "map_range": None, "normal_scores": [], "pixel": None}  # no decisions.py
 RATES = np.concatenate([np.linspace(0, 0.1, 61), np.linspace(0.1, 1, 91)[1:]])  # false positive rates of the curves
 LEVELS = [f"fpr_{0.015 * i:.3f}" for i in range(1, 21)]  # columns of lesions.csv
-LABELLED, HUES = 5, 8  # number of labelled, coloured curves; number of colours
+LABELLED, HUES = 5, 8  # number of labelled curves, number of colours
 
 TEMPLATES = Path(__file__).with_name(".report")
 ENV = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True,
@@ -198,8 +198,8 @@ def read_log(file):
 
 
 def read_lesions(file):
-    """Return the PRO of small, medium and large lesions (`SIZES`: thirds by area) from their overlap at 20 false
-    positive rates up to 30%, and both area limits in pixels; {} if the file does not exist."""
+    """Return the PRO of small, medium and large lesions (`SIZES`: thirds by area) and both area limits in pixels; {} if
+    the file does not exist. The PRO is computed from the overlap at 20 false positive rates up to 30%."""
     if not file.exists():
         return {}
     kinds = dict(path=str, lesion=str, area=float, overlap=str) | dict.fromkeys(LEVELS, float)
@@ -229,7 +229,7 @@ class Scores:
 def read_scores(results, known):
     """Read `Scores` from scores.csv; None if a file or a class is missing, or if seeds have different images.
 
-    known: a cache {(paths, labels): ...}, filled here, that makes equal lists of images the same object."""
+    known: a cache, {(paths, labels): ...}, so that equal lists of images are the same object."""
     scores, placements, seen = [], [], set()
     for r in results:
         if not (file := r["folder"] / "scores.csv").exists() or "test" not in r["counts"]:
@@ -258,7 +258,7 @@ def patients_of(paths):
 
 # --------------------------------------------------------------------------------------------- intervals and tests
 def placement(anomalous, scores):
-    """Return, for each image, the fraction of the other class ranked correctly (DeLong 1988); ties count half. (N,)"""
+    """Return the fraction of the other class ranked correctly against each image (N,), ties as half (DeLong 1988)."""
     rank, share = rankdata(scores), np.empty(len(scores))
     for these in (anomalous, ~anomalous):  # fraction of the other class with a lower rank
         share[these] = (rank[these] - rankdata(scores[these])) / (~these).sum()
@@ -277,7 +277,7 @@ def resample(units, stream):
 def interval(anomalous, share, patients=None):
     """Return the 95% bootstrap interval (low, high) of the AUROC, which is the mean of the placements `share` (N,).
 
-    The result is (None, None) if a class has only one image (or patient) or if all samples are equal (AUROC of 1)."""
+    Return (None, None) if a class has only one image (or patient) or all samples are equal (perfect separation)."""
     auroc = -share[anomalous].mean()
     for stream, these in enumerate((anomalous, ~anomalous)):
         unit = np.arange(these.sum()) if patients is None else patients[these]
@@ -319,7 +319,7 @@ def holm(p_values):
 
 @dataclass
 class Comparison:
-    """Comparison of all pairs of methods on a benchmark that were scored on the same images as most methods."""
+    """Pairwise comparison of the methods on a benchmark. Methods scored on other images than most are left out."""
     auroc: dict  # {method: image AUROC}, descending
     p_values: dict  # {(better, worse): p}
     held: set  # pairs that differ at 5% after Holm's correction
@@ -357,7 +357,7 @@ def check_line(results):
 
 def as_published(data, method, results, changed):
     """Return True if all runs have trained weights and the thesis' method, number of images and settings.
-    changed: deviations from the published settings in the thesis' own table."""
+    changed: settings of the thesis' variant that differ from the published ones."""
     def counts(r):
         test = r["counts"].get("test", dict(normal=None, anomalous=None))
         return r["counts"]["train"]["normal"], test["normal"], test["anomalous"]
@@ -413,7 +413,7 @@ def rows_of(runs, scores, published):
 
 
 def fair(row):
-    """Return True if the row has trained networks and all images."""
+    """Return True if all networks are trained and all images are used."""
     return not {"u", "l"} & set(row["marks"])
 
 
@@ -577,7 +577,7 @@ class Frame:
 
 
 def summary_figure(rows, alike):
-    """Draw the mean image AUROC of each method, highest first, its 95% interval, all seeds and the thesis' value."""
+    """Draw each method's mean image AUROC (highest first), its 95% interval, its seeds and the thesis' value."""
     rows = sorted((r for r in rows if r["image_auroc"] is not None), key=lambda r: -r["image_auroc"])
     seeds = {r["method"]: [v for k, v in r.items() if re.fullmatch(r"seed\d+", k)] for r in rows}
     names = ("image_auroc", "image_auroc_low", "image_auroc_high", "image_auroc_thesis_mean")
@@ -701,7 +701,7 @@ def settings_of(rows, results):
 
 
 def section_of(title, data, rows, runs, scores, others):
-    """Return the section on a benchmark, or on the variants of clip_recon for it."""
+    """Return the report section on a benchmark or on its variants of clip_recon."""
     rows = [r for r in rows if r["data"] == data]
     results = [r for row in rows for r in runs[data, row["method"]]]
     compared, best = compare(data, scores), best_of(rows, "image_auroc")
@@ -748,7 +748,7 @@ def tex(text):
 
 
 def write_figure(frame, panels, file):
-    """Write all panels to one SVG for other programs, replacing CSS variables by the colours of the light theme."""
+    """Write all panels to one SVG for other programs, with CSS variables replaced by the colours of the light theme."""
     across = min(len(panels), 1000 // frame.width)
     text = ENV.get_template("figure.svg").render(frame=frame, panels=panels, across=across)
     colours = dict(reversed(re.findall(r"(--[\w-]+): ([^;]+);", text)))  # of equal names, the first wins

@@ -12,7 +12,7 @@
 # If data/ has no benchmark, the script generates the phantom and runs a short demonstration (flags: methods/demo.txt).
 # DEMO=1 runs this demonstration on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" sets its weights.
 # FLAGS="--device cuda:1" adds flags to every command.
-# If a run fails, the others continue; failed runs are listed at the end, with exit status 1. Linux, macOS (bash 3.2).
+# A failed run does not stop the others; it is listed at the end (exit status 1). For Linux and macOS (bash 3.2).
 set -fu
 usage() { echo "error: $1; see the head of run_all.sh" >&2; exit 2; }
 number() {

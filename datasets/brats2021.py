@@ -8,23 +8,24 @@ The script reads only FLAIR and the segmentation.
 Protocol:
 1. The benchmark uses the 40 axial slices 60 to 99 of each FLAIR volume. A slice is anomalous if it has labels above 0,
    which form its mask.
-2. Each slice (240x240 pixels) is scaled to 8 bits from its own minimum to its own maximum. Slices are in radiological
-   view (the patient's right is on the left), whatever the affine. --colormap bone writes slices like the benchmark's
-   code: transposed, with rows from the patient's right to the left, and in the colours of matplotlib's map `bone`.
+2. Each slice (240x240 pixels) is scaled to 8 bits by its own minimum and maximum. Slices are in radiological view (the
+   patient's right is on the left), whatever the affine. --colormap bone reproduces the benchmark's code: slices are
+   transposed (rows run from the patient's right to the left) and have the colours of matplotlib's colour map `bone`.
 3. Train, test-normal and valid-normal contain all tumour-free slices of the 424, 162 and 39 patients in the published
-   lists (brats2021_published.csv, from data_processing/brain of github.com/DorisBao/BMAD). If the source lacks one of
+   lists (brats2021_published.csv, from data_processing/brain of github.com/DorisBao/BMAD). If the source lacks any of
    them, patients are ranked by their number of tumour-free slices among the 40 (most first, ties by name), as in the
    published lists, and assigned to train, test-normal and valid-normal in this order.
 4. The remaining 626 patients have tumour in every slice. Valid-anomalous has slices 60, 70, 80 and 90 of the first 11
    by name, test-anomalous slices 60, 68, 76, 84 and 92 of the other 615. The published 11 are unknown: the benchmark's
    code selected them by the order of a Python set, which differs from run to run.
 
-A cohort of another size is divided in the same proportions, with at least one patient in each part. If at least three
+Cohorts of other sizes are divided in the same proportions, with at least one patient in each part. If at least three
 patients have tumour-free slices, only such patients are assigned to the normal parts. With fewer than five patients,
 each patient in valid or test contributes slices of both classes. --split FILE (CSV: case,split,label) replaces this
 division. The challenge's validation set has no segmentations and is skipped. The checksums of .nii.gz files are
 verified. A .nii file has none: damage is detected only if the file is truncated or its header is invalid.
-Published: train 7,500; valid 39 + 44; test 640 + 3,075, which the thesis calls 1:1. The images take about 0.4 GB.
+Published counts (normal + anomalous): train 7,500; valid 39 + 44; test 640 + 3,075 (1:1 according to the thesis). The
+images take about 0.4 GB.
 """
 
 import re
@@ -48,7 +49,7 @@ SLICES = dict(valid=range(60, 100, 10), test=range(60, 100, 8))  # for anomalous
 PUBLISHED = {("train", 0): 7500, ("valid", 0): 39, ("valid", 1): 44, ("test", 0): 640, ("test", 1): 3075}
 LISTS = Path(__file__).with_name("brats2021_published.csv")
 LOOKED_FOR = "cases like BraTS2021_00000/BraTS2021_00000_flair.nii.gz"
-MEMORY = 0.2  # GiB per process: an unpacked case of 240x240x155
+MEMORY = 0.2  # GiB per process: an unpacked case of 240x240x155 voxels
 
 
 @dataclass

@@ -1,19 +1,19 @@
 """liver, train: normal slices of the liver CT benchmark from BTCV (MICCAI 2015 "Beyond the Cranial Vault").
 
 Source: synapse.org, syn3193805, after registration: RawData.zip of the abdomen part (syn3379050). The licence is CC BY
-4.0 according to the thesis. There are 30 labelled cases. The benchmark's valid and test come from LiTS, see lits.py.
+4.0 according to the thesis. There are 30 labelled cases. Valid and test come from LiTS (see lits.py).
 --raw: a folder with RawData/Training/img/img0001.nii.gz and RawData/Training/label/label0001.nii.gz (or .nii), at any
 depth. Unlabelled scans in a folder Testing (or imagesTs) are skipped.
 
 Protocol (lits.py shares steps 2 to 4):
 1. Every axial slice with liver (label 6) is used.
 2. Hounsfield units are clipped to the abdominal window, -200 to 250, and scaled to 8 bits; pixels outside the liver are
-   set to 0. A slice whose liver has no value above -200 would be black and is left out. This follows the thesis. The
-   benchmark's code (data_processing/liver of github.com/DorisBao/BMAD) clips LiTS but not BTCV, and scales each slice
-   by its own range over the whole body before masking out everything else. The published images therefore vary in
+   set to 0. A slice whose liver has no value above -200 would be black and is left out. This is the thesis' rule.
+   The benchmark's code (data_processing/liver of github.com/DorisBao/BMAD) clips LiTS but not BTCV, and scales each
+   slice by its own range over the whole body before masking the liver. The published images therefore vary in
    brightness from slice to slice, and those of train differ from those of test.
-3. The histogram of the pixels above 0 is equalised: v becomes floor(255 * share of these pixels that are at most v).
-   Results from 1 to 149 are then lifted to 30 to 149 (x to floor(30 + 0.8 x)). --no-equalize skips this step (the
+3. The histogram of the pixels above 0 is equalised: v becomes floor(255 * fraction of these pixels at or below v).
+   A result x from 1 to 149 then becomes floor(30 + 0.8 x), i.e. 30 to 149. --no-equalize skips this step (the
    thesis provides both versions); give lits.py the same flag.
 4. Slices keep the source's 512x512 pixels and are in radiological view (the patient's right is on the left), whatever
    the affine. If a label has the same grid as its volume but another affine, the volume's orientation is used for both,
@@ -21,7 +21,7 @@ Protocol (lits.py shares steps 2 to 4):
 
 The checksums of .nii.gz files are verified. A .nii file has none: damage is detected only if the file is truncated or
 its header is invalid. --patients FILE (CSV with column case, for example img0001) selects cases.
-Published: 1,542 training slices, "selected" (thesis, 3.1.2) by an unstated criterion. This script uses all slices.
+Published count: 1,542 training slices, "selected" (thesis, 3.1.2) by an unstated criterion; we use all slices.
 """
 
 import json
@@ -39,7 +39,7 @@ from prepare import common
 WINDOW = -200, 250  # HU
 LIVER = 6
 BLOCK = 32  # slices read at a time: 32 MiB of each volume at 512x512
-MEMORY = 0.6  # GiB per process: volume and label of 512x512x200, unpacked
+MEMORY = 0.6  # GiB per process: an unpacked volume and its label, 512x512x200 voxels each
 PUBLISHED = {("train", 0): 1542}
 LOOKED_FOR = "cases like Training/img/img0001.nii.gz with Training/label/label0001.nii.gz"
 
@@ -47,7 +47,7 @@ LOOKED_FOR = "cases like Training/img/img0001.nii.gz with Training/label/label00
 @dataclass
 class Args(prepare.Args):
     equalize: bool = True
-    """equalise the histogram of each liver"""
+    """equalise the histogram of the liver in each slice"""
     patients: Path | None = None
     """CSV file with column case: use only these cases"""
 

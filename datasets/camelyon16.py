@@ -12,24 +12,24 @@ Protocol, for patches of 256x256 pixels at level 0:
 1. Train consists of the 159 normal training slides other than normal_086, which shows tumour and was withdrawn. Of the
    test slides, 13 (5 with tumour) are in valid and 115 in test; test_049 (a withdrawn duplicate) and test_114 (its
    tumour is only partly annotated) are left out.
-2. Tissue consists of pixels whose chroma (maximum minus minimum of R, G, B) is above Otsu's threshold, on the level
-   nearest to 1:32. Unlike saturation, chroma is also small in black, unscanned areas. Patch centres lie on a grid with
+2. On the level nearest to 1:32, tissue consists of the pixels whose chroma (maximum minus minimum of R, G, B) is above
+   Otsu's threshold. Unlike saturation, chroma is also small in black, unscanned areas. Patch centres lie on a grid with
    a spacing of 64 pixels, and at least half of each patch is tissue.
 3. The centre of a tumour patch is inside a tumour polygon (groups _0, _1, Tumor, metastases) and outside the excluded
    polygons (_2, Exclusion). A normal patch lies completely outside all polygons.
 4. Patches are drawn at random, with a separate seed for each slide, and do not overlap. Each training slide contributes
    32 patches. Valid has 100 normal and 100 tumour patches, test 1,000 and 1,000, spread over the slides as evenly as
-   possible, with at most 100 per class and slide. If a slide is damaged, other slides contribute its patches.
+   possible, with at most 100 per class and slide. Patches from other slides replace those of a damaged slide.
 
-The slides of a smaller source are divided in the same proportions, separately with and without tumour; those with the
-highest numbers are in valid. --slides FILE (CSV: case,split) assigns the test slides to valid and test instead.
+A smaller source is divided in the same proportions, separately for test slides with and without tumour; those with the
+highest numbers go to valid. --slides FILE (CSV: case,split) replaces this division of the test slides.
 
---coords FOLDER reads the patch centres from lists with lines slide,x_center,y_center in files named train_good,
-valid_good, valid_bad, test_good and test_bad (.txt or .csv; "normal" and "tumor" also work). The authors' lists are in
-data_processing/histopathology/coords of github.com/DorisBao/BMAD. They have 5,088 patches in train, 117 + 105 in valid
-and 1,026 + 1,008 in test (none from test_125), where the thesis gives round numbers. Our protocol and these lists have
-the same slides in each split, a grid of 64 pixels, no overlap, and 32 patches per training slide.
-Published: train 5,088; valid 100 + 100; test 1,000 + 1,000 (about 0.9 GB).
+--coords FOLDER reads the patch centres from lists instead: files train_good, valid_good, valid_bad, test_good and
+test_bad (.txt or .csv; or with normal for good, tumor for bad) with lines slide,x_center,y_center. The authors' lists
+are in data_processing/histopathology/coords of github.com/DorisBao/BMAD. They have 5,088 patches in train, 117 + 105 in
+valid and 1,026 + 1,008 in test (none from test_125), where the thesis gives round numbers. They agree with the protocol
+above in the slides of each split, the 64-pixel grid, the absence of overlap and the 32 patches per training slide.
+Published counts (normal + anomalous): train 5,088; valid 100 + 100; test 1,000 + 1,000 (about 0.9 GB).
 """
 
 import csv
@@ -59,14 +59,14 @@ TUMOUR = {f"test_{n:03}" for n in (
 TUMOUR_GROUPS, EXCLUDED_GROUPS = {"_0", "_1", "tumor", "metastases"}, {"_2", "exclusion"}
 PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # maximum per class
 PUBLISHED = {("train", 0): 5088, ("valid", 0): 100, ("valid", 1): 100, ("test", 0): 1000, ("test", 1): 1000}
-MEMORY = 0.4  # GiB per process: the tissue of a slide of 100,000x200,000, and OpenSlide's cache
+MEMORY = 0.4  # GiB per process: tissue of a slide of 100,000x200,000 pixels, and OpenSlide's cache
 LOOKED_FOR = "slides like training/normal/normal_001.tif and testing/images/test_001.tif"
 
 
 @dataclass
 class Args(prepare.Args):
     slides: Path | None = None
-    """CSV file with columns case,split that assigns test slides to valid or test; omits unlisted ones"""
+    """CSV file with columns case,split that assigns test slides to valid or test; others are omitted"""
     coords: Path | None = None
     """folder with published lists of patch centres; replaces the random choice"""
 
@@ -77,7 +77,7 @@ def find_slides(raw):
     files = {}
     for file in common.files_in(raw):
         match = re.fullmatch(r"(normal|test)_(\d+)\.(tiff?|xml)", file.name, re.IGNORECASE)
-        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks with equal names
+        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks of the same names
             continue
         kind = "annotation" if match[3].lower() == "xml" else "slide"
         prepare.note_file(files, f"{match[1].lower()}_{int(match[2]):03}", kind, file)
@@ -182,7 +182,7 @@ def on_tissue(slide, file):
         rgb = np.asarray(strip)  # (up to 512, width, 3)
         colour[top : top + 512] = rgb.max(axis=2) - rgb.min(axis=2)
         counts += np.bincount(colour[top : top + 512].ravel(), minlength=256)
-    tissue = np.zeros((height + 1, width + 1), np.int32)  # becomes an integral image: sums above and to the left
+    tissue = np.zeros((height + 1, width + 1), np.int32)  # becomes the integral image (summed-area table)
     tissue[1:, 1:] = colour > max(otsu(counts), MIN_COLOUR)
     for axis in (0, 1):
         tissue.cumsum(axis, out=tissue)
@@ -194,7 +194,7 @@ def on_tissue(slide, file):
 
 
 def otsu(counts):
-    """Return Otsu's threshold, which maximises the variance between two classes; it belongs to the lower class."""
+    """Return Otsu's threshold, which maximises the variance between two classes. It belongs to the lower class."""
     below, sums = counts.cumsum(), (counts * np.arange(len(counts))).cumsum()
     above = below[-1] - below
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -231,7 +231,7 @@ def inside(polygon, xs, ys):
 def outline(polygon, shape):
     """Return a bool array of `shape`, the grid of centres: True if the patch is within 4 pixels of the outline."""
     found, steps = np.zeros(shape, bool), np.roll(polygon, -1, axis=0) - polygon
-    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # steps of at most 8 pixels: a point within 4
+    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # points at most 8 pixels apart: one within 4
     part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)
     points = np.repeat(polygon, parts, axis=0) + np.repeat(steps / parts[:, None], parts, axis=0) * part[:, None]
     first = np.ceil((points - SIZE - 4) / STEP).astype(int)  # (column, row) of the patches that cover a point

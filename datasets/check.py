@@ -1,4 +1,4 @@
-"""Check new data before the first run: unusable files, and images or patients that appear in two splits.
+"""Check new data before the first run for unusable files and for images or patients in two splits.
 
 The script prints one line for each kind of finding. Errors (exit status 1) are images or patients in two splits; masks
 that are missing, all black, or not the size of their image; and unreadable files. Notices (exit status 0) are counts
@@ -14,17 +14,20 @@ standard deviation of that difference. Brightness, contrast and gamma hardly cha
    curve. Their similarity is the correlation of the textures, because fine details and noise distinguish a copy from a
    second photograph. At least 0.965 (SAME) means the same image, at least 0.75 (NEAR) a near-duplicate.
 
-Similarity of copies of 50 solar cells and 50 brain MR images (minimum / the lower of both medians):
+Similarity of copies of 50 solar cells and 50 brain MR images (minimum / the lower of the two medians):
   mirrored              0.994 / 0.999    gamma 0.6 or 1.6      0.992 / 0.996
   JPEG of quality 80    0.982 / 0.991    contrast 0.5 or 1.5   0.985 / 0.992
   JPEG of quality 60    0.967 / 0.982    inverted              0.989 / 0.996
   scaled to 70%, back   0.981 / 0.990    mirrored, 70%, gamma 1.6, JPEG of quality 60   0.955 / 0.981
+
 Some copies of the last kind, and JPEG copies of almost uniform images, are therefore reported as near-duplicates.
+
 Similarity of different images (median / maximum):
   the ten closest pairs of solar cells, each pair from one silicon block   0.950 / 0.962
   adjacent MR slices, 1 mm apart 0.851 / 0.931, 2 mm apart 0.663 / 0.834
+
 The margin around 0.965 is small: slices interpolated between thicker ones can exceed it (0.961 / 0.981), and cropped,
-enlarged or shifted copies are below it. Therefore, look at the pairs in the picture.
+enlarged or shifted copies are below it. Always inspect the pairs in the picture.
 """
 
 import csv
@@ -50,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 SAME, NEAR = 0.965, 0.75
-COMPARED = 3000  # pairs of each two splits that are passed to step 2, so that a check takes only minutes
+COMPARED = 3000  # maximum number of image pairs in step 2 for two splits, so that a check takes only minutes
 CLASSES = ["train normal", "valid normal", "valid anomalous", "test normal", "test anomalous"]
 PUBLISHED = {  # numbers of images (README, Benchmarks)
     "brain": (7500, 39, 44, 640, 3075), "liver": (1542, 93, 73, 833, 660), "resc": (4297, 45, 70, 1041, 764),
@@ -95,7 +98,7 @@ def look_at_mask(mask, size):
     except common.Error as e:
         return [("error", "unreadable files", e)]
     values = np.bincount(array.max(axis=0).ravel(), minlength=256)
-    share, found = values[26:].sum() / values.sum(), np.flatnonzero(values).tolist()  # above 25 counts as anomalous
+    share, found = values[26:].sum() / values.sum(), np.flatnonzero(values).tolist()  # values above 25 are anomalous
     findings = []
     if mask_size != size:
         findings.append(("error", "masks of another size than their image", f"{mask}: {mask_size} instead of {size}"))

@@ -16,8 +16,8 @@ import common
 def at_specificity(normal, specificity):
     """Return (threshold, its specificity s): the ceil((n + 1) s)-th smallest of n sorted scores of normal images.
 
-    For any distribution, a new image from it exceeds the threshold with probability at most 1 - s (split conformal
-    prediction, Vovk et al. 2005). If n is too small for s, return the maximum and its specificity n / (n + 1)."""
+    A new image from the same distribution, whatever it is, exceeds the threshold with probability at most 1 - s (split
+    conformal prediction, Vovk et al. 2005). If n is too small for s, return the maximum and n / (n + 1)."""
     rank, n = math.ceil(round((len(normal) + 1) * specificity, 9)), len(normal)
     return (normal[rank - 1], specificity) if rank <= n else (normal[-1], n / (n + 1)) if n else (None, None)
 
@@ -103,8 +103,8 @@ def stated(decision):
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 def pictures(run, test, decision):
-    """Return a function for `common.evaluate` that draws the maps of test images: args.maps of them, evenly spread, in
-    maps/; all of them in browser/, as tiles of about 6 kB for report.py, if `for_browser` is true."""
+    """Return a function for `common.evaluate` that draws anomaly maps of test images: args.maps evenly spread ones in
+    maps/ and, if `for_browser`, all of them in browser/ (tiles of about 6 kB for report.py)."""
     from matplotlib import colormaps
 
     args, folder, (low, high) = run.args, run.folder, decision["map_range"] or (0, 1)
@@ -168,7 +168,7 @@ def lesions(pixel, threshold):
 
 
 def save_picture(file, image, anomaly_map, decision, title, mask=None):
-    """Draw a uint8 image (3, H, W) with the contour of its mask (H, W); next to it, overlay the image with the anomaly
+    """Draw a uint8 image (3, H, W) with the contour of its mask (H, W). Next to it, overlay the image with the anomaly
     map (colour scale of the validation maps, low values transparent) and the contour of the anomalous pixels."""
     from matplotlib.figure import Figure
 

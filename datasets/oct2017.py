@@ -6,23 +6,24 @@ Source: data.mendeley.com/datasets/rscbjbr9sj, the version with 26,315 images in
 training part, the script reads only NORMAL.
 
 The download also contains chest X-rays, which are skipped: the script reads a folder only if one of its parts has CNV,
-DME or DRUSEN, and only images named after their class.
+DME or DRUSEN, and in it only images named after their class.
 
 Protocol:
 1. Train is train/NORMAL. CNV, DME and DRUSEN are anomalous.
 2. The test part (250 images per class) is divided by patient, in a random order (--seed). A patient goes to valid
-   unless a class in valid would then exceed 8 images (in a source of another size, the same share, but at least one).
-   The other patients go to test.
-3. If a copy already has a folder `val` (Kaggle's: 8 images per class, and 242 in test), that folder is valid.
-4. Pixel values are unchanged and written as grey images.
+   unless a class in valid would then exceed 8 images (in a source of another size, a proportional number, but at least
+   one). The other patients go to test.
+3. If the source already has a folder `val` (Kaggle's copy: 8 images per class, 242 in test), that folder is valid.
+4. Images are written in grey with unchanged pixel values.
 
-Train and test of the original source probably share patients (numbered in file names): in one version, 3,663 such
-images were counted. In this case, the script stops before it reads any image and asks for one of two flags:
+Train and test of the original source probably share patients (numbered in file names); one version had 3,663 such
+images. If they do, the script stops before it reads any image and asks for one of two flags:
   --leave-out-shared leaves out the train images of patients who are also in valid or test (and, if there is a `val`,
     its images of patients who are also in test): fewer images than published, but no patient is in two splits
   --allow-duplicates keeps all images, as published, although some patients are in two splits
+
 JPEG files have no checksums: damage is detected only if a file is truncated or its header is invalid.
-Published: train 26,315; valid 8 + 24; test 242 + 726.
+Published counts (normal + anomalous): train 26,315; valid 8 + 24; test 242 + 726.
 """
 
 import re
@@ -106,7 +107,7 @@ def shared(images, planned):
 def write_image(item, folder):
     """Write one image as PNG and return its manifest row."""
     (part, kind, patient, file), split = item
-    image = prepare.read_grey(file)  # (496, 512) and others
+    image = prepare.read_grey(file)  # usually (496, 512)
     return prepare.save(folder, split, int(kind != "NORMAL"), Path(file).stem, image, case=patient, kind=kind)
 
 

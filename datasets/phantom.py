@@ -6,8 +6,8 @@ and tests. It is not a benchmark: results on it say nothing about patients.
 
 Each image is generated with its own random generator in three steps:
 1. Cut a slice at a random depth and tilt, mirror it or not, then scale, rotate and elastically deform it.
-2. Add one to three lesions to an anomalous image: bright or dark, textured, soft-edged and of irregular shape. The mask
-   marks pixels that a lesion changes by more than a third of its largest change.
+2. If the image is anomalous, add one to three lesions, each bright or dark, textured, soft-edged and irregular. The
+   mask marks pixels that a lesion changes by more than a third of its largest change.
 3. Apply a random tone curve, a smooth bias field and Rician noise.
 
 The script writes <root>/phantom/{train/good,{valid,test}/{good,Ungood}}/img/*.png (8-bit grey), masks in
@@ -57,7 +57,7 @@ class Args:
 
 
 def read_volume():
-    """Read the brain as (x, y, z) floats scaled to a 99.5th percentile of 1. x runs left, y to the front, z up."""
+    """Read the brain as (x, y, z) floats, scaled so that the 99.5th percentile is 1. Axes: left, front, up."""
     source = files("nibabel") / "tests" / "data" / "example4d.nii.gz"
     try:
         with as_file(source) as path:

@@ -58,7 +58,7 @@ FREE = {"raw", "root", "workers", "strict", "allow_duplicates"}  # arguments tha
 
 # ------------------------------------------------------------------------------------------------------ the source
 def raw_folder(args, looked_for):
-    """Return args.raw as an absolute path; `Error` if it is no folder. looked_for: its contents, in words."""
+    """Return args.raw as an absolute path; `Error` if it is not a folder. looked_for: its contents in words."""
     raw = Path(args.raw).absolute()
     if not raw.is_dir():
         raise common.Error(f"no folder {raw}; give the folder that contains {looked_for} with --raw")
@@ -206,7 +206,7 @@ def save(folder, split, label, name, image, mask=None, **columns):
 
 
 def images_of(rows):
-    """Return the image and mask files that manifest rows name."""
+    """Return the image and mask files named in manifest rows."""
     return [row[kind] for row in rows for kind in ("image", "mask") if row.get(kind)]
 
 
@@ -226,8 +226,8 @@ def worker():
 
 def work_on(function, items, folder, kept):
     """Call function(item, folder) for `items`, {key: (item, asked)}; return ({key: (result, notes)}, {key: damage}).
-    The JSON file `kept` stores each result with its `asked`; a result is reused if `asked` is equal and its images
-    exist."""
+    asked: a string that identifies the item and the state of its files. The JSON file `kept` stores each result and its
+    `asked`. A result is reused if `asked` is equal and its images exist."""
     try:
         known = json.loads(kept.read_text())
     except (OSError, ValueError):
@@ -266,8 +266,8 @@ def correct_sum(item, folder):
 
 
 def published_sums(files):
-    """Return {file: checksum} for each of `files` (all paths of the source) that a checksum list among them names. A
-    checksum list is the output of md5sum or sha256sum."""
+    """Return {file: checksum} from the checksum lists among `files`, all paths of the source. A checksum list is the
+    output of md5sum or sha256sum."""
     sums = {}  # {name: {path as listed: checksum}}
     for file in files:
         if re.search("md5|sha256|checksum", file.name, re.IGNORECASE) and file.stat().st_size < 2**26:
@@ -322,7 +322,7 @@ class Preparation:
         self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
         self.part, self.record = self.work / "part", self.folder / f"{source}.json"
         self.damaged, self.notes = {}, {}
-        # A CSV file is recorded by its contents, because an edited one defines another benchmark.
+        # Lists are recorded by their content, because an edited list defines another benchmark.
         self.asked = {k: [common.sha256(f) for f in sorted([v, *v.glob("*")]) if f.is_file()] if isinstance(v, Path)
                       else v for k, v in dataclasses.asdict(args).items() if k not in FREE}
         raw = str(raw_folder(args, source))
@@ -444,8 +444,8 @@ class Preparation:
     def finish(self, rows, published):
         """Check the splits, print the counts next to the published ones, write the manifest and make the part visible.
 
-        rows: from `save`, with a column `case`; published: {(split, label): count}. Exit status 1 if any file was
-        damaged."""
+        rows: from `save`, with a column `case`; published: {(split, label): count}. The exit status is 1 if any
+        file was damaged."""
         rows = sorted(rows, key=lambda r: (self.splits.index(r["split"]), r["label"], r["image"]))
         with locked(Path(self.args.root) / ".lock", wait=True):  # the two scripts for liver check each other's images
             self._check(rows)
@@ -524,7 +524,7 @@ class Preparation:
             for entry in [whole / name for name in (*self.splits, f"{self.source}.csv", f"{self.source}.json")]:
                 if entry.exists():
                     os.rename(entry, self.part / entry.name)
-            if self.folder.exists():  # it was made again in the meantime
+            if self.folder.exists():  # the folder was made again in the meantime
                 shutil.rmtree(whole)
             else:
                 os.rename(whole, self.folder)
@@ -540,7 +540,7 @@ class Preparation:
 
 
 def shares(total, counts):
-    """Divide `total` cases in proportion to `counts` (largest remainder method), at least one for each."""
+    """Divide `total` cases in proportion to `counts` (largest remainder method), with at least one each."""
     exact = np.array(counts) * total / sum(counts)
     found = np.maximum(1, np.floor(exact)).astype(int)
     while found.sum() != total:
@@ -551,9 +551,9 @@ def shares(total, counts):
 
 
 def divide(counts, wanted, seed):
-    """Choose cases from `counts` ({case: (normal, anomalous)}) so that their images match `wanted` (normal,
-    anomalous) as closely as possible. Cases are tried in a random order (`seed`). The other cases always have images of
-    both classes, and so do the chosen ones if possible. Return [] if no case can be chosen."""
+    """Choose cases from `counts` ({case: (normal, anomalous)}) so that their image counts come as close as
+    possible to `wanted` (normal, anomalous). Cases are tried in a random order (`seed`). The other cases always have
+    images of both classes, and so do the chosen ones if possible. Return [] if no case can be chosen."""
     total = np.sum(list(counts.values()), axis=0).tolist()
     names = sorted(counts)
     reached = {(0, 0): None}  # {sum over some cases: (sum without the last case, the last case)}

@@ -55,13 +55,13 @@ class Volume:
         self.file = file
         try:
             self.image = nibabel.load(file) if header_only else _opened(file)
-            orientation = nibabel.io_orientation(self.image.affine)  # for each voxel axis: body axis, sign
+            orientation = nibabel.io_orientation(self.image.affine)  # (body axis, sign) of each voxel axis
             needed = math.prod(self.image.shape) * self.image.get_data_dtype().itemsize + self.image.dataobj.offset
             data = self.image.file_map["image"]
             size = data.fileobj.getbuffer().nbytes if data.fileobj else os.path.getsize(data.filename)
         except Exception as e:  # nibabel, gzip and numpy raise many kinds of errors
             raise Damaged(f"{file} is not a readable NIfTI volume ({_reason(e)}); download it again") from e
-        if size < needed and not header_only:  # a compressed file has another size
+        if size < needed and not header_only:  # with header_only, the file may be compressed
             raise Damaged(f"{file} is cut off: {size} of {needed} bytes; download it again")
         if len(self.image.shape) < 3 or math.prod(self.image.shape[3:]) != 1:
             raise Damaged(f"{file} has {len(self.image.shape)} dimensions {self.image.shape}; a volume has 3")
@@ -103,7 +103,7 @@ class Volume:
 
 def _opened(file):
     """Open a NIfTI file. Unpack a compressed file completely into memory, because its checksum is at the end. Reading
-    slices from the file would ignore the checksum and unpack it from the start each time."""
+    slices from disk would skip the checksum and unpack the file from the start each time."""
     image = nibabel.load(file)
     held = {}
     for kind, part in image.file_map.items():
@@ -158,7 +158,7 @@ def find_scans(path):
     """Return (scans, damaged): the scans in a file or folder, sorted by path, and one line for each unusable file.
 
     A scan is a NIfTI volume, a DICOM series (files in one folder with the same SeriesInstanceUID), or a single DICOM
-    file, which may have many frames. Its unique `name` is derived from its path, `source`, and valid in a file name.
+    file, which may have many frames. Its unique `name` is derived from its path, `source`, and is a valid file name.
     The len(scan) slices are ordered from bottom to top. slice(i) returns (H, W) uint8; blank(i) is True if all its
     pixels are equal; both may raise `Damaged`. Finish one scan before the next: only one volume is kept in memory."""
     path = Path(os.path.abspath(path))
@@ -192,7 +192,7 @@ def find_scans(path):
         place = scan.source.name if scan.source == path else str(scan.source.relative_to(path))
         scan.name = name = common.plain(re.sub(r"\.(nii|nii\.gz|dcm)$", "", place, flags=re.IGNORECASE) + label)
         number = 1
-        while scan.name.lower() in taken:  # some file systems ignore upper and lower case
+        while scan.name.lower() in taken:  # some file systems are case-insensitive
             number += 1
             scan.name = common.plain(f"{name}-{number}")
         taken.add(scan.name.lower())
@@ -207,7 +207,7 @@ class NiftiScan:
         return self.volume.shape[2]
 
     def slice(self, i):
-        return stretched(_voxels(self)[i])  # to the range of the slice, as in the brain benchmark
+        return stretched(_voxels(self)[i])  # to the slice's own range, as in the brain benchmark
 
     def blank(self, i):
         return not np.ptp(self.slice(i))
@@ -328,7 +328,7 @@ def _dicom_slices(file):
 
 
 def _of_frame(header, frame):
-    """Return the header of a frame. Fields of its functional groups, if any, are moved to the top level."""
+    """Return the header of a frame. Fields of its functional groups, if any, are copied to the top level."""
     flat = pydicom.Dataset()
     flat.update(header)
     for name, item in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
@@ -355,7 +355,7 @@ _last_dicom = functools.lru_cache(maxsize=1)(open_dicom)  # reads a file with ma
 
 @functools.lru_cache(maxsize=1)  # blank(i) and slice(i) share the decoded slice
 def _picture(scan, i):
-    """Return slice i of a DicomScan as (H, W) uint8, displayed as viewers do by default."""
+    """Return slice i of a DicomScan as (H, W) uint8, as viewers display it by default."""
     one = scan.slices[i]
     with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):  # pydicom warns about headers
         dataset = _last_dicom(one.file)
