@@ -170,7 +170,7 @@ def volume_and_label(files):
     """Read [volume file, label file] as two `Volume`s of equal shape. If both have the same grid, the volume's
     orientation is used for both, because some LiTS labels have lost theirs."""
     if files[1] is None:
-        raise Damaged(f"{files[0]} has no label file (segmentation); download it, too")
+        raise Damaged(f"{files[0]} has no segmentation (label file); download it, too")
     volume, label = map(Volume, files)
     if label.image.shape[:3] == volume.image.shape[:3]:
         if (label.axes, label.signs) != (volume.axes, volume.signs):
