@@ -1,10 +1,10 @@
-"""--predict: score images or scans with a trained model, decide on each, and write heat maps.
+"""--predict: score images or scans with a trained model, classify them as normal or anomalous, and write heat maps.
 
-scores.csv has the score of each image (or slice), its percentile among the normal validation images, and the decision;
-scans.csv has the same for scans. maps/ holds pictures, masks/ the pixels above the threshold, and raw/ (--save-maps)
-the anomaly maps; masks and raw maps have the image's size. Maps of a scan are in the scan's format. predict.json
-records the input and the checkpoint. `common.finish` calls `predict`; a copied method script needs this file and
-volumes.py only for --predict."""
+scores.csv lists the score of each image (or slice), its percentile among the normal validation images, and the
+decision; scans.csv lists the same for scans. maps/ has pictures, masks/ the pixels at or above the pixel threshold, and
+raw/ (--save-maps) the anomaly maps. Masks and raw maps have the image's size; those of a scan have its format.
+predict.json records the input and the checkpoint. `common.finish` calls `predict`; a copied method script needs this
+file and volumes.py only for --predict."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ import common
 
 
 def predict(run, model):
-    """Score args.predict and write the run folder. If files are damaged, list them at the end and exit with code 1."""
+    """Score args.predict and write the run folder. List damaged files at the end and exit with status 1."""
     args, folder, asked = run.args, run.folder, Path(run.args.predict)
     decision = decisions.decide(run.kept.get("seen", decisions.NOTHING_SEEN), args)
     for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
@@ -30,7 +30,7 @@ def predict(run, model):
     files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)
     others = [p for p in asked.rglob("*.*") if p.suffix in (".nii", ".gz", ".dcm")] if files and asked.is_dir() else []
     if others:
-        print(f"NOTE: {asked} has images, so {len(others)} scans are not scored, e.g. {others[0]}")
+        print(f"NOTE: {asked} contains images, so {len(others)} scan files are not scored, e.g. {others[0]}")
     rows, scans, damaged = score_images(run, model, decision, files) if files else score_scans(run, model, decision)
     for name, table in dict(scores=rows, scans=scans).items():
         if table:
@@ -54,7 +54,7 @@ def predict(run, model):
 
 
 def score_images(run, model, decision, files):
-    """Return (rows of scores.csv, [] because there are no scans, damaged files)."""
+    """Return (rows of scores.csv, [] in place of scans, damaged files)."""
     args, asked, rows, damaged = run.args, Path(run.args.predict), [], []
     for start in common.progress(range(0, len(files), args.batch_size), "images"):
         arrays = {}
@@ -73,9 +73,9 @@ def score_images(run, model, decision, files):
 
 
 def score_scans(run, model, decision):
-    """Return (rows of scores.csv, one per slice; rows of scans.csv; damaged files). Blank slices get no score.
+    """Return (rows of scores.csv, one per slice; rows of scans.csv; damaged files). Blank slices are not scored.
 
-    Write each scan's maps in its own format, and a picture of the slice with the highest score."""
+    Write the maps of each scan in its format, and a picture of its slice with the highest score."""
     import volumes  # imported here because images need neither nibabel nor pydicom
 
     args, rows, scan_rows = run.args, [], []
@@ -125,7 +125,7 @@ def answer(name, score, normal, threshold):
 
 
 def save_maps(run, index, image, anomaly_map, decision, row):
-    """Write the picture of an image (3, H, W) and its map (S, S), the mask if there is a threshold, and the raw map."""
+    """Write a picture of an image (3, H, W) and its map (S, S), a mask if there is a threshold, and the raw map."""
     name = f"{index:05}_{common.plain(row['path'].rsplit('.', 1)[0])}"
     title = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
     decisions.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
@@ -140,14 +140,14 @@ def save_maps(run, index, image, anomaly_map, decision, row):
 
 
 def show_ranking(rows, what, threshold, normal, needed):
-    """Print the five rows with the highest scores, and the number of rows above the threshold."""
+    """Print the five rows with the highest scores and the number of rows above the threshold."""
     print(f"five highest scores of {len(rows)} {what}; percentiles among {normal} normal {what}\n"
           "       score  percentile  decision   path")
     for row in sorted(rows, key=lambda row: -row["score"])[:5]:
         percentile, decided = row["percentile"] if normal else "-", row["decision"] or "-"
         print(f"{row['score']:>12.4g}  {percentile:>10}  {decided:<9}  {row['path']}")
     if threshold is None:
-        print(f"{len(rows)} {what}, not decided: that takes {needed} normal validation {what}, not {normal}")
+        print(f"{len(rows)} {what}, not decided: this needs {needed} or more normal validation {what}, not {normal}")
     else:
         above = sum(row["decision"] == "anomalous" for row in rows)
         print(f"{len(rows)} {what}, {above} above the threshold {threshold:.4g}")
