@@ -99,7 +99,7 @@ class ZeroShot(nn.Module):
 
     @torch.inference_mode()
     def set_classes(self, classes):
-        """Set the text features of `sentences`, averaged over the sentences of each state, then over states."""
+        """Set each class's text feature: the mean over each state's sentences, then over states (see `sentences`)."""
         for i, states in enumerate(classes):
             means = [encode_text(self.clip, texts).mean(dim=0) for texts in states]  # (D,) each
             self.text[i] = F.normalize(torch.stack(means).mean(dim=0), dim=0)
