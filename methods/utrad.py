@@ -62,39 +62,39 @@ MIN_STD = 1e-6
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (thesis, 4.3.3); a multiple of 16"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 150
     """passes over the normal training images (BMAD's code, official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
