@@ -58,6 +58,7 @@ MARKS = {
     "l": "limited number of images per split and class",
     "c": "settings differ from the published ones",
     "d": "settings differ between seeds",
+    "f": "image files differ from those of other runs (names, sizes or dates)",
 }
 NOT_COMPARED = {  # no difference is shown, because the thesis uses another method or metric
     "ddpm": "ddpm is AnoDDPM; the thesis cites another method (Wolleb et al. 2022)",
@@ -77,7 +78,10 @@ OURS = {  # variants in the thesis' Tables 4.1 to 4.4: {ours: (name there, metho
 NUMBER = (int, float)
 NEEDED = dict(method=str, metrics=dict, counts=dict, train_seconds=NUMBER, test_ms_per_image=(*NUMBER, type(None)),
               notes=dict, peak_memory_gib=dict, weights=list, args=dict, changed=dict, device=str, decision=dict,
-              versions=dict, threads=int, commit=str, finished=str, images=str)  # of results.json
+              versions=dict, threads=int, commit=str, finished=str, images=str, seed=int,
+              epoch=(int, type(None)), check=(dict, type(None)))  # of results.json
+DECIDED = {"from": str, "image": (*NUMBER, type(None)), "map_range": (list, type(None)), "normal_scores": list,
+           "pixel": (*NUMBER, type(None))}
 DRAWS = 2000  # bootstrap samples of the test images
 UNDECIDED = {"from": "nothing", "image": None, "map_range": None, "normal_scores": [], "pixel": None}  # no decisions.py
 RATES = np.concatenate([np.linspace(0, 0.1, 61), np.linspace(0.1, 1, 91)[1:]])  # false positive rates of the curves
@@ -103,7 +107,7 @@ def read_runs(folder, root):
     """Read {(data, method): [results, ...]} of all finished runs, sorted by seed, and {(data, method): {seed: state}}
     of unfinished ones."""
     runs, others = defaultdict(list), defaultdict(dict)
-    places = [p for p in Path(folder).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name)]
+    places = [p for p in Path(folder).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name) and p.is_dir()]
     for place in sorted(places, key=lambda p: (p.parts[:-1], int(p.name[4:]))):
         data, method, seed = place.parts[-3:]
         if (place / "results.json").exists():
@@ -127,10 +131,13 @@ def read_run(file, root):
         for name, value in wrong.items():
             raise ValueError(f"{name} is {value}")
         results["decision"] = results["decision"] or UNDECIDED
-        if missing := UNDECIDED.keys() - results["decision"].keys():
-            raise KeyError(missing.pop())
+        if wrong := [k for k, kind in DECIDED.items() if not isinstance(results["decision"][k], kind)]:
+            raise TypeError(f"decision: {wrong[0]} is {results['decision'][wrong[0]]!r}")
+        if file.parent.name != f"seed{results['seed']}":
+            raise ValueError(f"its seed is {results['seed']}; was the folder renamed or copied?")
+        np.array(results["decision"]["normal_scores"], float), sum(sum(c.values()) for c in results["counts"].values())
         results["metrics"] = {m: results["metrics"].get(m) for m in METRICS | DECISIONS}
-        check_line(results), as_published(None, results["method"], [results], {}), marks([results], {""})
+        as_published(None, results["method"], [results], {}), marks([results], {""}), "" + check_line(results)
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
         what = f"no {e}" if isinstance(e, KeyError) else e
         raise common.Error(f"{file} is not a run's results ({what}); remove it, or run that method again") from e
@@ -190,10 +197,11 @@ def read_log(file):
     """Read [{name: number}, ...] from log.csv without empty cells; [] if the file does not exist."""
     try:
         with open(file, newline="") as f:
-            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+            return [dict(epoch=float(row["epoch"])) | {k: float(v) for k, v in row.items() if v}
+                    for row in csv.DictReader(f)]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, csv.Error) as e:
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as e:
         raise common.Error(f"{file} cannot be read ({e}); run that method again") from e
 
 
@@ -383,10 +391,13 @@ def benchmark_of(data):
 def rows_of(runs, scores, published):
     """Return a dict per benchmark and method: names, marks, seeds, mean and standard deviation (n - 1) of each metric,
     image AUROC of each seed, its interval, and the thesis' results."""
-    rows = []
+    rows, files = [], defaultdict(Counter)  # {benchmark: {fingerprint of its files: number of runs}}
+    for (data, _), results in runs.items():
+        files[data].update(r["images"] for r in results)
     for (data, method), results in runs.items():
         changed = {" ".join(flags(r["changed"])) for r in results}
-        row = dict(data=data, method=method, marks=marks(results, changed), seeds=len(results),
+        other = {r["images"] for r in results} != {files[data].most_common(1)[0][0]}
+        row = dict(data=data, method=method, marks=marks(results, changed) + "f" * other, seeds=len(results),
                    folder=results[0]["link"].rsplit("/", 2)[0],  # relative to the report
                    changed=" | ".join(sorted(changed)), check=" | ".join(sorted({check_line(r) for r in results})),
                    device=" | ".join(sorted({f"{r['device']}, {r['threads']} threads" for r in results})))
@@ -413,8 +424,8 @@ def rows_of(runs, scores, published):
 
 
 def fair(row):
-    """Return True if all networks are trained and all images are used."""
-    return not {"u", "l"} & set(row["marks"])
+    """Return True if all networks are trained and all images are used, the same as in the other runs."""
+    return not {"u", "l", "f"} & set(row["marks"])
 
 
 def best_of(rows, metric):
@@ -774,9 +785,6 @@ if __name__ == "__main__":
         readme_table(here, published)
         raise SystemExit
     notes = WORDS.reading(rows, METRICS, MARKS).strip().splitlines()
-    for section in sections:
-        print_section(section)
-    print("\n".join(["\nPercent, mean ± standard deviation over seeds.", *notes]))
     shown = [m for m in ("image_auroc", "pixel_auroc", "aupro", "dice") if any(r[m] is not None for r in here)]
     context = dict(sections=sections, notes=notes, marks=MARKS, draws=DRAWS,
                    colours=colormaps["inferno"](range(256), bytes=True)[:, :3].tolist(),
@@ -799,4 +807,7 @@ if __name__ == "__main__":
         common.write_csv(tmp / "report.csv", rows)
         if p_rows:
             common.write_csv(tmp / "pvalues.csv", p_rows)
+    for section in sections:
+        print_section(section)
+    print("\n".join(["\nPercent, mean ± standard deviation over seeds.", *notes]))
     print(f"report: {target / 'index.html'}")

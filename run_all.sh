@@ -30,7 +30,6 @@ number SLURM_ARRAY_TASK_ID "${SLURM_ARRAY_TASK_ID:-1}" 1 && number JOBS "${JOBS:
 : "${METHODS:=$(ls methods | sed -n 's/\.py$//p' | xargs)}"
 for method in $METHODS; do [ -f "methods/$method.py" ] || usage "METHODS: there is no methods/$method.py"; done
 for seed in ${SEEDS:=}; do number SEEDS "$seed" 0; done
-
 # Lock, so that only one of several parallel tasks makes .venv and the phantom; in Python, because macOS has no flock.
 if [ -z "${LOCK:-}" ]; then
     lock='import fcntl, os, sys; f = os.open("requirements.txt", os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX)
@@ -100,6 +99,7 @@ esac
 work=$(mktemp -d) failed=$work/failed && trap 'rm -rf "$work"' EXIT
 trap 'trap - INT; kill -INT 0; exit 130' INT
 
+[ -n "$(list)" ] || usage "METHODS or SEEDS is blank"
 if [ "${1:-}" = --list ]; then
     list
 elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then

@@ -94,7 +94,7 @@ def look_at_mask(mask, size):
     if mask is None:
         return []
     try:
-        array, mask_size = common.decode(mask)
+        array, mask_size = common.decode(mask, mask=True)
     except common.Error as e:
         return [("error", "unreadable files", e)]
     values = np.bincount(array.max(axis=0).ravel(), minlength=256)
@@ -194,7 +194,8 @@ def tile(file, mask, orientation):
     image = turn(torch.tensor(common.decode(file, TILE)[0]), orientation)
     image = image.expand(3, -1, -1).permute(1, 2, 0).numpy().copy()
     if mask:
-        mask = Image.fromarray(common.decode(mask)[0].max(axis=0)).resize((TILE, TILE), Image.Resampling.NEAREST)
+        mask = Image.fromarray(common.decode(mask, mask=True)[0].max(axis=0))
+        mask = mask.resize((TILE, TILE), Image.Resampling.NEAREST)
         image[(anomalous := np.asarray(mask) > 25) ^ ndimage.binary_erosion(anomalous)] = 255, 0, 0
     return Image.fromarray(image)
 

@@ -29,7 +29,7 @@ from typing import Annotated
 
 import nibabel
 import numpy as np
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from PIL import Image
 from scipy import ndimage
 
@@ -46,7 +46,7 @@ class Args:
     """folder of all benchmarks; the phantom is written to <root>/phantom"""
     seed: Annotated[int, Ge(0)] = 0
     """random seed for all images"""
-    size: Annotated[int, Ge(32)] = 128
+    size: Annotated[int, Interval(ge=32, le=2048)] = 128
     """image size in pixels"""
     train: Annotated[int, Ge(1)] = 200
     """number of normal training images"""

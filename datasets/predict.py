@@ -27,7 +27,13 @@ def predict(run, model):
     decision = decisions.decide(run.kept.get("seen", decisions.NOTHING_SEEN), args)
     for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
         common.remove(folder / old)
+    if args.checkpoint and "seen" not in run.kept:
+        print(f"NOTE: {args.checkpoint} has no thresholds: its run was not finished, or lacked datasets/decisions.py")
     files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)
+    images = [file for file in files if not is_mask(file, asked)]
+    if len(images) < len(files):
+        print(f"NOTE: {len(files) - len(images)} masks in {asked} are not scored")
+    files = images
     others = [p for p in asked.rglob("*.*") if p.suffix in (".nii", ".gz", ".dcm")] if files and asked.is_dir() else []
     if others:
         print(f"NOTE: {asked} contains images, so {len(others)} scan files are not scored, e.g. {others[0]}")
@@ -43,7 +49,7 @@ def predict(run, model):
     (folder / "predict.json").write_text(json.dumps(record, indent=1))
     common.remove(folder / "checkpoint.pt")  # left by a zero-shot method
     os.close(run.lock)
-    if scans:
+    if not files:
         show_ranking(scans, "scans", decision["scan"], len(decision["normal_scans"]), 20)
     else:
         show_ranking(rows, "images", decision["image"], len(decision["normal_scores"]), 1)
@@ -51,6 +57,12 @@ def predict(run, model):
     if damaged:
         print(*[f"not scored: {message}" for message in damaged], sep="\n", file=sys.stderr)
         raise SystemExit(1)
+
+
+def is_mask(file, folder):
+    """Return True if the file is in a mask folder of a benchmark below `folder`."""
+    names = [name.lower() for name in file.parts[len(folder.parts) : -1]]
+    return any(name in common.MASKS or common.ROLES.get(name, ("", False))[1] for name in names)
 
 
 def score_images(run, model, decision, files):
@@ -66,7 +78,7 @@ def score_images(run, model, decision, files):
         for file, (anomaly_map, score) in zip(arrays, scored(run, model, list(arrays.values())), strict=True):
             name = file.relative_to(asked).as_posix() if asked.is_dir() else file.name
             rows.append(answer(name, score, decision["normal_scores"], decision["image"]))
-            if anomaly_map is not None and args.maps:
+            if anomaly_map is not None and (args.maps or args.save_maps != "no"):
                 image, _ = common.decode(file, white=args.white)
                 save_maps(run, len(rows) - 1, image, anomaly_map, decision, rows[-1])
     return rows, [], damaged
@@ -128,7 +140,8 @@ def save_maps(run, index, image, anomaly_map, decision, row):
     """Write a picture of an image (3, H, W) and its map (S, S), a mask if there is a threshold, and the raw map."""
     name = f"{index:05}_{common.plain(row['path'].rsplit('.', 1)[0])}"
     title = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
-    decisions.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
+    if run.args.maps:
+        decisions.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
     own = Image.fromarray(anomaly_map).resize(image.shape[:0:-1], Image.Resampling.BILINEAR)
     masks, raw = run.folder / "masks", run.folder / "raw"
     if decision["pixel"] is not None:

@@ -1,7 +1,8 @@
 """Read scans (NIfTI volumes and DICOM series) slice by slice, and write their anomaly maps in the format of the scan.
 
-As a script, it converts the axial slices of all scans in a folder to images such as <to>/scan0001-<name>/0042.png, for
-training with `--data`. The folder names tell the methods which slices belong to the same scan.
+As a script, it converts the axial slices of all scans in a folder to images such as <to>/scan<number>-<name>/0042.png,
+for training with `--data`. The number tells the methods which slices belong to the same scan. It is computed from the
+slices, so that the same scan has the same number in every folder.
 
 The preparation scripts use `Volume`, `open_dicom` and `stretched`; predict.py uses `find_scans`. In shapes, D is the
 number of slices in a scan, (H, W) the size of a slice and S the image size of the method."""
@@ -15,6 +16,7 @@ import re
 import shutil
 import sys
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -394,18 +396,28 @@ if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     scans, damaged = find_scans(args.scans)
     if not scans:
-        raise common.Error(f"--scans {args.scans}: no readable NIfTI volume or DICOM series {damaged[:1]}")
-    count = 0
-    for number, scan in enumerate(common.progress(scans, "scans"), 1):
+        found = damaged[0] if damaged else "no NIfTI volume or DICOM series"
+        raise common.Error(f"--scans {args.scans}: {found if Path(args.scans).exists() else 'does not exist'}")
+    count = written = 0
+    for scan in common.progress(scans, "scans"):
         try:
-            with common.atomic(Path(args.to, f"scan{number:04}-{scan.name}")) as tmp:
+            slices = {z: scan.slice(z) for z in range(len(scan)) if not scan.blank(z)}
+            if not slices:
+                raise Damaged(f"{scan.source}: all {len(scan)} slices are blank")
+            number = 0
+            for image in slices.values():
+                number = zlib.crc32(image.tobytes(), number)
+            folder = Path(args.to, f"scan{number:010}-{scan.name}")
+            if known := [p for p in folder.parent.glob(f"scan{number:010}-*") if p != folder]:
+                raise Damaged(f"{scan.source} has the same slices as {known[0]}")
+            with common.atomic(folder) as tmp:
                 tmp.mkdir()
-                for z in [z for z in range(len(scan)) if not scan.blank(z)]:
-                    Image.fromarray(scan.slice(z)).save(tmp / f"{z:04}.png")
-                    count += 1
+                for z, image in slices.items():
+                    Image.fromarray(image).save(tmp / f"{z:04}.png")
+            count, written = count + len(slices), written + 1
         except Damaged as e:
             damaged.append(str(e))
-    print(f"{count} slices of {len(scans)} scans: {args.to}")
+    print(f"{count} slices of {written} scans: {args.to}")
     if damaged:
         print(*[f"skipped: {message}" for message in damaged], sep="\n", file=sys.stderr)
         raise SystemExit(1)
