@@ -1,15 +1,15 @@
 """PaDiM (Defard, Setkov, Loesch, Audigier, ICPR 2021, arXiv:2011.08785).
 
-Each position of an image is described by the features of a pretrained CNN at three layers. For each position, a
-Gaussian is fitted to these features over all normal images, in a single pass and without training. The anomaly score
-of a position is its Mahalanobis distance from that Gaussian.
+Three layers of a pretrained CNN describe each position of an image. At each position, a Gaussian is fitted to the
+features of all normal images, in a single pass and without training. The anomaly score of a position is the Mahalanobis
+distance of its features from this Gaussian.
 
 Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: 100 features with resnet18, 550 with wide_resnet50_2
-(the default here; the thesis has one row of results and does not say which of the two it used).
+(the default here; the thesis has a single row of results and does not say which of the two produced it).
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
 paper crops from 256 to 224 pixels; the thesis' benchmark, BMAD, resizes to 224).
 Differences from xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master, the usual reimplementation: mean and
-covariance are updated batch by batch, so that memory does not grow with the number of images.
+covariance are updated batch by batch, so memory use does not grow with the number of images.
 """
 
 import sys
@@ -25,10 +25,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers with strides 16, 8 and 4, and the number of their channels drawn at random (thesis, Table 3.4).
+# Layers with strides 16, 8 and 4, and how many of their channels are drawn at random (thesis, Table 3.4).
 LAYERS = {
     "resnet18": (["layer3", "layer2", "layer1"], 100),
-    "resnet50": (["layer3", "layer2", "layer1"], 550),  # our choice, like mobilenet_v2: no published setting
+    "resnet50": (["layer3", "layer2", "layer1"], 550),  # our choice, as for mobilenet_v2: no published setting
     "wide_resnet50_2": (["layer3", "layer2", "layer1"], 550),
     "mobilenet_v2": (["features.13", "features.6", "features.3"], 100),
 }
@@ -91,7 +91,7 @@ class PaDiM(nn.Module):
         self.channels, self.grid = [shape[1] for shape in shapes], shapes[-1][2:]
         total, positions, d = sum(self.channels), self.grid.numel(), published if features is None else features
         if d > total:
-            raise common.Error(f"--features {d}: {backbone} has {total} channels in {', '.join(self.layers)}")
+            raise common.Error(f"--features {d}: {backbone} has only {total} channels in {', '.join(self.layers)}")
         self.register_buffer("drawn", torch.zeros(total, dtype=torch.bool))
         self.drawn[torch.randperm(total)[:d]] = True  # the same channels at all positions
         self.register_buffer("mean", torch.zeros(positions, d))  # mu, (P, d)
@@ -113,8 +113,8 @@ class PaDiM(nn.Module):
 
     @torch.no_grad()
     def fit(self, batches):
-        """Compute the mean and the covariance S of each position from batches of normal images (paper, Eq. 1)."""
-        self.whitening = None  # frees memory for `scatter`, 4.6 GiB with 550 features
+        """Compute the mean and the covariance S at each position from batches of normal images (paper, Eq. 1)."""
+        self.whitening = None  # frees memory for `scatter` (4.6 GiB with 550 features)
         n, d = 0, self.mean.zero_().shape[1]
         scatter = [m.new_zeros(len(m), d, d) for m in self.mean.split(CHUNK)]  # sum of (x - mu)(x - mu)^T
         for image in batches:
@@ -122,7 +122,7 @@ class PaDiM(nn.Module):
             for x, mean, s in zip(self.embed(image).split(CHUNK), self.mean.split(CHUNK), scatter, strict=True):
                 before = x - mean[:, None]  # (CHUNK, B, d)
                 mean += before.sum(dim=1) / n
-                s.baddbmm_(before.mT, x - mean[:, None])  # gives the sum around the new mean (Chan et al. 1979)
+                s.baddbmm_(before.mT, x - mean[:, None])  # sum about the new mean (Chan et al. 1979)
         whitening = []
         while scatter:
             cov = scatter.pop(0)  # frees each chunk before the next one is computed

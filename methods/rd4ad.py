@@ -1,33 +1,34 @@
 """RD4AD (Deng, Li: Anomaly Detection via Reverse Distillation from One-Class Embedding, CVPR 2022, arXiv:2201.10703).
 
-A frozen, pretrained teacher E extracts features f_E^k at three layers. A bottleneck fuses them into one small embedding
-phi, from which the student, a decoder D built from blocks like the teacher's, must reproduce them: f_D^k. Bottleneck
-and student see only normal images and do not pass anomalies on, so a position is anomalous where the features differ.
-Map of a layer (Eq. 2): M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)).
+A frozen, pretrained teacher E extracts features f_E^k at three layers. A bottleneck fuses them into a small embedding
+phi, from which the student, a decoder D with blocks like the teacher's, learns to reproduce these features as f_D^k.
+Bottleneck and student are trained on normal images only and do not pass anomalies on, so the features differ where the
+image is anomalous. The anomaly map of layer k is M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)) (Eq. 2).
 
     image -> teacher E:  f_E^1  f_E^2  f_E^3 --> one-class bottleneck --> phi
                            |      |      |                                 |
              student D:  f_D^1  f_D^2  f_D^3 <-----------------------------'    M^k compares f_E^k with f_D^k
 
 Settings: thesis, Table 3.6: wide_resnet50_2, Adam with learning rate 0.005 and betas 0.5 and 0.99 (official code: 0.5
-and 0.999). Epochs, batch size and image size are those of hq-deng/RD4AD (6554076).
-Differences from the paper: the loss takes the cosine of a layer's whole map as one vector, as in the official code, not
-the mean over positions; users of the paper's form report lower accuracy (issue 22 of the official code).
-Differences from hq-deng/RD4AD:
+and 0.999). Epochs, batch size and image size are those of the official code, hq-deng/RD4AD (6554076).
+Differences from the paper: the loss treats a layer's whole feature map as one vector, as in the official code, instead
+of averaging over positions; users report lower accuracy with the paper's form (issue 22 of the official code).
+Differences from the official code:
 - The best epoch is chosen on valid; the official code evaluates every tenth epoch on the test set and keeps the last.
-- The teacher runs without gradients and without its last stage, which is not used; the bottleneck lacks a layer that
-  is never called (official name: conv4).
+- The teacher runs without gradients and without its last stage, which is not used. The bottleneck omits a layer that
+  the official code never calls (conv4).
 
-Differences from the thesis' benchmark: its configuration multiplies the layers' maps (--combine product); the official
-code adds them.
-The version for mobilenet_v2 is our own and is not published. The bottleneck fuses features as in the paper; its blocks
-and the decoder's are inverted residuals (2 with 24, 3 with 32 and 3 with 96 channels, as in the encoder), with a
-convolution as shortcut where the grid changes, as in ResNets. They end without ReLU, since the features are signed.
+Differences from the thesis' benchmark: layer maps are added, as in the official code; the benchmark's configuration
+multiplies them (--combine product).
+The version for mobilenet_v2 is our own. The bottleneck fuses features as in the paper. Its blocks and the decoder's are
+inverted residuals; the decoder has as many as the teacher (3 with 96, 3 with 32 and 2 with 24 channels). Where the grid
+changes, the shortcut is a convolution, as in ResNets. The blocks end without ReLU, since the teacher's features can be
+negative.
 
 Parameters of bottleneck, decoder and frozen teacher: wide_resnet50_2 58,885,120, 24,917,504 and 24,862,528 (as in the
 official code), resnet18 11,680,000, 3,703,168 and 2,782,784, mobilenet_v2 1,545,984, 696,544 and 542,528.
-Cost, measured on one CPU thread with mobilenet_v2, 128 pixels and batches of 8: 38 s for 3 epochs of 200 images with
-three validations (--eval-every 1), 20 ms to score an image, 1.2 GiB. The default settings were not timed.
+Cost on one CPU thread, with mobilenet_v2, 128 pixels and batches of 8: 38 s for 3 epochs of 200 images with three
+validations (--eval-every 1), 20 ms to score an image, 1.2 GiB of memory. The default settings were not timed.
 """
 
 import sys
@@ -43,8 +44,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers with strides 4, 8 and 16; their numbers of channels and the embedding's (stride 32); the kind of block; the
-# numbers of blocks in bottleneck and decoder, coarsest stage first (official code; it does not mirror the teacher).
+# Layers with strides 4, 8 and 16; their channels and those of the embedding (stride 32); the type of block; numbers of
+# blocks in bottleneck and decoder, coarsest stage first (official code; the decoder does not mirror the teacher).
 BACKBONES = {
     "resnet18": (["layer1", "layer2", "layer3"], (64, 128, 256, 512), "basic", (2, 2, 2, 2)),
     "resnet50": (["layer1", "layer2", "layer3"], (256, 512, 1024, 2048), "bottleneck", (3, 3, 4, 6)),
@@ -67,7 +68,7 @@ class Args:
     device: str = "auto"
     """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels, a multiple of 32 (official code)"""
+    """images are resized to this width and height in pixels (official code); a multiple of 32"""
     batch_size: Annotated[int, Ge(1)] = 16
     """images per batch (official code)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
@@ -101,11 +102,11 @@ class Args:
     weights: str = "imagenet"
     """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     combine: Literal["sum", "product"] = "sum"
-    """how to combine the maps of the layers: sum (official code) or product (the thesis' benchmark)"""
+    """how to combine the layer maps: sum (official code) or product (the thesis' benchmark)"""
 
 
 def conv(inputs, outputs, kernel, resize=None, groups=1):
-    """Return a convolution; resize: "down" halves the grid, "up" doubles it by a transposed 2x2 convolution."""
+    """Return a convolution. resize: "down" halves the grid, "up" doubles it with a transposed 2x2 convolution."""
     if resize == "up":
         return nn.ConvTranspose2d(inputs, outputs, 2, 2, groups=groups, bias=False)
     return nn.Conv2d(inputs, outputs, kernel, 2 if resize else 1, kernel // 2, groups=groups, bias=False)
@@ -120,7 +121,7 @@ def with_norm(convs, activation=nn.ReLU):
 
 
 class Block(nn.Module):
-    """A residual block like the teacher's, which may also halve or double the grid."""
+    """A residual block like the teacher's, which can also halve or double the grid."""
 
     def __init__(self, kind, inputs, outputs, resize=None):
         super().__init__()
@@ -178,7 +179,7 @@ class RD4AD(nn.Module):
     def __init__(self, backbone, weights, combine):
         super().__init__()
         if backbone not in BACKBONES:
-            raise common.Error(f"--backbone {backbone}: choose {', '.join(BACKBONES)}; others need a decoder")
+            raise common.Error(f"--backbone {backbone}: choose {', '.join(BACKBONES)}; others need a new decoder")
         layers, channels, kind, blocks = BACKBONES[backbone]
         self.combine = combine
         self.teacher = common.feature_extractor(backbone, layers, weights)
@@ -209,7 +210,7 @@ class RD4AD(nn.Module):
 
 
 def distillation_loss(target, pred):
-    """Return 1 - cos of teacher and student, with each layer as one vector, summed over layers, averaged over images.
+    """Return 1 - cos of teacher and student, each layer taken as one vector, summed over layers, averaged over images.
 
     target, pred: lists of (B, C, h, w)."""
     return sum(1 - F.cosine_similarity(e.flatten(1), d.flatten(1)).mean() for e, d in zip(target, pred, strict=True))
