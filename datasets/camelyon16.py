@@ -50,7 +50,7 @@ import prepare
 from prepare import common
 
 SIZE, STEP = 256, 64  # pixels: patch size and grid spacing of the patch centres
-MIN_COLOUR = 15  # of 255, minimum chroma; a lower Otsu threshold would only split an empty slide's noise
+MIN_COLOUR = 15  # minimum chroma, of 255: a lower Otsu threshold would only split an empty slide's noise
 LEFT_OUT = {"normal_086", "test_049", "test_114"}
 VALID = {f"test_{n}" for n in (113, 116, 117, 120, 121, 122, 123, 124, 126, 127, 128, 129, 130)}
 TUMOUR = {f"test_{n:03}" for n in (

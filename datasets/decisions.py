@@ -16,8 +16,8 @@ import common
 def at_specificity(normal, specificity):
     """Return (threshold, its specificity s): the ceil((n + 1) s)-th smallest of n sorted scores of normal images.
 
-    A new image from the same distribution, whatever it is, exceeds the threshold with probability at most 1 - s (split
-    conformal prediction, Vovk et al. 2005). If n is too small for s, return the maximum and n / (n + 1)."""
+    Whatever the distribution of the scores, a new normal image exceeds the threshold with probability at most 1 - s
+    (split conformal prediction, Vovk et al. 2005). If n is too small for s, return the maximum and n / (n + 1)."""
     rank, n = math.ceil(round((len(normal) + 1) * specificity, 9)), len(normal)
     return (normal[rank - 1], specificity) if rank <= n else (normal[-1], n / (n + 1)) if n else (None, None)
 

@@ -388,7 +388,7 @@ class Preparation:
         try:
             for done in self._work(function, chunks, what, count):
                 results |= done
-        except BrokenProcessPool:  # a case crashed it, or memory was too small for several
+        except BrokenProcessPool:  # a case crashed it, or there was too little memory for several
             print(f"note: a process died while {what}; the remaining cases are processed one by one", flush=True)
             for key in [key for some in chunks if not some.keys() & (results.keys() | self.damaged) for key in some]:
                 try:
