@@ -53,7 +53,7 @@ class Args:
     device: str = "auto"
     """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are first resized to this width and height in pixels (thesis, 4.3.3), then to the network's 32"""
+    """images are first resized to this width and height in pixels (our choice), then to the network's 32"""
     batch_size: Annotated[int, Ge(1)] = 200
     """images per batch (thesis, Table 3.2)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535

@@ -57,7 +57,7 @@ class Args:
     device: str = "auto"
     """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (thesis, 4.3.3); a power of two, at least 16"""
+    """images are resized to this width and height in pixels (our choice); a power of two, at least 16"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch (BMAD's code; not given in the thesis)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535

@@ -74,7 +74,7 @@ class Args:
     device: str = "auto"
     """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (thesis, 4.3.3); a multiple of 16"""
+    """images are resized to this width and height in pixels (the thesis' benchmark); a multiple of 16"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
