@@ -55,7 +55,7 @@ class Args:
     device: str = "auto"
     """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 32); a multiple of 16, at least 32"""
+    """images are resized to this width and height in pixels (our choice; BMAD: 32); a multiple of 16, at least 32"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch (thesis, Table 3.5)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
