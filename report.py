@@ -1,18 +1,18 @@
 """Report on runs: `python report.py runs` prints a table for each benchmark and writes <runs>/report/.
 
-It reads every finished run <runs>/<data>/<method>/seed<k>/ (results.json, scores.csv, curves.csv, log.csv, lesions.csv,
-browser/) and writes index.html (which loads test images from the run folders when they come into view), report.md,
-report.tex, report.csv (unrounded means and standard deviations), pvalues.csv and the figures as SVG. Results of the
-thesis (methods/published.csv) are shown next to a row only if all its runs have the published settings, trained weights
-and the published number of images.
+The script reads every finished run <runs>/<data>/<method>/seed<k>/ (results.json, scores.csv, curves.csv, log.csv,
+lesions.csv, browser/). It writes index.html (which loads test images from the run folders on demand), report.md,
+report.tex, report.csv (unrounded means and standard deviations), pvalues.csv and the figures as SVG. A row shows the
+thesis' results (methods/published.csv) only if all its runs have the published settings, trained weights and the
+published number of images.
 
-Intervals and tests of image AUROC describe the variation over test images, given the trained networks; the standard
+Intervals and tests of image AUROC describe the variation over test images for fixed trained networks; the standard
 deviation describes the variation over seeds. An AUROC is the mean placement of the images. The placement of an image is
-the share of the other class against which it is ranked correctly. Placements averaged over seeds have the mean AUROC of
-the seeds as their mean, so intervals and tests refer to the value in the table. Scores of different seeds are never
-mixed. The intervals are percentiles of a bootstrap that resamples normal and anomalous placements with replacement. The
-p-values are from DeLong's paired test (1988). If file names identify patients (datasets/check.py), patients are
-resampled instead of images, and the test is Obuchowski's (1997), which groups the images of each patient."""
+the fraction of the other class that is ranked correctly against it. The mean of placements averaged over seeds is the
+mean AUROC of the seeds, so intervals and tests refer to the value in the table. Scores of different seeds are never
+mixed. Intervals are percentiles of a bootstrap that resamples normal and anomalous placements with replacement.
+P-values are from DeLong's paired test (1988). If file names identify patients (datasets/check.py), the bootstrap
+resamples patients instead of images, and the test is Obuchowski's (1997), which groups the images of each patient."""
 
 import csv
 import fcntl
@@ -54,21 +54,22 @@ SIZES = {"pro_small": "Small", "pro_medium": "Medium", "pro_large": "Large"}  # 
 COSTS = {"train_seconds": "Training, s", "ms": "Test, ms/image", "ram_gib": "Peak RAM, GiB",
          "gpu_gib": "Peak GPU memory, GiB"}
 MARKS = {
-    "u": "untrained weights: this only shows that the code runs",
+    "u": "untrained weights: the result only shows that the code runs",
     "l": "limited number of images per split and class",
-    "c": "settings other than the published ones",
-    "d": "settings differ between the seeds of the row",
+    "c": "settings differ from the published ones",
+    "d": "settings differ between seeds",
+    "f": "image files differ from those of other runs (names, sizes or dates)",
 }
-NOT_COMPARED = {  # the thesis uses another method or metric than our script, so no difference is shown
+NOT_COMPARED = {  # no difference is shown, because the thesis uses another method or metric
     "ddpm": "ddpm is AnoDDPM; the thesis cites another method (Wolleb et al. 2022)",
-    "winclip": "winclip: the thesis gives neither sentences nor image size, so we chose our own",
-    "clip_zeroshot": "clip_zeroshot: the thesis gives neither sentences nor image size, so we chose our own",
-    "dice": "Dice: Table 3.11 uses the threshold with the best F1 on the test set (MKD: each map scaled by itself); "
-            "ours is the middle of the range of all maps (Dice, Eq. 3.3) or the best threshold on valid (Dice (valid))",
+    "winclip": "winclip: the thesis gives neither text prompts nor image size, so we chose our own",
+    "clip_zeroshot": "clip_zeroshot: the thesis gives neither text prompts nor image size, so we chose our own",
+    "dice": "Dice: Table 3.11 uses the threshold with the best F1 on test (MKD: each map has its own scale); we use "
+            "the middle of the range of all maps (Dice, Eq. 3.3) or the best threshold on valid (Dice (valid))",
 }
 IMAGES = {name: [(train, normal, anomalous)] for name, (train, _, _, normal, anomalous) in PUBLISHED.items()}
-IMAGES["histo"].append((5088, 1026, 1008))  # also the counts of the authors' coordinates
-OURS = {  # variants of clip_recon in the thesis' Tables 4.1 to 4.4: (name there, method, changed settings)
+IMAGES["histo"].append((5088, 1026, 1008))  # counts with the authors' coordinates
+OURS = {  # variants in the thesis' Tables 4.1 to 4.4: {ours: (name there, method, changed settings)}
     "base": ("clip_recon", "clip_recon", {}),
     "da-levels 0": ("clip_recon (ViT, no DA)", "clip_recon", dict(da_levels=0)),
     "backbone resnet18": ("clip_recon (ResNet-18, DA)", "clip_recon", dict(backbone="resnet18")),
@@ -77,12 +78,15 @@ OURS = {  # variants of clip_recon in the thesis' Tables 4.1 to 4.4: (name there
 NUMBER = (int, float)
 NEEDED = dict(method=str, metrics=dict, counts=dict, train_seconds=NUMBER, test_ms_per_image=(*NUMBER, type(None)),
               notes=dict, peak_memory_gib=dict, weights=list, args=dict, changed=dict, device=str, decision=dict,
-              versions=dict, threads=int, commit=str, finished=str, images=str)  # of results.json
+              versions=dict, threads=int, commit=str, finished=str, images=str, seed=int,
+              epoch=(int, type(None)), check=(dict, type(None)))  # of results.json
+DECIDED = {"from": str, "image": (*NUMBER, type(None)), "map_range": (list, type(None)), "normal_scores": list,
+           "pixel": (*NUMBER, type(None))}
 DRAWS = 2000  # bootstrap samples of the test images
 UNDECIDED = {"from": "nothing", "image": None, "map_range": None, "normal_scores": [], "pixel": None}  # no decisions.py
 RATES = np.concatenate([np.linspace(0, 0.1, 61), np.linspace(0.1, 1, 91)[1:]])  # false positive rates of the curves
 LEVELS = [f"fpr_{0.015 * i:.3f}" for i in range(1, 21)]  # columns of lesions.csv
-LABELLED, HUES = 5, 8  # number of curves with a name and a colour; number of colours
+LABELLED, HUES = 5, 8  # number of labelled curves, number of colours
 
 TEMPLATES = Path(__file__).with_name(".report")
 ENV = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True,
@@ -93,17 +97,17 @@ DRAW, WORDS = ENV.get_template("figures.svg").module, ENV.get_template("words.tx
 @dataclass
 class Args:
     runs: Annotated[str, tyro.conf.Positional] = "runs"
-    """folder of the runs (their --out)"""
+    """folder with the runs (their --out)"""
     table: bool = False
-    """only print the rows of the README's table of results"""
+    """only print the rows of the results table in README.md"""
 
 
 # ----------------------------------------------------------------------------------------------------- reading the runs
 def read_runs(folder, root):
     """Read {(data, method): [results, ...]} of all finished runs, sorted by seed, and {(data, method): {seed: state}}
-    of the others."""
+    of unfinished ones."""
     runs, others = defaultdict(list), defaultdict(dict)
-    places = [p for p in Path(folder).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name)]
+    places = [p for p in Path(folder).glob("*/*/seed*") if re.fullmatch(r"seed\d+", p.name) and p.is_dir()]
     for place in sorted(places, key=lambda p: (p.parts[:-1], int(p.name[4:]))):
         data, method, seed = place.parts[-3:]
         if (place / "results.json").exists():
@@ -115,7 +119,7 @@ def read_runs(folder, root):
 
 
 def read_run(file, root):
-    """Read results.json of a finished run; links are relative to the folder `root`."""
+    """Read results.json of a finished run. root: the folder with all runs, for links from the report."""
     try:
         results = common.read_results(file)
         if wrong := [k for k, kind in NEEDED.items() if not isinstance(results[k], kind)]:
@@ -127,20 +131,23 @@ def read_run(file, root):
         for name, value in wrong.items():
             raise ValueError(f"{name} is {value}")
         results["decision"] = results["decision"] or UNDECIDED
-        if missing := UNDECIDED.keys() - results["decision"].keys():
-            raise KeyError(missing.pop())
+        if wrong := [k for k, kind in DECIDED.items() if not isinstance(results["decision"][k], kind)]:
+            raise TypeError(f"decision: {wrong[0]} is {results['decision'][wrong[0]]!r}")
+        if file.parent.name != f"seed{results['seed']}":
+            raise ValueError(f"its seed is {results['seed']}; was the folder renamed or copied?")
+        np.array(results["decision"]["normal_scores"], float), sum(sum(c.values()) for c in results["counts"].values())
         results["metrics"] = {m: results["metrics"].get(m) for m in METRICS | DECISIONS}
-        check_line(results), as_published(None, results["method"], [results], {}), marks([results], {""})
+        as_published(None, results["method"], [results], {}), marks([results], {""}), "" + check_line(results)
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as e:
         what = f"no {e}" if isinstance(e, KeyError) else e
-        raise common.Error(f"{file} holds no results of a run ({what}); remove it, or run that method again") from e
+        raise common.Error(f"{file} is not a run's results ({what}); remove it, or run that method again") from e
     results |= dict(folder=file.parent, link=quote(f"../{file.parent.relative_to(root).as_posix()}/"))
     results["metrics"] |= read_lesions(file.with_name("lesions.csv"))
     return results
 
 
 def state_of(folder):
-    """Return the state of a run without results, in words. A running process holds a lock on the folder."""
+    """Describe the state of a run without results. A running process holds a lock on the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -153,7 +160,7 @@ def state_of(folder):
 
 
 def read_ablation(folder):
-    """Read {(data, variant): [results, ...]} of `bash run_all.sh ablation`. A variant's name is its flag and value."""
+    """Read {(data, variant): [results, ...]} of `bash run_all.sh ablation`. Variants are named by flag and value."""
     found = {}
     for variant in sorted(Path(folder).glob("ablation/*"), key=lambda variant: (variant.name != "base", variant.name)):
         for (data, _), results in read_runs(variant, folder)[0].items():
@@ -162,13 +169,13 @@ def read_ablation(folder):
 
 
 def read_published():
-    """Read {(method, benchmark, metric): row} from methods/published.csv, without the rows that have no number."""
+    """Read {(method, benchmark, metric): row} from methods/published.csv, without rows that lack a number."""
     with open(Path(__file__).parent / "methods/published.csv", newline="") as f:
         return {(r["method"], r["benchmark"], r["metric"]): r for r in csv.DictReader(f) if r["mean"]}
 
 
 def read_columns(file, **kinds):
-    """Read the columns of a CSV file; `kinds` gives their names and types (str or float). `Error` if they differ."""
+    """Read the columns of a CSV file. kinds: their names and types (str or float). `Error` if they do not match."""
     try:
         with open(file, newline="") as f:
             rows = csv.reader(f)
@@ -187,19 +194,20 @@ def read_columns(file, **kinds):
 
 
 def read_log(file):
-    """Read [{name: number}, ...] from log.csv without the empty cells; [] if the file does not exist."""
+    """Read [{name: number}, ...] from log.csv without empty cells; [] if the file does not exist."""
     try:
         with open(file, newline="") as f:
-            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+            return [dict(epoch=float(row["epoch"])) | {k: float(v) for k, v in row.items() if v}
+                    for row in csv.DictReader(f)]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, csv.Error) as e:
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as e:
         raise common.Error(f"{file} cannot be read ({e}); run that method again") from e
 
 
 def read_lesions(file):
-    """Return the PRO of small, medium and large lesions (`SIZES`: thirds by area) from their overlaps at 20 false
-    positive rates up to 30%, and the two limits of area in pixels. Return {} if the file does not exist."""
+    """Return the PRO of small, medium and large lesions (`SIZES`: thirds by area) and both area limits in pixels; {} if
+    the file does not exist. The PRO is computed from the overlap at 20 false positive rates up to 30%."""
     if not file.exists():
         return {}
     kinds = dict(path=str, lesion=str, area=float, overlap=str) | dict.fromkeys(LEVELS, float)
@@ -214,12 +222,12 @@ def read_lesions(file):
 
 @dataclass
 class Scores:
-    """Scores of a method with S seeds on the N test images."""
+    """Scores of a method for S seeds and N test images."""
     anomalous: np.ndarray  # (N,)
     scores: np.ndarray  # (S, N)
     placements: np.ndarray  # (S, N)
     paths: tuple
-    patients: np.ndarray | None  # (N,), patient numbers; None if the file names do not identify them
+    patients: np.ndarray | None  # (N,) patient numbers, or None if file names do not identify patients
 
     @property
     def share(self):
@@ -227,9 +235,9 @@ class Scores:
 
 
 def read_scores(results, known):
-    """Read `Scores` from scores.csv; None if a file or a class is missing, or if the images differ between seeds.
+    """Read `Scores` from scores.csv; None if a file or a class is missing, or if seeds have different images.
 
-    known: {(paths, labels): ...}, filled here so that equal lists of images become the same object."""
+    known: a cache, {(paths, labels): ...}, so that equal lists of images are the same object."""
     scores, placements, seen = [], [], set()
     for r in results:
         if not (file := r["folder"] / "scores.csv").exists() or "test" not in r["counts"]:
@@ -251,23 +259,23 @@ def read_scores(results, known):
 
 
 def patients_of(paths):
-    """Return the patient number of each image (N,) if all file names give a patient, else None."""
+    """Return the patient number of each image (N,), or None unless all file names identify a patient."""
     patients = [common.patient(path) for path in paths]
     return np.unique(patients, return_inverse=True)[1] if all(patients) else None
 
 
 # --------------------------------------------------------------------------------------------- intervals and tests
 def placement(anomalous, scores):
-    """Return (N,): the share of the other class ranked correctly against each image; ties count half (DeLong 1988)."""
+    """Return the fraction of the other class ranked correctly against each image (N,), ties as half (DeLong 1988)."""
     rank, share = rankdata(scores), np.empty(len(scores))
-    for these in (anomalous, ~anomalous):  # share of the other class that is ranked below
+    for these in (anomalous, ~anomalous):  # fraction of the other class with a lower rank
         share[these] = (rank[these] - rankdata(scores[these])) / (~these).sum()
     return np.where(anomalous, share, 1 - share)
 
 
-@lru_cache(maxsize=4)  # methods with the same images share the samples
+@lru_cache(maxsize=4)  # methods with the same images share samples
 def resample(units, stream):
-    """Return (units, DRAWS): how often each unit occurs in each bootstrap sample. stream: random stream of a class."""
+    """Return how often each unit occurs in each bootstrap sample (units, DRAWS). stream: random stream of a class."""
     rng, times = np.random.default_rng([stream, units]), np.empty((units, DRAWS), np.float32)
     for i in range(DRAWS):
         times[:, i] = np.bincount(rng.integers(units, size=units), minlength=units)
@@ -277,7 +285,7 @@ def resample(units, stream):
 def interval(anomalous, share, patients=None):
     """Return the 95% bootstrap interval (low, high) of the AUROC, which is the mean of the placements `share` (N,).
 
-    It is (None, None) if a class has only one image (or patient) or if all samples are equal (perfect separation)."""
+    Return (None, None) if a class has only one image (or patient) or all samples are equal (perfect separation)."""
     auroc = -share[anomalous].mean()
     for stream, these in enumerate((anomalous, ~anomalous)):
         unit = np.arange(these.sum()) if patients is None else patients[these]
@@ -286,8 +294,8 @@ def interval(anomalous, share, patients=None):
         drawn = resample(len(unit), stream) if patients is None else resample(patients.max() + 1, 2)
         total, count = (np.bincount(unit, weights, len(drawn)).astype(np.float32)
                         for weights in (share[these], None))
-        with np.errstate(invalid="ignore"):  # a sample of patients without one class
-            auroc = auroc + (total @ drawn) / (count @ drawn)  # the mean over each class is the AUROC
+        with np.errstate(invalid="ignore"):  # a patient sample may lack a class
+            auroc = auroc + (total @ drawn) / (count @ drawn)  # the AUROC is the mean over either class
     low, high = np.nanquantile(auroc.clip(0, 1), [0.025, 0.975])
     return (float(low), float(high)) if high - low > 1e-6 else (None, None)
 
@@ -296,7 +304,7 @@ def p_value(anomalous, first, second, patients=None):
     """Return the two-sided p-value for equal AUROC of two methods, from their placements (N,) on the same images."""
     difference = first - second
     delta = difference[anomalous].mean()
-    if min(anomalous.sum(), (~anomalous).sum()) < 2 or abs(delta) < 1e-12:  # one image per class has no variance
+    if min(anomalous.sum(), (~anomalous).sum()) < 2 or abs(delta) < 1e-12:  # a single image has no variance
         return 1.0
     if patients is None:
         var = sum(difference[c].var(ddof=1) / c.sum() for c in (anomalous, ~anomalous))
@@ -308,7 +316,7 @@ def p_value(anomalous, first, second, patients=None):
 
 
 def holm(p_values):
-    """Return the pairs of {pair: p} that differ at 5% (Holm 1979: smallest p at 5%/n, next at 5%/(n - 1), ...)."""
+    """Return the pairs of {pair: p} that differ at 5% (Holm 1979: smallest p at 5%/n, then 5%/(n - 1), and so on)."""
     held = set()
     for i, (pair, p) in enumerate(sorted(p_values.items(), key=lambda kv: kv[1])):
         if p > 0.05 / (len(p_values) - i):
@@ -319,14 +327,14 @@ def holm(p_values):
 
 @dataclass
 class Comparison:
-    """Comparison of all pairs of methods on a benchmark, among those scored on the same images as most methods."""
+    """Pairwise comparison of the methods on a benchmark. Methods scored on other images than most are left out."""
     auroc: dict  # {method: image AUROC}, descending
     p_values: dict  # {(better, worse): p}
-    held: set  # the pairs that differ at 5%, after Holm's correction for all pairs
+    held: set  # pairs that differ at 5% after Holm's correction
     left_out: list
 
     def alike(self, best):
-        """Return `best` and the methods that are not distinguished from it."""
+        """Return `best` and the methods that do not differ from it significantly."""
         return {m for m in self.auroc if m == best or not {(best, m), (m, best)} & self.held}
 
 
@@ -351,18 +359,18 @@ def marks(results, changed):
 
 
 def check_line(results):
-    """Return the summary of datasets/check.py for the images of the run."""
+    """Return the summary of datasets/check.py for the images of a run."""
     return results["check"]["summary"] if results["check"] else "not run on these images"
 
 
 def as_published(data, method, results, changed):
-    """Return True if all runs have trained weights and the method, number of images and settings of the thesis.
-    changed: settings that differ from the published ones in the thesis' own table."""
+    """Return True if all runs have trained weights and the thesis' method, number of images and settings.
+    changed: settings of the thesis' variant that differ from the published ones."""
     def counts(r):
         test = r["counts"].get("test", dict(normal=None, anomalous=None))
         return r["counts"]["train"]["normal"], test["normal"], test["anomalous"]
 
-    def resolved(r):  # auto stands for the published weights if they are trained
+    def resolved(r):  # with trained weights, auto means the published ones
         trained = all(w["trained"] for w in r["weights"])
         return trained and {k: v for k, v in r["changed"].items() if v != "auto"} == changed
 
@@ -371,7 +379,7 @@ def as_published(data, method, results, changed):
 
 
 def flags(changed):
-    """Return {argument: value} as flags in the form of the command line."""
+    """Format {argument: value} as command-line flags."""
     return [f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}"
             for k, v in changed.items()]
 
@@ -381,12 +389,15 @@ def benchmark_of(data):
 
 
 def rows_of(runs, scores, published):
-    """Return one dict per benchmark and method: names, marks, seeds, mean and standard deviation (n - 1) of each
-    metric, image AUROC of each seed, interval, and results of the thesis."""
-    rows = []
+    """Return a dict per benchmark and method: names, marks, seeds, mean and standard deviation (n - 1) of each metric,
+    image AUROC of each seed, its interval, and the thesis' results."""
+    rows, files = [], defaultdict(Counter)  # {benchmark: {fingerprint of its files: number of runs}}
+    for (data, _), results in runs.items():
+        files[data].update(r["images"] for r in results)
     for (data, method), results in runs.items():
         changed = {" ".join(flags(r["changed"])) for r in results}
-        row = dict(data=data, method=method, marks=marks(results, changed), seeds=len(results),
+        other = {r["images"] for r in results} != {files[data].most_common(1)[0][0]}
+        row = dict(data=data, method=method, marks=marks(results, changed) + "f" * other, seeds=len(results),
                    folder=results[0]["link"].rsplit("/", 2)[0],  # relative to the report
                    changed=" | ".join(sorted(changed)), check=" | ".join(sorted({check_line(r) for r in results})),
                    device=" | ".join(sorted({f"{r['device']}, {r['threads']} threads" for r in results})))
@@ -413,12 +424,12 @@ def rows_of(runs, scores, published):
 
 
 def fair(row):
-    """Return True if the networks were trained and no image was left out."""
-    return not {"u", "l"} & set(row["marks"])
+    """Return True if all networks are trained and all images are used, the same as in the other runs."""
+    return not {"u", "l", "f"} & set(row["marks"])
 
 
 def best_of(rows, metric):
-    """Return the row with the highest value, from the fair rows if there are any; None if no row has a value."""
+    """Return the row with the highest value, preferring fair rows; None if no row has a value."""
     known = [r for r in rows if r[metric] is not None]
     return max(known, key=lambda r: (fair(r), r[metric]), default=None)
 
@@ -433,7 +444,7 @@ class Cell:
     link: str = ""
     title: str = ""
     shade: float | None = None  # in [0, 1]
-    span: list | None = None  # low, point and high of a drawn interval, in [0, 1]
+    span: list | None = None  # low, point and high of an interval to draw, in [0, 1]
 
     def __str__(self):
         return self.text + "".join(f" ({k})" for k in self.signs)
@@ -450,7 +461,7 @@ def text_of(row, name, scale=100, digits=2):
 
 
 def thesis_cell(row, metric):
-    """Return the thesis' value, with a question mark if it is suspect, and ours minus it in brackets."""
+    """Return the thesis' value, with a question mark if suspect, and the difference (ours minus thesis) in brackets."""
     if row[f"{metric}_thesis_mean"] is None:
         return Cell("-")
     mean, deviation = 100 * row[f"{metric}_thesis_mean"], 100 * row[f"{metric}_thesis_std"]
@@ -469,13 +480,13 @@ def interval_cell(row, rows):
 
 
 def marks_of_all(rows):
-    """Return the marks that all rows have if there are several; these marks are printed only once."""
+    """Return the marks common to all of several rows; they are printed only once."""
     return [k for k in MARKS if len(rows) > 1 and all(k in r["marks"] for r in rows)]
 
 
 def table(name, rows, metrics, caption, alike=()):
-    """Return a table of methods x metrics without empty columns. alike: methods to set in bold for image AUROC; in
-    other columns, the highest value is bold."""
+    """Return a table of methods x metrics without empty columns. alike: methods whose image AUROC is bold. In the other
+    columns, the highest value is bold."""
     once = marks_of_all(rows)
     columns = {"Method": [Cell(r["method"], signs="".join(k for k in r["marks"] if k not in once)) for r in rows],
                "Seeds": [Cell(str(r["seeds"]), r["seeds"]) for r in rows]}
@@ -499,25 +510,25 @@ def table(name, rows, metrics, caption, alike=()):
 
 def tables_of(rows, alike):
     text = "Percent, mean ± standard deviation over seeds. Bold: the highest value"
-    text += " and, for image AUROC, all methods not distinguished from it." if alike else "."
-    decided = ("Percent: first sensitivity at 90% and 95% specificity on test; then metrics at the threshold from "
-               "normal validation scores or, if marked (F1), at the threshold with the best F1 on valid.")
+    text += " and, for image AUROC, all values that do not differ from it significantly." if alike else "."
+    decided = ("Percent. Sensitivity at 90% and 95% specificity on test, then metrics at the threshold from normal "
+               "validation scores or, if marked (F1), at the threshold with the best F1 on valid.")
     tables = [table("results", rows, METRICS, text, alike), table("decisions", rows, DECISIONS, decided)]
     if known := [r for r in rows if r["lesions"]]:
-        text = ("PRO up to 30%, percent, of {lesions} lesions in three equal groups: small up to {small_to:.0f}, "
-                "medium up to {medium_to:.0f} pixels, at the methods' image size.")
+        text = ("PRO up to 30%, percent, of {lesions} lesions in three equal groups: small (up to {small_to:.0f} "
+                "pixels at the methods' image size), medium (up to {medium_to:.0f}) and large.")
         tables.append(table("sizes", known, SIZES, text.format(**known[0])))
     seeds = sorted({k for r in rows for k in r if re.fullmatch(r"seed\d+", k)}, key=lambda k: int(k[4:]))
     devices = "; ".join(sorted({r["device"] for r in rows}))
     tables += [table("seeds", [dict.fromkeys(seeds) | r for r in rows],
                      {k: f"Seed {k[4:]}" for k in seeds} | dict(image_auroc_std="Standard deviation"),
-                     "Image AUROC of each seed, percent; links lead to the runs."),
+                     "Image AUROC of each seed, percent. Values link to the runs."),
                table("costs", rows, COSTS, f"Mean ± standard deviation over seeds, on {devices}.")]
     return [t for t in tables if len(t.header) > 2]
 
 
 def overview(rows, others, metric):
-    """Return a table of methods x benchmarks for one metric, by mean rank, with the state of unfinished runs."""
+    """Return a table of methods x benchmarks for one metric, sorted by mean rank, with the state of unfinished runs."""
     known = {(r["data"], r["method"]): r for r in rows if r[metric] is not None}
     names, seeds, lines = sorted({data for data, _ in known}), max(r["seeds"] for r in rows), []
     for method in sorted({m for _, m in known} | {m for _, m in others if metric == "image_auroc"}):
@@ -538,15 +549,15 @@ def overview(rows, others, metric):
         mean, part = np.mean(ranks or [999]), len(ranks) < len(names)
         text = f"{mean:.1f}" + f" (of {len(ranks)})" * part if ranks else "-"
         lines.append([*line, Cell(text, mean + 100 * part)])
-    text = f"{METRICS[metric]}, percent, mean ± standard deviation over seeds; (1 of {seeds}): finished seeds."
+    text = f"{METRICS[metric]}, percent, mean ± standard deviation over seeds. (1 of {seeds}): finished seeds."
     return Table(metric, text, ["Method", *names, "Mean rank"], sorted(lines, key=lambda line: line[-1].value))
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
-# Each function returns the `Frame` of a figure's panels and the SVG of each panel, drawn by .report/figures.svg.
+# Each function returns the `Frame` of a figure's panels and the SVG of each panel (drawn by .report/figures.svg).
 @dataclass
 class Frame:
-    """Coordinates of a panel: ranges of the data, size and margins in pixels."""
+    """Coordinates of a panel: data ranges, and size and margins in pixels."""
     x: tuple
     y: tuple
     width: int = 330
@@ -577,7 +588,7 @@ class Frame:
 
 
 def summary_figure(rows, alike):
-    """Draw the mean image AUROC of each method, highest first, with 95% interval, seeds and the thesis' value."""
+    """Draw each method's mean image AUROC (highest first), its 95% interval, its seeds and the thesis' value."""
     rows = sorted((r for r in rows if r["image_auroc"] is not None), key=lambda r: -r["image_auroc"])
     seeds = {r["method"]: [v for k, v in r.items() if re.fullmatch(r"seed\d+", k)] for r in rows}
     names = ("image_auroc", "image_auroc_low", "image_auroc_high", "image_auroc_thesis_mean")
@@ -591,26 +602,26 @@ def roc(anomalous, placements):
     """Return the true positive rate at RATES, averaged over seeds."""
     curves = []
     for share in placements:  # (N,)
-        # an anomalous image is detected at false positive rates of 1 - placement and more
+        # an anomalous image is detected from a false positive rate of 1 - placement
         rate = np.sort(1 - share[anomalous])
         curves.append(np.searchsorted(rate, RATES + 1e-9, side="right") / len(rate))
     return np.mean(curves, axis=0)
 
 
 def pixel_curves(results):
-    """Return the mean (tpr, pro) at RATES over the runs that have a curves.csv; None if no run has one."""
+    """Return the mean (tpr, pro) at RATES over all runs with a curves.csv; None if no run has one."""
     curves = []
     for r in results:
         if (file := r["folder"] / "curves.csv").exists():
             fpr, tpr, pro = read_columns(file, fpr=float, tpr=float, pro=float)
             if (np.diff(fpr) < 0).any():
-                raise common.Error(f"{file} is not a curve, its fpr decreases; run that method again")
+                raise common.Error(f"{file} is not a curve, because its fpr decreases; run that method again")
             curves.append([np.interp(RATES, fpr, y) for y in (tpr, pro)])
     return np.mean(curves, axis=0) if curves else None
 
 
 def curves_figure(data, rows, runs, scores):
-    """Draw image ROC, pixel ROC and PRO (up to 30%), averaged over seeds; the best methods' lines have labels."""
+    """Draw image ROC, pixel ROC and PRO (up to 30%), averaged over seeds, with labels for the best methods."""
     curves = [{}, {}, {}]
     for method in [r["method"] for r in rows]:
         if s := scores[data, method]:
@@ -632,7 +643,7 @@ def curves_figure(data, rows, runs, scores):
 
 
 def name_lines(frame, lines, named):
-    """Return {method: (x, y)} for labels below the lines, away from other labels and from other labelled lines."""
+    """Return label positions {method: (x, y)} below the lines, away from other labels and other labelled lines."""
     points = {m: [(frame.px(x), frame.py(y)) for x, y in zip(*lines[m], strict=True)] for m in named}
     places = {}
     for method in named:
@@ -647,7 +658,7 @@ def name_lines(frame, lines, named):
 
 
 def training_figure(data, rows, runs):
-    """For the first seed of each method, draw the first loss and the image AUROC on valid at the validated epochs."""
+    """For the first seed of each method, draw the first logged loss and the image AUROC at the validated epochs."""
     panels, frame = [], Frame((0, 1), (0, 100), 200, 118, 30, 22, 10, 20)
     for method in [r["method"] for r in rows]:
         log, chosen = read_log(runs[data, method][0]["folder"] / "log.csv"), runs[data, method][0]["epoch"]
@@ -662,9 +673,10 @@ def training_figure(data, rows, runs):
 
 # ------------------------------------------------------------------------------------------------------- image browser
 def browser(data, runs, scores):
-    """Return the data that the page needs to show the test images of a benchmark; None if no run kept any.
+    """Return the data that the page needs to show the test images of a benchmark; None if no run saved images.
 
-    Use each method's first seed that has maps, or else its first seed. Leave out methods with other images."""
+    Each method is represented by its first seed with maps, or else its first seed. Methods with other images are left
+    out."""
     shared, methods = None, {}
     for method, results in [(method, results) for (d, method), results in runs.items() if d == data]:
         r = next((r for r in results if (r["folder"] / "browser").is_dir()), results[0])
@@ -689,7 +701,7 @@ def browser(data, runs, scores):
 
 # --------------------------------------------------------------------------------------------------------- the report
 def settings_of(rows, results):
-    """Return lines "methods: settings that all of these change"; paths are shortened to their last part."""
+    """Return lines "methods: settings that they all change", with paths shortened to file names."""
     having, shared = defaultdict(dict), defaultdict(list)  # {flag: {method: None}}, {methods: [flag, ...]}
     for r in results:
         for flag in flags(r["changed"]):
@@ -700,7 +712,7 @@ def settings_of(rows, results):
 
 
 def section_of(title, data, rows, runs, scores, others):
-    """Return the section of a benchmark or of its variants of clip_recon."""
+    """Return the report section on a benchmark or on its variants of clip_recon."""
     rows = [r for r in rows if r["data"] == data]
     results = [r for row in rows for r in runs[data, row["method"]]]
     compared, best = compare(data, scores), best_of(rows, "image_auroc")
@@ -721,7 +733,7 @@ def section_of(title, data, rows, runs, scores, others):
 
 
 def readme_table(rows, published):
-    """Print the rows of the README's table of results: the thesis' image AUROC and ours for each benchmark."""
+    """Print the rows of the results table in README.md: the thesis' image AUROC and ours for each benchmark."""
     names, ours = [n for n in common.NAMES if n != "phantom"], {(r["method"], benchmark_of(r["data"])): r for r in rows}
     methods = sorted({m for m, _, _ in published if " " not in m} | {m for m, name in ours if name in names})
     print(WORDS.readme_table(methods, names, published, ours).strip())
@@ -743,14 +755,14 @@ def tex(text):
     """Escape special characters and signs for LaTeX."""
     special = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
                                                   "^": r"\textasciicircum{}", "±": r"$\pm$", "<": "$<$", ">": "$>$"}
-    return "".join(special.get(c, c) for c in str(text)).replace("--", "-{}-")  # prevents an en dash
+    return "".join(special.get(c, c) for c in str(text)).replace("--", "-{}-")  # avoids en dashes
 
 
 def write_figure(frame, panels, file):
-    """Write all panels to one SVG for other programs, with CSS variables replaced by the colours of a light page."""
+    """Write all panels to one SVG for other programs, with CSS variables replaced by the colours of the light theme."""
     across = min(len(panels), 1000 // frame.width)
     text = ENV.get_template("figure.svg").render(frame=frame, panels=panels, across=across)
-    colours = dict(reversed(re.findall(r"(--[\w-]+): ([^;]+);", text)))  # the first of equal names wins
+    colours = dict(reversed(re.findall(r"(--[\w-]+): ([^;]+);", text)))  # of equal names, the first wins
     file.write_text(re.sub(r"var\((--[\w-]+)\)", lambda found: colours[found[1]], text), encoding="utf-8")
 
 
@@ -761,7 +773,7 @@ if __name__ == "__main__":
         raise common.Error(f"{target} is not an earlier report and would be overwritten; move it away")
     (runs, others), variants = read_runs(args.runs, args.runs), read_ablation(args.runs)
     if not runs and not variants:
-        raise common.Error(f"no finished runs in {args.runs}: expected <data>/<method>/seed<k>/results.json in it")
+        raise common.Error(f"no finished runs: expected {args.runs}/<data>/<method>/seed<k>/results.json")
     rows, sections, known, published = [], [], {}, read_published()
     for these, states, what in ((runs, others, ""), (variants, {}, ": variants of clip_recon")):
         scores = {key: read_scores(results, known) for key, results in these.items()}
@@ -773,9 +785,6 @@ if __name__ == "__main__":
         readme_table(here, published)
         raise SystemExit
     notes = WORDS.reading(rows, METRICS, MARKS).strip().splitlines()
-    for section in sections:
-        print_section(section)
-    print("\n".join(["\nPercent, mean ± standard deviation over seeds.", *notes]))
     shown = [m for m in ("image_auroc", "pixel_auroc", "aupro", "dice") if any(r[m] is not None for r in here)]
     context = dict(sections=sections, notes=notes, marks=MARKS, draws=DRAWS,
                    colours=colormaps["inferno"](range(256), bytes=True)[:, :3].tolist(),
@@ -798,4 +807,7 @@ if __name__ == "__main__":
         common.write_csv(tmp / "report.csv", rows)
         if p_rows:
             common.write_csv(tmp / "pvalues.csv", p_rows)
+    for section in sections:
+        print_section(section)
+    print("\n".join(["\nPercent, mean ± standard deviation over seeds.", *notes]))
     print(f"report: {target / 'index.html'}")

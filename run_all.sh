@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Run every method on every benchmark under data/ with five seeds and the published settings, then write the report.
-#   bash run_all.sh                        run everything: finished runs are kept, interrupted ones resume
-#   DATA="brain liver" METHODS="padim patchcore" SEEDS="0 1" bash run_all.sh    run only some
+#   bash run_all.sh                        run everything; skip finished runs and resume interrupted ones
+#   DATA="brain liver" METHODS="padim patchcore" SEEDS="0 1" bash run_all.sh    run a subset
 #   JOBS=4 bash run_all.sh                 four runs in parallel, spread over the GPUs (CUDA_VISIBLE_DEVICES, or all)
-#   bash run_all.sh --list                 only print the commands, one per line
-#   sbatch --array=1-480 run_all.sh        Slurm: array task n runs line n of the list
+#   bash run_all.sh --list                 print the commands, one per line, without running them
+#   sbatch --array=1-480 run_all.sh        Slurm: array task n runs command n of the list
 #   bash run_all.sh ablation [--list]      variants of clip_recon (thesis, Figures 4.6 to 4.8, 'Ours' in Tables 4.1 to
 #                                          4.4, and other readings of chapter 4) in runs/ablation/<variant>/
-#   bash run_all.sh setup                  only create .venv and install requirements.txt
-# datasets/check.py checks each benchmark once; its summary is in the report.
-# If data/ has no benchmark, the phantom is made and used for a short demonstration (flags: methods/demo.txt).
-# DEMO=1 runs the short demonstration on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" sets its weights.
+#   bash run_all.sh setup                  only create .venv and install requirements.txt in it
+# Before the runs, datasets/check.py checks each benchmark once; the report includes its summary.
+# If data/ has no benchmark, the script generates the phantom and runs a short demonstration (flags: methods/demo.txt).
+# DEMO=1 runs this demonstration on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" sets its weights.
 # FLAGS="--device cuda:1" adds flags to every command.
-# A failed run does not stop the others; it is named at the end, with exit status 1. For Linux and macOS (bash 3.2).
+# A failed run does not stop the others; it is listed at the end (exit status 1). For Linux and macOS (bash 3.2).
 set -fu
 usage() { echo "error: $1; see the head of run_all.sh" >&2; exit 2; }
 number() {
@@ -30,7 +30,6 @@ number SLURM_ARRAY_TASK_ID "${SLURM_ARRAY_TASK_ID:-1}" 1 && number JOBS "${JOBS:
 : "${METHODS:=$(ls methods | sed -n 's/\.py$//p' | xargs)}"
 for method in $METHODS; do [ -f "methods/$method.py" ] || usage "METHODS: there is no methods/$method.py"; done
 for seed in ${SEEDS:=}; do number SEEDS "$seed" 0; done
-
 # Lock, so that only one of several parallel tasks makes .venv and the phantom; in Python, because macOS has no flock.
 if [ -z "${LOCK:-}" ]; then
     lock='import fcntl, os, sys; f = os.open("requirements.txt", os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX)
@@ -41,7 +40,7 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
     echo "installing requirements.txt into .venv (several GB, a few minutes)" >&2
     { [ -x $python ] || python3 -m venv .venv; } && $python -m pip install -q --disable-pip-version-check \
         -r requirements.txt && cp requirements.txt .venv/installed.txt ||
-        { echo "error: .venv could not be made (see above); Python 3.11 or newer with venv is needed" >&2; exit 1; }
+        { echo "error: .venv could not be created (see above); it needs Python 3.11 or newer with venv" >&2; exit 1; }
 fi
 [ "${1:-}" = setup ] && exit 0
 known='import common, sys
@@ -51,7 +50,7 @@ print(*missing or data)
 sys.exit(bool(missing))'
 DATA=$($python -c "$known" ${DATA:-}) || usage "DATA: there is no benchmark $DATA"
 if [ -z "$DATA" ]; then
-    echo "no benchmark in data/ (see datasets/); running a short demonstration on the phantom with one seed" >&2
+    echo "no benchmark in data/ (see datasets/); running a short demonstration on the phantom (one seed)" >&2
     $python datasets/phantom.py >&2 || exit 1
     DATA=phantom
 fi
@@ -67,11 +66,11 @@ list() {
     local data method seed variant demo out extra
     for data in $DATA; do
         for method in $METHODS; do
-            extra= && [ "$method $data" = "ddpm histo" ] && extra="--channels 3" # the only benchmark with colour images
+            extra= && [ "$method $data" = "ddpm histo" ] && extra="--channels 3" # the only colour benchmark
             demo=$([ "$data" = phantom ] || [ -n "${DEMO:-}" ] && sed -n "s/^$method //p" methods/demo.txt)
             ${ablation:-echo} | while read -r variant; do
                 out=${variant#--} out=${ablation:+--out runs/ablation/${out// /_}}
-                for seed in $SEEDS; do # unquoted, so that one space separates the words
+                for seed in $SEEDS; do # unquoted, so that single spaces separate the words
                     echo $python methods/$method.py --data $data --seed $seed $out $extra ${demo/NET/$NET} ${FLAGS:-} \
                         ${variant#--base}
                 done
@@ -79,7 +78,7 @@ list() {
         done
     done
 }
-one() { # slot, line: run one line of the list; if it fails, add it to the file $failed
+one() { # slot, line: run a line of the list; if it fails, append it to $failed
     local words=($2) out=runs flags=${2#* * } name
     [ "${words[6]:-}" = --out ] && out=${words[7]}
     name=$(basename "${words[3]}")/$(basename -s .py "${words[1]}")/seed${words[5]}
@@ -90,7 +89,7 @@ one() { # slot, line: run one line of the list; if it fails, add it to the file 
     done
     return "${PIPESTATUS[0]}"
 }
-# Use the GPUs of CUDA_VISIBLE_DEVICES, or all; none if FLAGS names a device or Slurm assigns the GPUs.
+# Use the GPUs in CUDA_VISIBLE_DEVICES, or all GPUs. Assign none if FLAGS names a device or Slurm assigns them.
 gpus=()
 case " ${FLAGS:-} " in *" --device "*) ;; *)
     [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || IFS=', ' read -r -a gpus <<< "${CUDA_VISIBLE_DEVICES:-$(
@@ -100,6 +99,7 @@ esac
 work=$(mktemp -d) failed=$work/failed && trap 'rm -rf "$work"' EXIT
 trap 'trap - INT; kill -INT 0; exit 130' INT
 
+[ -n "$(list)" ] || usage "METHODS or SEEDS is blank"
 if [ "${1:-}" = --list ]; then
     list
 elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
@@ -108,7 +108,7 @@ elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     one 0 "$line"
 else
     for data in $DATA; do $python datasets/check.py --data "$data" >&2; done # print errors and continue
-    mkfifo "$work/slots" && exec 8<> "$work/slots" # a pool: each job takes the number of a slot and returns it
+    mkfifo "$work/slots" && exec 8<> "$work/slots" # a pool: each job takes a slot number and returns it
     for ((slot = 0; slot < JOBS; slot++)); do echo $slot >&8; done
     while read -r line; do
         read -r slot <&8

@@ -1,5 +1,5 @@
 "use strict";
-const IMAGES = {};  // filled by images-<number>.js, which is loaded when that section comes into view
+const IMAGES = {};  // filled by images-<number>.js, which is loaded when its section scrolls into view
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 const escaped = text => text.replace(/[&<>"]/g, c => `&#${c.charCodeAt()};`);
 
@@ -65,7 +65,7 @@ function start(section, data) {
     const number = kind => (wrong[kind]?.length ?? 0).toLocaleString("en");
     section.querySelector(".status").textContent = `${order.length.toLocaleString("en")} of ${count.toLocaleString("en")} images. `
       + (method.threshold == null ? `${form.a.value} has no threshold.` : `${form.a.value}, seed ${method.seed}: ${number("false negative")} false negatives, `
-      + `${number("false positive")} false positives at the threshold ${digits(method.threshold)}.`);
+      + `${number("false positive")} false positives at threshold ${digits(method.threshold)}.`);
     section.querySelector(".scales").innerHTML = chosen().map(scale).join("");
     watch.unobserve(cards.lastElementChild);
     watch.observe(cards.lastElementChild);
@@ -78,7 +78,7 @@ function start(section, data) {
       + (place >= 0 && place <= 100 ? `<i style="left: ${place}%" title="pixel threshold ${digits(pixel)}"></i>` : "")
       + `</span> ${digits(range[1])}${place >= 0 && place <= 100 ? ` (line: pixel threshold ${digits(pixel)})` : ""}</span>`;
   }
-  const watch = new IntersectionObserver(entries => {  // adds cards when the end of the list comes near
+  const watch = new IntersectionObserver(entries => {  // adds cards near the end of the list
     if (!entries.some(entry => entry.isIntersecting) || shown >= order.length) return;
     const more = order.slice(shown, shown += 48).map(i => `<button type="button" class="card" data-image="${i}"><span class="pair">`
       + chosen().map(name => `<span>${view(name, i)}${facts(name, i)}</span>`).join("") + `</span><span class="path">${escaped(data.paths[i])}</span></button>`);
@@ -123,6 +123,6 @@ const near = new IntersectionObserver(entries => entries.filter(entry => entry.i
 all(".browser").forEach(section => near.observe(section));
 all("a[data-method]").forEach(link => link.addEventListener("click", () => {
   const section = document.querySelector(link.hash);
-  section.dataset.method = link.dataset.method;  // for a section that is not loaded yet
+  section.dataset.method = link.dataset.method;  // in case the section is not loaded yet
   section.show?.(link.dataset.method);
 }));

@@ -1,29 +1,31 @@
 """brain: the brain MR benchmark from BraTS2021 (training set of the RSNA-ASNR-MICCAI challenge 2021).
 
-Source: synapse.org (Task 1, training data) after registration, or its copy on Kaggle. It is free for research that
-cites the challenge's papers (Baid et al. 2021, arXiv:2107.02314). It has 1,251 cases, 13 GB compressed.
---raw: the folder that holds the cases, BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz (or .nii), at any
-depth. Only FLAIR and the segmentation are read.
+Source: synapse.org (Task 1, training data) after registration, or a copy on Kaggle. The data are free for research that
+cites the challenge's papers (Baid et al. 2021, arXiv:2107.02314). There are 1,251 cases, 13 GB compressed.
+--raw: a folder with the cases, BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz (or .nii), at any depth.
+The script reads only FLAIR and the segmentation.
 
-The rule:
-1. The 40 axial slices 60 to 99 of each FLAIR volume are used. Those with labels above 0 (the mask) are anomalous.
-2. Each slice (240x240 pixels) is scaled to 8 bits by its own minimum and maximum and seen from below (the patient's
-   right is on the left), whatever the affine. --colormap bone writes slices as the benchmark's code did: as colour
-   images with matplotlib's colour map `bone` and with rows from the patient's right to the left (transposed).
-3. The 424 patients of train, 162 of test-normal and 39 of valid-normal are the published ones (brats2021_published.csv,
-   the lists in data_processing/brain of github.com/DorisBao/BMAD), with all their tumour-free slices. If the source
-   lacks one of them, patients are ranked by their number of tumour-free slices among the 40 (most first, ties by name),
-   as in the published lists, and assigned to train, test-normal and valid-normal in this order.
-4. The remaining 626 show tumour in every slice. The first 11 by name are valid-anomalous, with slices 60, 70, 80 and
-   90; the other 615 are test-anomalous, with slices 60, 68, 76, 84 and 92. The published 11 are unknown: the
-   benchmark's code took the first of a Python set of names, and the order of a set differs from run to run.
+Protocol:
+1. The benchmark uses the 40 axial slices 60 to 99 of each FLAIR volume. A slice is anomalous if it has labels above 0,
+   which form its mask.
+2. Each slice (240x240 pixels) is scaled to 8 bits by its own minimum and maximum. Slices are in radiological view (the
+   patient's right is on the left), whatever the affine. --colormap bone reproduces the benchmark's code: slices are
+   transposed (rows run from the patient's right to the left) and have the colours of matplotlib's colour map `bone`.
+3. Train, test-normal and valid-normal contain all tumour-free slices of the 424, 162 and 39 patients in the published
+   lists (brats2021_published.csv, from data_processing/brain of github.com/DorisBao/BMAD). If the source lacks any of
+   them, patients are ranked by their number of tumour-free slices among the 40 (most first, ties by name), as in the
+   published lists, and assigned to train, test-normal and valid-normal in this order.
+4. The remaining 626 patients have tumour in every slice. Valid-anomalous has slices 60, 70, 80 and 90 of the first 11
+   by name, test-anomalous slices 60, 68, 76, 84 and 92 of the other 615. The published 11 are unknown: the benchmark's
+   code selected them by the order of a Python set, which differs from run to run.
 
-A cohort of another size is divided in the same proportions, with at least one patient in each part. If three patients
-or more have tumour-free slices, only such patients go to the normal parts. With fewer than five patients, those of
-valid and test give slices of both classes. --split FILE (CSV: case,split,label) defines the parts instead.
-The challenge's validation part has no segmentations and is skipped. The checksum of a .nii.gz is verified. A .nii has
-none, so damage is noticed only if the file is cut off or its header is wrong.
-Published: train 7,500; valid 39 + 44; test 640 + 3,075, which the thesis calls 1:1. The images take about 0.4 GB.
+Cohorts of other sizes are divided in the same proportions, with at least one patient in each part. If at least three
+patients have tumour-free slices, only such patients are assigned to the normal parts. With fewer than five patients,
+each patient in valid or test contributes slices of both classes. --split FILE (CSV: case,split,label) replaces this
+division. The challenge's validation set has no segmentations and is skipped. The checksums of .nii.gz files are
+verified. A .nii file has none: damage is detected only if the file is truncated or its header is invalid.
+Published counts (normal + anomalous): train 7,500; valid 39 + 44; test 640 + 3,075 (1:1 according to the thesis). The
+images take about 0.4 GB.
 """
 
 import re
@@ -41,13 +43,13 @@ import volumes
 from prepare import common
 
 FIRST, LAST = 60, 99
-GROUPS = [("train", 0), ("test", 0), ("valid", 0), ("valid", 1), ("test", 1)]  # in the order of the ranking
+GROUPS = [("train", 0), ("test", 0), ("valid", 0), ("valid", 1), ("test", 1)]  # in order of rank
 PATIENTS = [424, 162, 39, 11, 615]
 SLICES = dict(valid=range(60, 100, 10), test=range(60, 100, 8))  # for anomalous patients
 PUBLISHED = {("train", 0): 7500, ("valid", 0): 39, ("valid", 1): 44, ("test", 0): 640, ("test", 1): 3075}
 LISTS = Path(__file__).with_name("brats2021_published.csv")
 LOOKED_FOR = "cases like BraTS2021_00000/BraTS2021_00000_flair.nii.gz"
-MEMORY = 0.2  # GiB per process: an unpacked case of 240x240x155
+MEMORY = 0.2  # GiB per process: an unpacked case of 240x240x155 voxels
 
 
 @dataclass
@@ -68,28 +70,28 @@ def find_cases(raw):
 
 
 def tumour_free(files, folder):
-    """Return which of the slices that the rule uses are tumour-free. FLAIR is read too, so that only usable cases are
-    assigned to splits."""
+    """Return the tumour-free slices among those that the protocol uses. FLAIR is read, too, so that only usable cases
+    are assigned to splits."""
     flair, label = prepare.volume_and_label(files)
     flair.axial(FIRST, LAST + 1)
     return (FIRST + np.flatnonzero(~(label.axial(FIRST, LAST + 1) > 0).any(axis=(1, 2)))).tolist()
 
 
 def plan(free, groups=None):
-    """Return {case: (split, {label: slices})} from {case: tumour-free slices}. groups: {case: (split, label)} for the
-    listed cases; all other cases are anomalous."""
+    """Return {case: (split, {label: slices})} from {case: tumour-free slices}. groups: {case: (split, label)} of the
+    listed cases; all others are anomalous."""
     ranked, planned = sorted(free, key=lambda case: (-len(free[case]), case)), {}
     if groups:
         rest = [case for case in ranked if case not in groups]
         groups = groups | {case: ("valid" if i < PATIENTS[3] else "test", 1) for i, case in enumerate(rest)}
         return listed(free, groups)
-    small = len(free) < len(GROUPS)  # then patients of test and valid give slices of both classes
+    small = len(free) < len(GROUPS)  # then each patient in test or valid contributes slices of both classes
     parts = [("train", [0]), ("test", [0, 1]), ("valid", [0, 1])] if small else [(s, [y]) for s, y in GROUPS]
     patients = [PATIENTS[0], PATIENTS[1] + PATIENTS[4], PATIENTS[2] + PATIENTS[3]] if small else PATIENTS
     if len(free) == 4:
-        ranked[2:] = ranked[:1:-1]  # one of test's two patients has the fewest free slices
+        ranked[2:] = ranked[:1:-1]  # give test the patient with the fewest tumour-free slices
     counts, normal = prepare.shares(len(free), patients), sum(map(bool, free.values()))
-    if not small and 3 <= normal < sum(counts[:3]):  # each normal part needs patients with normal slices
+    if not small and 3 <= normal < sum(counts[:3]):  # only patients with tumour-free slices go to the normal parts
         counts = prepare.shares(normal, PATIENTS[:3]) + prepare.shares(len(free) - normal, PATIENTS[3:])
     for (split, labels), count in zip(parts, counts, strict=True):
         for case in ranked[len(planned) : len(planned) + count]:
@@ -104,8 +106,8 @@ def listed(free, groups):
 
 
 def slices_of(free, split, label):
-    """Return the slices of a patient: all tumour-free ones for label 0, the rule's slices that show tumour for label 1.
-    If none of the rule's slices shows tumour, as can happen in small cohorts, return all slices that do."""
+    """Return the slices of a patient: for label 0, all tumour-free slices; for label 1, the protocol's slices that show
+    tumour, or all slices with tumour if the protocol's slices show none (possible in small cohorts)."""
     tumour = [z for z in range(FIRST, LAST + 1) if z not in free]
     return ([z for z in SLICES[split] if z in tumour] or tumour) if label else free
 

@@ -1,26 +1,27 @@
 """liver, train: normal slices of the liver CT benchmark from BTCV (MICCAI 2015 "Beyond the Cranial Vault").
 
 Source: synapse.org, syn3193805, after registration: RawData.zip of the abdomen part (syn3379050). The licence is CC BY
-4.0 according to the thesis. It has 30 labelled cases. Valid and test of the benchmark come from LiTS, see lits.py.
---raw: the folder that holds RawData/Training/img/img0001.nii.gz and RawData/Training/label/label0001.nii.gz (or .nii),
-at any depth. Scans without a label in a folder Testing (or imagesTs) are skipped.
+4.0 according to the thesis. There are 30 labelled cases. Valid and test come from LiTS (see lits.py).
+--raw: a folder with RawData/Training/img/img0001.nii.gz and RawData/Training/label/label0001.nii.gz (or .nii), at any
+depth. Unlabelled scans in a folder Testing (or imagesTs) are skipped.
 
-The rule (lits.py shares steps 2 to 4):
+Protocol (lits.py shares steps 2 to 4):
 1. Every axial slice with liver (label 6) is used.
 2. Hounsfield units are clipped to the abdominal window, -200 to 250, and scaled to 8 bits; pixels outside the liver are
-   zero. A slice in which the liver is nowhere above -200 would be black and is left out. This is the thesis' rule. The
-   benchmark's code (data_processing/liver of github.com/DorisBao/BMAD) clips LiTS but not BTCV, and scales each slice
-   by its own range over the whole body before it cuts out the liver. The published images therefore vary in brightness
-   from slice to slice, and those of train differ from those of test.
-3. The histogram of the pixels above 0 is equalised: v becomes floor(255 * share of these pixels that are at most v).
-   Results from 1 to 149 are then lifted to 30 to 149 (x to floor(30 + 0.8 x)). --no-equalize skips this step (the
+   set to 0. A slice whose liver has no value above -200 would be black and is left out. This is the thesis' rule.
+   The benchmark's code (data_processing/liver of github.com/DorisBao/BMAD) clips LiTS but not BTCV, and scales each
+   slice by its own range over the whole body before masking the liver. The published images therefore vary in
+   brightness from slice to slice, and those of train differ from those of test.
+3. The histogram of the pixels above 0 is equalised: v becomes floor(255 * fraction of these pixels at or below v).
+   A result x from 1 to 149 then becomes floor(30 + 0.8 x), i.e. 30 to 149. --no-equalize skips this step (the
    thesis provides both versions); give lits.py the same flag.
-4. Slices are 512x512 as in the source, seen from below (the patient's right is on the left), whatever the affine. A
-   label on its volume's grid takes the volume's orientation, whatever its own affine; a note is printed if they differ.
+4. Slices keep the source's 512x512 pixels and are in radiological view (the patient's right is on the left), whatever
+   the affine. If a label has the same grid as its volume but another affine, the volume's orientation is used for both,
+   and a note is printed.
 
-The checksum of a .nii.gz is verified. A .nii has none: damage is found only if the file is cut or its header invalid.
---patients FILE (CSV with the column case, for example img0001) selects cases.
-Published: 1,542 training slices, "selected" (thesis, 3.1.2) by an unstated criterion. Here all slices are used.
+The checksums of .nii.gz files are verified. A .nii file has none: damage is detected only if the file is truncated or
+its header is invalid. --patients FILE (CSV with column case, for example img0001) selects cases.
+Published count: 1,542 training slices, "selected" (thesis, 3.1.2) by an unstated criterion; we use all slices.
 """
 
 import json
@@ -38,7 +39,7 @@ from prepare import common
 WINDOW = -200, 250  # HU
 LIVER = 6
 BLOCK = 32  # slices read at a time: 32 MiB of each volume at 512x512
-MEMORY = 0.6  # GiB per process: volume and label of 512x512x200, unpacked
+MEMORY = 0.6  # GiB per process: an unpacked volume and its label, 512x512x200 voxels each
 PUBLISHED = {("train", 0): 1542}
 LOOKED_FOR = "cases like Training/img/img0001.nii.gz with Training/label/label0001.nii.gz"
 
@@ -46,15 +47,15 @@ LOOKED_FOR = "cases like Training/img/img0001.nii.gz with Training/label/label00
 @dataclass
 class Args(prepare.Args):
     equalize: bool = True
-    """equalise the histogram of each liver"""
+    """equalise the histogram of the liver in each slice"""
     patients: Path | None = None
-    """CSV file with the column case: use only these cases"""
+    """CSV file with column case: use only these cases"""
 
 
 # ------------------------------------------------------------------------------------------------- shared with lits.py
 def find_pairs(raw, pattern, volume):
-    """Return {case: [volume file, label file or None]}. The two groups of `pattern` match the kind (`volume` or other)
-    and the case."""
+    """Return {case: [volume file, label file or None]}. The first group of `pattern` matches the kind (`volume` or
+    another word), the second the case."""
     files = {}
     for file in common.files_in(raw):
         if match := re.fullmatch(pattern + prepare.VOLUME, file.name, re.IGNORECASE):
@@ -65,7 +66,7 @@ def find_pairs(raw, pattern, volume):
 def liver_slices(files, is_liver, equalized):
     """Yield (slice, image of the liver (H, W) uint8, labels (H, W)) for each slice that shows liver.
 
-    is_liver: a function that turns labels into a mask of the liver."""
+    is_liver: a function that converts labels to a liver mask."""
     volume, label = prepare.volume_and_label(files)
     for start in range(0, label.shape[2], BLOCK):
         labels = label.axial(start, min(start + BLOCK, label.shape[2]))  # (n, H, W)
@@ -87,10 +88,10 @@ def window(hu):
 
 
 def equalize(image):
-    """Apply step 3 of the rule. image: (H, W) uint8, not all 0."""
+    """Apply step 3 of the protocol. image: (H, W) uint8, not all 0."""
     counts = np.bincount(image.ravel(), minlength=256)
     counts[0] = 0
-    table = 255 * counts.cumsum() // counts.sum()  # in integers, so that all machines give the same result
+    table = 255 * counts.cumsum() // counts.sum()  # integer arithmetic gives the same result on all machines
     lifted = np.where((table > 0) & (table < 150), 30 + table * 4 // 5, table)
     return lifted.astype(np.uint8)[image]
 

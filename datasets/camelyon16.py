@@ -1,36 +1,35 @@
 """histo: the histopathology benchmark from Camelyon16 (whole-slide images of lymph nodes, with and without metastases).
 
-Source: camelyon17.grand-challenge.org/Data links to the copies (AWS Registry of Open Data, GigaDB); CC0 1.0, public
-domain. Of its 700 GB, only the normal training slides, the test slides and the test annotations are read.
---raw: the folder that holds, at any depth, normal_001.tif ... normal_160.tif (training/normal), test_001.tif ...
-test_130.tif (testing/images) and test_001.xml ... (testing/lesion_annotations, unpacked). A test slide without XML has
-no tumour. The 49 slides with tumour are known; if the XML of one of them is missing, the slide is reported as damaged.
-If the folder also holds the list of checksums that comes with the copies (checksums.md5), all files are read once and
-compared with it. Without the list, damage to a slide's JPEG data or to the numbers in an XML file goes unnoticed.
+Source: AWS Registry of Open Data or GigaDB, linked from camelyon17.grand-challenge.org/Data; CC0 1.0, public domain. Of
+the 700 GB, the script reads only the normal training slides, the test slides and the test annotations.
+--raw: a folder with normal_001.tif ... normal_160.tif (training/normal), test_001.tif ... test_130.tif (testing/images)
+and test_001.xml ... (testing/lesion_annotations, unpacked), at any depth. A test slide without an XML file has no
+tumour. The 49 test slides with tumour are known: if one of them lacks its XML file, it is reported as damaged. If the
+folder also contains the source's list of checksums (checksums.md5), all files are verified against it. Without the
+list, damage to a slide's JPEG data or to the numbers in an XML file is not detected.
 
-The rule, for patches of 256x256 pixels at level 0:
-1. Train consists of the normal training slides except normal_086, which shows tumour and was withdrawn: 159 in all. Of
-   the test slides, 13 (5 with tumour) are valid and 115 are test; test_049 (a withdrawn duplicate) and test_114 (not
-   all of its tumour is annotated) are left out.
-2. Tissue is where the colour (maximum minus minimum of R, G, B) is above Otsu's threshold, on the level nearest to
-   1:32. Unlike saturation, this colour is also small in black, unscanned areas. The centre of a patch is a multiple of
-   64 pixels, and at least half of the patch is tissue.
+Protocol, for patches of 256x256 pixels at level 0:
+1. Train consists of the 159 normal training slides other than normal_086, which shows tumour and was withdrawn. Of the
+   test slides, 13 (5 with tumour) are in valid and 115 in test; test_049 (a withdrawn duplicate) and test_114 (its
+   tumour is only partly annotated) are left out.
+2. On the level nearest to 1:32, tissue consists of the pixels whose chroma (maximum minus minimum of R, G, B) is above
+   Otsu's threshold. Unlike saturation, chroma is also small in black, unscanned areas. Patch centres lie on a grid with
+   a spacing of 64 pixels, and at least half of each patch is tissue.
 3. The centre of a tumour patch is inside a tumour polygon (groups _0, _1, Tumor, metastases) and outside the excluded
    polygons (_2, Exclusion). A normal patch lies completely outside all polygons.
-4. Patches are drawn at random, with a seed for each slide, and those of one slide do not overlap. Each training slide
-   gives 32. Valid has 100 normal and 100 tumour patches, test 1,000 and 1,000, spread over the slides as evenly as
-   possible, with at most 100 per class and slide. If a slide turns out to be damaged, other slides give its patches.
+4. Patches are drawn at random, with a separate seed for each slide, and do not overlap. Each training slide contributes
+   32 patches. Valid has 100 normal and 100 tumour patches, test 1,000 and 1,000, spread over the slides as evenly as
+   possible, with at most 100 per class and slide. Patches from other slides replace those of a damaged slide.
 
-A smaller source is divided in the same proportions of slides, separately for those with and without tumour; the last by
-number are valid. --slides FILE (CSV: case,split) assigns the test slides to valid and test instead.
+A smaller source is divided in the same proportions, separately for test slides with and without tumour; those with the
+highest numbers go to valid. --slides FILE (CSV: case,split) replaces this division of the test slides.
 
---coords FOLDER uses a list of patch centres instead: lines slide,x_center,y_center in files named train_good,
-valid_good, valid_bad, test_good and test_bad (.txt or .csv; normal and tumor are read as good and bad). The authors'
-list is data_processing/histopathology/coords of github.com/DorisBao/BMAD. It has 5,088 patches in train, 117 + 105 in
-valid and 1,026 + 1,008 in test (none from test_125), where the thesis gives round numbers. The rule above agrees with
-that list in the slides of each split, the grid of 64 pixels, the lack of overlap, and the 32 patches per training
-slide.
-Published: train 5,088; valid 100 + 100; test 1,000 + 1,000 (about 0.9 GB).
+--coords FOLDER reads the patch centres from lists instead: files train_good, valid_good, valid_bad, test_good and
+test_bad (.txt or .csv; or with normal for good, tumor for bad) with lines slide,x_center,y_center. The authors' lists
+are in data_processing/histopathology/coords of github.com/DorisBao/BMAD. They have 5,088 patches in train, 117 + 105 in
+valid and 1,026 + 1,008 in test (none from test_125), where the thesis gives round numbers. They agree with the protocol
+above in the slides of each split, the 64-pixel grid, the absence of overlap and the 32 patches per training slide.
+Published counts (normal + anomalous): train 5,088; valid 100 + 100; test 1,000 + 1,000 (about 0.9 GB).
 """
 
 import csv
@@ -50,8 +49,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
 from prepare import common
 
-SIZE, STEP = 256, 64  # pixels: size of a patch, spacing of the grid of centres
-MIN_COLOUR = 15  # of 255: a lower Otsu threshold would only split an empty slide's noise
+SIZE, STEP = 256, 64  # pixels: patch size and grid spacing of the patch centres
+MIN_COLOUR = 15  # minimum chroma, of 255: a lower Otsu threshold would only split an empty slide's noise
 LEFT_OUT = {"normal_086", "test_049", "test_114"}
 VALID = {f"test_{n}" for n in (113, 116, 117, 120, 121, 122, 123, 124, 126, 127, 128, 129, 130)}
 TUMOUR = {f"test_{n:03}" for n in (
@@ -60,16 +59,16 @@ TUMOUR = {f"test_{n:03}" for n in (
 TUMOUR_GROUPS, EXCLUDED_GROUPS = {"_0", "_1", "tumor", "metastases"}, {"_2", "exclusion"}
 PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # maximum per class
 PUBLISHED = {("train", 0): 5088, ("valid", 0): 100, ("valid", 1): 100, ("test", 0): 1000, ("test", 1): 1000}
-MEMORY = 0.4  # GiB per process: the tissue of a slide of 100,000x200,000, and OpenSlide's cache
+MEMORY = 0.4  # GiB per process: tissue of a slide of 100,000x200,000 pixels, and OpenSlide's cache
 LOOKED_FOR = "slides like training/normal/normal_001.tif and testing/images/test_001.tif"
 
 
 @dataclass
 class Args(prepare.Args):
     slides: Path | None = None
-    """CSV file with the columns case,split that assigns test slides to valid and test; others are left out"""
+    """CSV file with columns case,split that assigns test slides to valid or test; others are omitted"""
     coords: Path | None = None
-    """folder with a published list of patch centres to use instead of drawing patches"""
+    """folder with published lists of patch centres; replaces the random choice"""
 
 
 # --------------------------------------------------------------------------------------------------- slides and splits
@@ -78,7 +77,7 @@ def find_slides(raw):
     files = {}
     for file in common.files_in(raw):
         match = re.fullmatch(r"(normal|test)_(\d+)\.(tiff?|xml)", file.name, re.IGNORECASE)
-        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks, with the same names
+        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks of the same names
             continue
         kind = "annotation" if match[3].lower() == "xml" else "slide"
         prepare.note_file(files, f"{match[1].lower()}_{int(match[2]):03}", kind, file)
@@ -87,7 +86,7 @@ def find_slides(raw):
 
 
 def plan(slides, fixed=None):
-    """Return {slide: split} from {slide: true if annotated}. fixed: {test slide: split}, or None."""
+    """Return {slide: split} from {slide: true if it shows tumour}. fixed: {test slide: split}, or None."""
     splits = {slide: "train" for slide in slides if slide.startswith("normal")}
     tests = sorted(slides.keys() - splits.keys(), key=lambda slide: (slide in VALID, slide))
     groups = [[s for s in tests if (s in TUMOUR or bool(slides[s])) == tumour] for tumour in (False, True)]
@@ -113,7 +112,7 @@ def share_out(total, available, seed):
 
 
 def choose(splits, found, seed):
-    """Return {slide: [(split, label, x, y)]} from {slide: split} and {slide: [normal, tumour] centres as drawn}."""
+    """Return {slide: [(split, label, x, y)]} from {slide: split} and {slide: [normal, tumour] centres}."""
     patches = {slide: [("train", 0, *c) for c in found[slide][0]] for slide in found if splits[slide] == "train"}
     for split in ("valid", "test"):
         for label in (0, 1):
@@ -125,7 +124,7 @@ def choose(splits, found, seed):
 
 
 def share(splits, found, args):
-    """Return what `choose` returns. If damage leaves valid without a class, first assign the other slides again."""
+    """Return the result of `choose`. If damage leaves valid without a class, first divide the other slides again."""
     patches = choose(splits, found, args.seed)
     kinds = {label for chosen in patches.values() for split, label, *_ in chosen if split == "valid"}
     if args.slides or kinds == {0, 1}:
@@ -134,7 +133,7 @@ def share(splits, found, args):
 
 
 def read_coords(folder):
-    """Read the result of `choose` from the published lists in the folder --coords."""
+    """Read patches, in the form that `choose` returns, from the lists in the folder --coords."""
     patches, lists = {}, set()
     for file in sorted(Path(folder).glob("*")):
         match = re.fullmatch(r"(train|valid|test)_(?:(good|normal)|bad|ungood|tumou?r)\.(txt|csv)", file.name.lower())
@@ -167,12 +166,12 @@ def opened(file):
             yield slide
     except prepare.Damaged:
         raise
-    except Exception as e:  # OpenSlide's own errors, and those that a damaged header causes
+    except Exception as e:  # OpenSlide's errors and those caused by a damaged header
         raise prepare.Damaged(f"{file} is not a readable slide ({e}); download it again") from e
 
 
 def on_tissue(slide, file):
-    """Return bool (rows, columns) for the grid of centres: True if at least half of the patch is tissue."""
+    """Return a bool array over the grid of patch centres: True if at least half of the patch is tissue."""
     level = min(range(slide.level_count), key=lambda k: abs(math.log2(slide.level_downsamples[k] / 32)))
     scale, (width, height) = slide.level_downsamples[level], slide.level_dimensions[level]
     if not 8 <= scale <= 128:
@@ -183,7 +182,7 @@ def on_tissue(slide, file):
         rgb = np.asarray(strip)  # (up to 512, width, 3)
         colour[top : top + 512] = rgb.max(axis=2) - rgb.min(axis=2)
         counts += np.bincount(colour[top : top + 512].ravel(), minlength=256)
-    tissue = np.zeros((height + 1, width + 1), np.int32)  # becomes the sum over all pixels above and to the left
+    tissue = np.zeros((height + 1, width + 1), np.int32)  # becomes the integral image (summed-area table)
     tissue[1:, 1:] = colour > max(otsu(counts), MIN_COLOUR)
     for axis in (0, 1):
         tissue.cumsum(axis, out=tissue)
@@ -195,7 +194,7 @@ def on_tissue(slide, file):
 
 
 def otsu(counts):
-    """Return Otsu's threshold, which maximises the variance between two classes. The lower class includes it."""
+    """Return Otsu's threshold, which maximises the variance between two classes. It belongs to the lower class."""
     below, sums = counts.cumsum(), (counts * np.arange(len(counts))).cumsum()
     above = below[-1] - below
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -209,7 +208,7 @@ def read_annotation(file):
         found = [(annotation.get("PartOfGroup", "").lower(),
                   np.array([(float(c.get("X")), float(c.get("Y"))) for c in annotation.iter("Coordinate")]))
                  for annotation in ElementTree.parse(file).iter("Annotation")]
-    except Exception as e:  # including unknown encodings and invalid numbers
+    except Exception as e:  # also unknown encodings and invalid numbers
         raise prepare.Damaged(f"{file} is not a readable ASAP annotation ({e}); download it again") from e
     found = [(group, polygon) for group, polygon in found if len(polygon) > 2]
     if not any(group in TUMOUR_GROUPS for group, _ in found):
@@ -230,9 +229,9 @@ def inside(polygon, xs, ys):
 
 
 def outline(polygon, shape):
-    """Return bool `shape` (grid of centres): True if the patch is within 4 pixels of the outline."""
+    """Return a bool array of `shape`, the grid of centres: True if the patch is within 4 pixels of the outline."""
     found, steps = np.zeros(shape, bool), np.roll(polygon, -1, axis=0) - polygon
-    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # points are at most 8 pixels apart, so one is within 4
+    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # points at most 8 pixels apart: one within 4
     part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)
     points = np.repeat(polygon, parts, axis=0) + np.repeat(steps / parts[:, None], parts, axis=0) * part[:, None]
     first = np.ceil((points - SIZE - 4) / STEP).astype(int)  # (column, row) of the patches that cover a point
@@ -260,13 +259,13 @@ def draw(free, most, rng):
 
 
 def near(row, column):
-    """Return the slices of the grid whose patches overlap with the patch at (row, column)."""
+    """Return the grid region (two slices) whose patches overlap with the patch at (row, column)."""
     apart = SIZE // STEP - 1
     return tuple(slice(max(0, place - apart), place + apart + 1) for place in (row, column))
 
 
 def find_patches(item, folder):
-    """Return the centres [normal, tumour] of a slide's patches, in the order in which they are used."""
+    """Return the centres [normal, tumour] of a slide's candidate patches, in the order drawn."""
     slide, (file, annotation), seed = item
     if annotation is None and slide in TUMOUR:
         raise prepare.Damaged(f"{file} shows tumour but has no annotation {slide}.xml; unpack lesion_annotations.zip")
@@ -299,14 +298,14 @@ def write_patches(item, folder):
     """Write the patches of one slide as PNG and return their manifest rows."""
     slide, file, patches = item
     if file is None:
-        raise prepare.Damaged(f"no {slide}.tif, which --coords lists; download it")
+        raise prepare.Damaged(f"no {slide}.tif, although --coords lists it; download it")
     with opened(file) as image:
         width, height = image.dimensions
         for *_, x, y in patches:
             if not (SIZE // 2 <= x <= width - SIZE // 2 and SIZE // 2 <= y <= height - SIZE // 2):
-                raise prepare.Damaged(f"{file} is {width}x{height}; no patch has its centre at {x},{y} as in --coords")
+                raise prepare.Damaged(f"{file} is {width}x{height}; the patch at {x},{y} in --coords does not fit")
         corners = [(x - SIZE // 2, y - SIZE // 2) for *_, x, y in patches]
-        # Read all patches before writing the first, so that a damaged slide leaves no files.
+        # Read all patches before writing any, so that a damaged slide leaves no files.
         images = [np.asarray(image.read_region(corner, 0, (SIZE, SIZE)).convert("RGB")) for corner in corners]
     return [prepare.save(folder, split, label, f"{slide}_{x}_{y}", patch, case=slide, x=x, y=y)
             for (split, label, x, y), patch in zip(patches, images, strict=True)]

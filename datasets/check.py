@@ -1,28 +1,33 @@
-"""Check new data before the first run: are all files usable, and is an image or a patient in two splits?
+"""Check new data before the first run for unusable files and for images or patients in two splits.
 
-It prints one line for each kind of finding. Errors (exit code 1) are images or patients that are in two splits; masks
-that are missing, all black, or not the size of their image; and files that cannot be read. Notices (exit code 0) are
-counts that differ from the published ones, near-duplicates, mixed sizes or formats, odd masks, and names that may
-belong to one patient. Two files are written to <root>/.cache: a record of the check (JSON), which later runs on the
+The script prints one line for each kind of finding. Errors (exit status 1) are images or patients in two splits; masks
+that are missing, all black, or not the size of their image; and unreadable files. Notices (exit status 0) are counts
+that differ from the published ones, near-duplicates, mixed sizes or formats, odd masks, and names that may belong to
+the same patient. The script writes two files to <root>/.cache: a record of the check (JSON), which later runs on the
 same files quote, and a picture (PNG) with samples and the closest pairs.
 
-Images are compared by their texture: the difference between an image and its own blur, divided by the local standard
-deviation of that difference. Brightness, contrast and gamma hardly change it.
+Images are compared by their texture: the difference between an image and its blurred copy, divided by the local
+standard deviation of that difference. Brightness, contrast and gamma hardly change it.
 1. The textures of all images at 32x32 pixels are correlated in eight orientations, also inverted. For each image, the
-   best match in another split goes to step 2. (In all of 750 trials, the best match was the original of a copy.)
-2. Both images are read again at half their size (64 to 256 pixels) and aligned by a shift, and one is given the tone
-   curve of the other. Their similarity is the correlation of the textures: fine details and noise distinguish a copy
-   from a second photograph. A similarity of at least 0.965 (SAME) means the same image, one of at least 0.75 (NEAR) a
-   near-duplicate.
+   best match in another split is passed to step 2. (In all of 750 trials, the best match of a copy was its original.)
+2. Both images are read again at half their size (64 to 256 pixels), aligned by a shift, and matched in their tone
+   curve. Their similarity is the correlation of the textures, because fine details and noise distinguish a copy from a
+   second photograph. At least 0.965 (SAME) means the same image, at least 0.75 (NEAR) a near-duplicate.
 
-Similarities of copies of 50 solar cells and 50 brain MR images (lowest; the lower of both medians): mirrored 0.994;
-0.999, JPEG of quality 80 0.982; 0.991, JPEG of quality 60 0.967; 0.982, scaled to 70% and back 0.981; 0.990, gamma 0.6
-or 1.6 0.992; 0.996, contrast 0.5 or 1.5 0.985; 0.992, inverted 0.989; 0.996. With mirroring, 70%, gamma 1.6 and JPEG of
-quality 60 combined they are 0.955; 0.981, so some of these copies are called near-duplicates, and so are JPEG copies of
-almost flat images. Similarities of images that are not copies (median; highest): the ten closest pairs of solar cells,
-each pair from one silicon block, 0.950; 0.962, adjacent MR slices 1 mm apart 0.851; 0.931, 2 mm apart 0.663; 0.834. The
-gap at 0.965 is narrow: slices interpolated between thicker ones can be above it (0.961; 0.981), and a copy that was
-cropped, enlarged or shifted is below it. So look at the picture.
+Similarity of copies of 50 solar cells and 50 brain MR images (minimum / the lower of the two medians):
+  mirrored              0.994 / 0.999    gamma 0.6 or 1.6      0.992 / 0.996
+  JPEG of quality 80    0.982 / 0.991    contrast 0.5 or 1.5   0.985 / 0.992
+  JPEG of quality 60    0.967 / 0.982    inverted              0.989 / 0.996
+  scaled to 70%, back   0.981 / 0.990    mirrored, 70%, gamma 1.6, JPEG of quality 60   0.955 / 0.981
+
+Some copies of the last kind, and JPEG copies of almost uniform images, are therefore reported as near-duplicates.
+
+Similarity of different images (median / maximum):
+  the ten closest pairs of solar cells, each pair from one silicon block   0.950 / 0.962
+  adjacent MR slices, 1 mm apart 0.851 / 0.931, 2 mm apart 0.663 / 0.834
+
+The margin around 0.965 is small: slices interpolated between thicker ones can exceed it (0.961 / 0.981), and cropped,
+enlarged or shifted copies are below it. Always inspect the pairs in the picture.
 """
 
 import csv
@@ -48,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 SAME, NEAR = 0.965, 0.75
-COMPARED = 3000  # limit of matches of two splits that go to step 2, so that a check takes only minutes
+COMPARED = 3000  # maximum number of image pairs in step 2 for two splits, so that a check takes only minutes
 CLASSES = ["train normal", "valid normal", "valid anomalous", "test normal", "test anomalous"]
 PUBLISHED = {  # numbers of images (README, Benchmarks)
     "brain": (7500, 39, 44, 640, 3075), "liver": (1542, 93, 73, 833, 660), "resc": (4297, 45, 70, 1041, 764),
@@ -62,16 +67,16 @@ TILE, COLUMNS = 120, 8  # in the picture
 @dataclass
 class Args:
     data: str = "phantom"
-    """name of a benchmark below root, or a folder in a supported layout"""
+    """name of a benchmark in root, or a folder in a supported layout"""
     root: str = "data"
-    """folder that holds the benchmarks; the record and the picture go to <root>/.cache"""
+    """folder of all benchmarks; the record and the picture are written to <root>/.cache"""
     limit: Annotated[int | None, Ge(1)] = None
     """maximum number of images per split and class (default: all)"""
 
 
 # ------------------------------------------------------------------------------------------------------- single files
 def look_at(entry):
-    """Return an image's 32x32 texture (None if unreadable), its size and format in words, and its findings."""
+    """Return an image's 32x32 texture (None if unreadable), its size and format in words, and the findings."""
     image, _, mask = entry
     try:
         array, size = common.decode(image, 32)
@@ -85,15 +90,15 @@ def look_at(entry):
 
 
 def look_at_mask(mask, size):
-    """Return the findings [(level, what, example), ...] about the mask (a file or None) of an image of this size."""
+    """Return the findings [(level, what, example), ...] for the mask (a file or None) of an image of this size."""
     if mask is None:
         return []
     try:
-        array, mask_size = common.decode(mask)
+        array, mask_size = common.decode(mask, mask=True)
     except common.Error as e:
         return [("error", "unreadable files", e)]
     values = np.bincount(array.max(axis=0).ravel(), minlength=256)
-    share, found = values[26:].sum() / values.sum(), np.flatnonzero(values).tolist()  # above 25 counts as anomalous
+    share, found = values[26:].sum() / values.sum(), np.flatnonzero(values).tolist()  # values above 25 are anomalous
     findings = []
     if mask_size != size:
         findings.append(("error", "masks of another size than their image", f"{mask}: {mask_size} instead of {size}"))
@@ -107,9 +112,9 @@ def look_at_mask(mask, size):
 
 
 def patients(files, base):
-    """Return {(level, patient): {split: an image}}; level: "error", or "notice" if the file name is not conclusive.
+    """Return {(level, patient): {split: an image}}; level: "error", or "notice" for ambiguous file names.
 
-    files: {split: [image, ...]}. A preparation script's manifest (CSV with image, case) overrides file names."""
+    files: {split: [image, ...]}. The manifest of a preparation script (CSV with image, case) overrides file names."""
     cases, found = {}, defaultdict(dict)
     for manifest in base.glob("*.csv"):
         with open(manifest, newline="", errors="replace") as f:
@@ -131,15 +136,15 @@ def turn(image, orientation):
 
 
 def texture(image):
-    """Turn grey values (B, S, S) in 0..255 into unit vectors (B, S * S). The product of two is their correlation."""
+    """Convert grey values (B, S, S) in 0..255 to unit vectors (B, S * S), whose dot products are correlations."""
     detail = image - common.smooth(image, 2)
-    detail = detail / (common.smooth(detail**2, 4) + 16).sqrt()  # + 16: details below 4 grey values fade out
+    detail = detail / (common.smooth(detail**2, 4) + 16).sqrt()  # + 16 suppresses details below 4 grey values
     detail = detail.flatten(1)
     return torch.nn.functional.normalize(detail - detail.mean(dim=1, keepdim=True))
 
 
 def toned(image, other):
-    """Give `image` (S, S) the tone curve that brings it closest to `other`: the mean of `other` for each grey value."""
+    """Match the tone curve of `image` (S, S) to `other`: map each grey value to the mean of `other` at its pixels."""
     value = image.round().long().flatten().numpy()
     count, total = (ndimage.gaussian_filter1d(np.bincount(value, weights, 256), 2)
                     for weights in (np.ones(len(value)), other.flatten().numpy()))
@@ -147,7 +152,7 @@ def toned(image, other):
 
 
 def similarity(file, other, orientation=0):
-    """Return the correlation of the textures of two image files, after aligning them and matching their tone."""
+    """Return the correlation between the textures of two image files after matching their position and tone curve."""
     with Image.open(file) as first, Image.open(other) as second:
         size = min(256, max(64, min(first.size + second.size) // 2))
     a, b = (torch.from_numpy(common.decode(f, size)[0].mean(axis=0, dtype=np.float32)) for f in (file, other))
@@ -185,17 +190,18 @@ def compare(files, textures, first, second):
 
 # -------------------------------------------------------------------------------------------------------- the picture
 def tile(file, mask, orientation):
-    """Return the turned image at TILE x TILE pixels, with the outline of its mask in red."""
+    """Return the image in this orientation at TILE x TILE pixels, with the outline of its mask in red."""
     image = turn(torch.tensor(common.decode(file, TILE)[0]), orientation)
     image = image.expand(3, -1, -1).permute(1, 2, 0).numpy().copy()
     if mask:
-        mask = Image.fromarray(common.decode(mask)[0].max(axis=0)).resize((TILE, TILE), Image.Resampling.NEAREST)
+        mask = Image.fromarray(common.decode(mask, mask=True)[0].max(axis=0))
+        mask = mask.resize((TILE, TILE), Image.Resampling.NEAREST)
         image[(anomalous := np.asarray(mask) > 25) ^ ndimage.binary_erosion(anomalous)] = 255, 0, 0
     return Image.fromarray(image)
 
 
 def draw(file, classes, pairs):
-    """Draw a row of samples for each class, {title: entries}, and up to two for each of `pairs`, {title: matches}."""
+    """Draw a row of samples per class, {title: entries}, and up to two rows for each of `pairs`, {title: matches}."""
     rows = []  # (title, [(caption, image, mask, orientation), ...])
     for title, entries in classes.items():
         rows.append((title, [("", image, mask, 0) for image, _, mask in common.spread(entries, COLUMNS)]))
@@ -242,10 +248,10 @@ if __name__ == "__main__":
         if not chosen:
             script = "btcv" if (benchmark, split) == ("liver", "train") else SCRIPTS.get(benchmark)
             made = f" (datasets/{script}.py makes them)" * bool(script)
-            alone = split == "test" and not listed["test"]  # normal images are enough to train
+            alone = split == "test" and not listed["test"]  # training needs normal images only
             findings.append(("notice" if split == "valid" or alone else "error", "no images", name + made))
         classes[name] = common.spread(chosen, args.limit or len(chosen))
-    # A run looks for the record of all files; the record of a subset (--limit) has another name.
+    # Runs look for the record of all files, so a check with --limit writes a record with another name.
     entries = sum((classes if args.limit else listed).values(), [])
     record = Path(args.root) / ".cache" / f"{common.fingerprint(entries, base)}.check.json"
 

@@ -1,8 +1,8 @@
 """From a score to a decision: thresholds from normal validation images, and pictures of anomaly maps.
 
-`common.finish` calls `decide_from`, then `pictures` for the test images, then `write`. A copied method script does not
-need this file: without it, a run has no thresholds, no pictures, and no curves.csv, lesions.csv and browser/, which
-report.py reads."""
+`common.finish` calls `on_valid` and `decide`, then `pictures` for the test images, then `write`. A copied method script
+also runs without this file, but then writes no thresholds, no pictures, and no curves.csv, lesions.csv or browser/ for
+report.py."""
 
 import math
 
@@ -14,10 +14,10 @@ import common
 
 # ---------------------------------------------------------------------------------------------------------- thresholds
 def at_specificity(normal, specificity):
-    """Return (threshold, its specificity): the ceil((n + 1) s)-th smallest of n sorted scores of normal images.
+    """Return (threshold, its specificity s): the ceil((n + 1) s)-th smallest of n sorted scores of normal images.
 
-    A new normal image of the same kind exceeds it with probability at most 1 - s, whatever the distribution (split
-    conformal prediction, Vovk et al. 2005). If n is too small for s: the maximum, with specificity n / (n + 1)."""
+    Whatever the distribution of the scores, a new normal image exceeds the threshold with probability at most 1 - s
+    (split conformal prediction, Vovk et al. 2005). If n is too small for s, return the maximum and n / (n + 1)."""
     rank, n = math.ceil(round((len(normal) + 1) * specificity, 9)), len(normal)
     return (normal[rank - 1], specificity) if rank <= n else (normal[-1], n / (n + 1)) if n else (None, None)
 
@@ -27,16 +27,16 @@ def scan_score(scores, rule):
     return float(np.sort(scores)[-5 if rule == "top5" else -1 :].mean())
 
 
-# Used in place of `on_valid`'s result if there are no normal validation images. Zero-shot maps are in [0, 1].
+# Replaces the result of `on_valid` if there are no normal validation images. Zero-shot maps are in [0, 1].
 NOTHING_SEEN = {"from": "nothing", "labels": [], "scores": [], "scans": [], "map_range": (0, 1), "dice": None,
                 "maxima": None}
 
 
 def on_valid(model, valid, result):
-    """Return what `decide` needs of `result`, which `common.evaluate` returned for the valid split.
+    """Return the parts of `result` that `decide` needs. result: from `common.evaluate` for the valid split.
 
-    A model with `scaled_by_image` gets no pixel threshold, because its maps cannot be compared between images. Without
-    a valid split (None), `result` is of the training images. They set the colour scale, but no thresholds."""
+    A model with `scaled_by_image` has no pixel threshold, because its maps are not comparable across images. Without a
+    valid split (None), `result` comes from the training images, which set the colour scale but no thresholds."""
     pixel = result.pixel
     map_range = (pixel.low, max(pixel.maxima)) if pixel.maxima else None
     if valid is None:
@@ -48,7 +48,7 @@ def on_valid(model, valid, result):
 
 
 def decide(seen, args):
-    """Compute thresholds from the result of `calibrate`: image, pixel and scan at args.specificity, image_f1 (best F1).
+    """Compute the thresholds image, pixel, scan (at args.specificity) and image_f1 (best F1). seen: from `on_valid`.
 
     Images and scans are anomalous above their threshold, pixels at or above theirs. None means no decision."""
     from sklearn.metrics import precision_recall_curve
@@ -62,7 +62,7 @@ def decide(seen, args):
         best = float(np.nextafter(at[np.argmax(f1[:-1])], -np.inf, dtype=np.float32))  # just below that score
     pixel, rule = seen["dice"], "best Dice on valid"
     if not normal or seen["maxima"] is None:
-        pixel, rule = None, "none: no normal images or maps, or each map is scaled by itself"
+        pixel, rule = None, "none: no normal images or maps, or each map has its own scale"
     elif pixel is None:
         highest, _ = at_specificity(np.sort(np.float32(seen["maxima"])[labels == 0]), args.specificity)
         pixel = float(np.nextafter(highest, np.inf, dtype=np.float32))
@@ -95,7 +95,7 @@ def decision_metrics(labels, scores, decision):
 
 
 def stated(decision):
-    """Say in words where the image threshold comes from."""
+    """Describe the image threshold and its origin in words."""
     if not (n := len(decision["normal_scores"])):
         return "no threshold: no normal validation images"
     few = f"; NOTE: these support a specificity of only {decision['reached']:.2f}, not {decision['specificity']}"
@@ -105,8 +105,8 @@ def stated(decision):
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 def pictures(run, test, decision):
-    """Return a function for `common.evaluate` that draws the map of a test image: in maps/ for args.maps images, evenly
-    spread, and in browser/ (tiles of about 6 kB for report.py) with the first seed or if all maps are asked for."""
+    """Return a function for `common.evaluate` that draws anomaly maps of test images: args.maps evenly spread ones in
+    maps/ and, if `for_browser`, all of them in browser/ (tiles of about 6 kB for report.py)."""
     from matplotlib import colormaps
 
     args, folder, (low, high) = run.args, run.folder, decision["map_range"] or (0, 1)
@@ -134,8 +134,8 @@ def for_browser(args):
 
 
 def write(run, test, result, decision):
-    """Write curves.csv, lesions.csv and, once per benchmark, the images for report.py. result: as from
-    `common.evaluate` for the test split. Returns the metrics at the thresholds."""
+    """Write curves.csv, lesions.csv and, once per benchmark, the test images for report.py; return the metrics at the
+    thresholds. result: from `common.evaluate` for the test split."""
     args, folder = run.args, run.folder
     if result.pixel.curve:
         common.write_csv(folder / "curves.csv", curve(result.pixel))
@@ -163,8 +163,8 @@ def curve(pixel):
 
 def lesions(pixel, threshold):
     """Return a dict for each region in `pixel`, a `common.PixelMetrics` after `compute`: image (index), lesion (number
-    within the image), area (pixels), overlap (share at or above `threshold`) and fpr_0.015, ..., fpr_0.300 (overlap at
-    the threshold that has this false positive rate over all normal pixels)."""
+    within the image), area (pixels), overlap (fraction at or above `threshold`) and fpr_0.015, ..., fpr_0.300 (overlap
+    at the threshold with this false positive rate over all normal pixels)."""
     scores, region = np.concatenate(pixel.anomalous), np.concatenate(pixel.region)
     area, rates = np.bincount(region), [0.015 * k for k in range(1, 21)]
     above = {f"fpr_{rate:.3f}": scores > pixel.normal[pixel.n - 1 - int(rate * pixel.n)] for rate in rates}
@@ -177,12 +177,12 @@ def lesions(pixel, threshold):
 
 
 def save_picture(file, image, anomaly_map, decision, title, mask=None):
-    """Draw a uint8 image (3, H, W) with the contour of its mask (H, W). Next to it, draw the anomaly map on the scale
-    of the validation maps, transparent where it is low, with the contour of the anomalous pixels and a colour bar."""
+    """Draw a uint8 image (3, H, W) with the contour of its mask (H, W). Next to it, overlay the image with the anomaly
+    map (colour scale of the validation maps, low values transparent) and the contour of the anomalous pixels."""
     from matplotlib.figure import Figure
 
     (h, w), (low, high), pixel = image.shape[1:], decision["map_range"] or (0, 1), decision["pixel"]
-    width, height = (4 * max(side / max(h, w), 0.25) for side in (w, h))  # of a panel, in inches
+    width, height = (4 * max(side / max(h, w), 0.25) for side in (w, h))  # of a panel in inches
     figure = Figure((2 * width + 1.1, height + 0.6))
     figure.suptitle(title.encode("latin-1", "replace").decode("latin-1"), y=0.99, parse_math=False, fontsize=9)
 

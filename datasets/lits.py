@@ -1,26 +1,24 @@
 """liver, valid and test: slices of the liver CT benchmark from LiTS (training set, MICCAI 2017, arXiv:1901.04056).
 
 Source: lits-challenge.com or Kaggle, andrewmvd/liver-tumor-segmentation (and its part 2). The licence is CC BY-NC-SA
-according to the thesis. It has 131 cases, 0 to 130. Train comes from BTCV, see btcv.py.
---raw: the folder that holds volume-<case>.nii and segmentation-<case>.nii (or .nii.gz), at any depth, in one folder or
-several. Some segmentations lack their volume's orientation (case 53; in some copies also 28 to 47): see step 4 of
-btcv.py.
+according to the thesis. There are 131 cases, 0 to 130. Train comes from BTCV (see btcv.py).
+--raw: a folder with volume-<case>.nii and segmentation-<case>.nii (or .nii.gz), at any depth, in one folder or several.
+Some segmentations lack their volume's orientation (case 53; in some copies also 28 to 47): see step 4 of btcv.py.
 
-The rule:
-1. Every axial slice with liver (label above 0) of the cases 1 to 10 is used. Slices with tumour (label 2) are
-   anomalous, and the tumour is the mask. --all-cases uses every case of the source, --patients FILE those that it
-   lists.
-2. Window, mask, equalisation and orientation are those of btcv.py; give it the same --equalize.
-3. Whole patients are chosen for valid so that its slices match the published 93 normal and 73 anomalous ones (or, in a
-   smaller source, proportionally fewer) or come as close as possible. Valid has normal and anomalous slices if any
-   choice allows it. Patients are tried in an order given by --seed; the others are test. --patients FILE (CSV:
-   case,split, with the case's number) defines the division instead.
+Protocol:
+1. Every axial slice with liver (label above 0) in cases 1 to 10 is used. Slices with tumour (label 2) are anomalous;
+   the tumour is the mask. --all-cases uses every case of the source, --patients FILE only the listed ones.
+2. Window, mask, equalisation and orientation are those of btcv.py. Give both scripts the same --equalize.
+3. Whole patients are chosen for valid so that its slice counts come as close as possible to the published 93 normal and
+   73 anomalous slices (in a smaller source, proportionally fewer). Valid has slices of both classes if possible.
+   Patients are tried in a random order (--seed); the others go to test. --patients FILE (CSV: case,split, with the
+   case's number) replaces this division.
 
-Published: valid 93 + 73, test 833 + 660, i.e. 733 of the 7,190 slices with tumour in the 131 cases. The thesis does not
-say which ones these are. Cases 1 to 10 are inferred: public lists of the published valid images (MVFA-AD, CVPR 2024)
-name slices of these ten only, and 734 slices of these ten show tumour. The published split is by slice (the authors'
-liver.py), so valid and test share patients. Here each patient is in one split only, and the slices of whole patients
-hardly ever add up to the published counts; the actual counts are printed before the images are written.
+Published counts (normal + anomalous): valid 93 + 73, test 833 + 660, i.e. 733 of the 7,190 slices with tumour in the
+131 cases. The thesis does not name the cases. We infer cases 1 to 10: public lists of the published valid images
+(MVFA-AD, CVPR 2024) contain slices of these ten only, which have 734 slices with tumour. The published split is by
+slice (the authors' liver.py), so valid and test share patients. Here each patient is in one split only, so the counts
+rarely equal the published ones; the script prints them before it writes the images.
 """
 
 import sys
@@ -36,18 +34,18 @@ from prepare import common
 CASES = range(1, 11)
 TUMOUR = 2
 PUBLISHED = {("valid", 0): 93, ("valid", 1): 73, ("test", 0): 833, ("test", 1): 660}
-MEMORY = 1.2  # GiB per process: the largest case, 512x512x987, unpacked; 0.2 without .gz
+MEMORY = 1.2  # GiB per process: the largest case, unpacked (512x512x987 voxels); 0.2 without .gz
 LOOKED_FOR = "cases like volume-1.nii with segmentation-1.nii"
 
 
 @dataclass
 class Args(prepare.Args):
     equalize: bool = True
-    """equalise the histogram of each liver"""
+    """equalise the histogram of the liver in each slice"""
     all_cases: bool = False
     """use all cases of the source instead of 1 to 10"""
     patients: Path | None = None
-    """CSV file with the columns case,split that assigns patients to splits, instead of the seed"""
+    """CSV file with columns case,split that assigns patients to splits; replaces the random choice"""
 
 
 def find_cases(raw):
@@ -56,11 +54,11 @@ def find_cases(raw):
 
 
 def is_liver(labels):
-    return labels > 0  # the tumours are part of the liver
+    return labels > 0  # including tumours
 
 
 def count_slices(files, folder):
-    """Count [normal, anomalous] slices of a case. Its volume is read too, so that only usable cases are divided."""
+    """Count [normal, anomalous] slices of a case. Its volume is read, too, so that only usable cases are assigned."""
     counts = [0, 0]
     for _, _, labels in btcv.liver_slices(files, is_liver, equalized=False):
         counts[int((labels == TUMOUR).any())] += 1

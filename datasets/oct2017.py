@@ -2,27 +2,28 @@
 
 Source: data.mendeley.com/datasets/rscbjbr9sj, the version with 26,315 images in train/NORMAL; CC BY 4.0 (Kermany et al.
 2018, doi.org/10.1016/j.cell.2018.02.010). The images have about 512x496 pixels.
---raw: the folder that holds OCT2017/{train,test}/{NORMAL,CNV,DME,DRUSEN}/<CLASS>-<patient>-<k>.jpeg, at any depth. In
-the training part, only NORMAL is read.
+--raw: a folder with OCT2017/{train,test}/{NORMAL,CNV,DME,DRUSEN}/<CLASS>-<patient>-<k>.jpeg, at any depth. In the
+training part, the script reads only NORMAL.
 
-The same download contains chest X-rays. They are skipped: a folder is read only if one of its parts has CNV, DME or
-DRUSEN, and in it only images that are named after their class.
+The download also contains chest X-rays, which are skipped: the script reads a folder only if one of its parts has CNV,
+DME or DRUSEN, and in it only images named after their class.
 
-The rule:
+Protocol:
 1. Train is train/NORMAL. CNV, DME and DRUSEN are anomalous.
-2. The test part (250 images per class) is divided by class and patient. Patients are tried in an order given by --seed:
-   a patient's images go to valid unless a class of valid would then exceed 8 images (or, in a source of another size,
-   the corresponding share, but at least one). The other patients are test.
-3. If a copy already has a folder `val` (Kaggle's: 8 images per class, and 242 in test), that folder is valid.
-4. Pixels are written unchanged, in grey.
+2. The test part (250 images per class) is divided by patient, in a random order (--seed). A patient goes to valid
+   unless a class in valid would then exceed 8 images (in a source of another size, a proportional number, but at least
+   one). The other patients go to test.
+3. If the source already has a folder `val` (Kaggle's copy: 8 images per class, 242 in test), that folder is valid.
+4. Images are written in grey with unchanged pixel values.
 
-In the original source, train and test probably share patients (numbered in file names): 3,663 such images were
-counted in one version. If they do, the script stops before it reads any image and asks for one of two flags:
+Train and test of the original source probably share patients (numbered in file names); one version had 3,663 such
+images. If they do, the script stops before it reads any image and asks for one of two flags:
   --leave-out-shared leaves out the train images of patients who are also in valid or test (and, if there is a `val`,
     its images of patients who are also in test): fewer images than published, but no patient is in two splits
-  --allow-duplicates keeps them all: the published images, but some patients are in two splits
-JPEG files have no checksums, so damage is noticed only if a file is cut off or its header is wrong.
-Published: train 26,315; valid 8 + 24; test 242 + 726.
+  --allow-duplicates keeps all images, as published, although some patients are in two splits
+
+JPEG files have no checksums: damage is detected only if a file is truncated or its header is invalid.
+Published counts (normal + anomalous): train 26,315; valid 8 + 24; test 242 + 726.
 """
 
 import re
@@ -42,7 +43,7 @@ VALID, TEST = 8, 242  # images per class
 PUBLISHED = {("train", 0): 26315, ("valid", 0): 8, ("valid", 1): 24, ("test", 0): 242, ("test", 1): 726}
 LOOKED_FOR = "images like train/NORMAL/NORMAL-1001772-1.jpeg and test/CNV/CNV-1016042-1.jpeg"
 MEMORY = 0.1  # GiB per process
-CHUNK = 200  # images given to a process at a time
+CHUNK = 200  # images per task
 
 
 @dataclass
@@ -66,10 +67,10 @@ def find_images(raw):
         elif kind in CLASSES and (part != "train" or kind == "NORMAL"):
             name = f"{part}_{file.stem}"
             if name in images:
-                raise common.Error(f"{images[name][-1]} and {file} are copies of one image; keep only one below "
-                                   "--raw")
+                raise common.Error(f"{images[name][-1]} and {file} are copies of the same image; keep only "
+                                   "one below --raw")
             images[name] = part, kind, match[1], str(file)
-    prepare.skipped(left, "JPEG files that are not OCT images (by folder and name)")
+    prepare.skipped(left, "JPEG files that are not OCT images, judging by folder and name,")
     return images
 
 
@@ -96,8 +97,8 @@ def plan(images, seed=0):
 
 
 def shared(images, planned):
-    """Return the names of train images of patients who are also in valid or test, and of valid images (of a folder
-    `val`) of patients who are also in test. images: as in `plan`."""
+    """Return the names of train images whose patients are also in valid or test, and of valid images (in a folder
+    `val`) whose patients are also in test. images: as in `plan`."""
     patients = {split: {images[name][2] for name, s in planned.items() if s == split} for split in ("valid", "test")}
     others = dict(train=patients["valid"] | patients["test"], valid=patients["test"], test=set())
     return [name for name, split in planned.items() if images[name][2] in others[split]]
@@ -106,7 +107,7 @@ def shared(images, planned):
 def write_image(item, folder):
     """Write one image as PNG and return its manifest row."""
     (part, kind, patient, file), split = item
-    image = prepare.read_grey(file)  # (496, 512) and others
+    image = prepare.read_grey(file)  # usually (496, 512)
     return prepare.save(folder, split, int(kind != "NORMAL"), Path(file).stem, image, case=patient, kind=kind)
 
 

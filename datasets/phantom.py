@@ -1,18 +1,18 @@
-"""phantom: test data that needs no download, made from the brain MR volume that every nibabel installation contains.
+"""phantom: test data without a download, generated from the brain MR volume included in every nibabel installation.
 
 Each image is a slice of one volunteer's brain (an axial volume of 128x96x24 voxels that nibabel distributes as test
-data), deformed and with changed grey values; anomalous images also have painted lesions. The phantom is for first runs
+data) with random deformation and grey values; anomalous images also have painted lesions. The phantom is for first runs
 and tests. It is not a benchmark: results on it say nothing about patients.
 
-Each image has a random generator of its own and is made by this rule:
-1. Cut a slice at a random depth and tilt; mirror it or not; scale, rotate and elastically deform it.
-2. For an anomalous image, add one to three lesions that are bright or dark, textured and soft-edged, with an irregular
-   outline. The mask marks pixels that a lesion changes by more than a third of its largest change.
+Each image is generated with its own random generator in three steps:
+1. Cut a slice at a random depth and tilt, mirror it or not, then scale, rotate and elastically deform it.
+2. If the image is anomalous, add one to three lesions, each bright or dark, textured, soft-edged and irregular. The
+   mask marks pixels that a lesion changes by more than a third of its largest change.
 3. Apply a random tone curve, a smooth bias field and Rician noise.
 
 The script writes <root>/phantom/{train/good,{valid,test}/{good,Ungood}}/img/*.png (8-bit grey), masks in
-Ungood/anomaly_mask, and manifest.csv. The same arguments always give the same bytes. Default counts: train 200; valid
-20 + 20; test 60 + 60.
+Ungood/anomaly_mask, and manifest.csv. The same arguments always produce identical files. Default counts: train 200;
+valid 20 + 20; test 60 + 60.
 
 Source: nibabel/tests/data/example4d.nii.gz, the mean of two repetitions of one scan. nibabel's MIT licence covers the
 package and its examples; nibabel does not say where the scan comes from.
@@ -29,7 +29,7 @@ from typing import Annotated
 
 import nibabel
 import numpy as np
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from PIL import Image
 from scipy import ndimage
 
@@ -43,35 +43,35 @@ FIELD_OF_VIEW = 200  # mm across an image
 @dataclass
 class Args:
     root: str = "data"
-    """the benchmark is written to <root>/phantom"""
+    """folder of all benchmarks; the phantom is written to <root>/phantom"""
     seed: Annotated[int, Ge(0)] = 0
-    """seed for all images"""
-    size: Annotated[int, Ge(32)] = 128
+    """random seed for all images"""
+    size: Annotated[int, Interval(ge=32, le=2048)] = 128
     """image size in pixels"""
     train: Annotated[int, Ge(1)] = 200
-    """normal training images"""
+    """number of normal training images"""
     valid: Annotated[int, Ge(1)] = 20
-    """validation images per class"""
+    """number of validation images per class"""
     test: Annotated[int, Ge(1)] = 60
-    """test images per class"""
+    """number of test images per class"""
 
 
 def read_volume():
-    """Read the brain as (x, y, z) floats; x runs to the left, y to the front, z up; 1 is the 99.5th percentile."""
+    """Read the brain as (x, y, z) floats, scaled so that the 99.5th percentile is 1. Axes: left, front, up."""
     source = files("nibabel") / "tests" / "data" / "example4d.nii.gz"
     try:
         with as_file(source) as path:
             volume = np.asarray(nibabel.load(path).dataobj, np.float32).mean(axis=3)  # two repetitions
     except FileNotFoundError:
-        raise common.Error(f"this nibabel has no {source}: it was packaged without test data; install nibabel "
-                           f"with pip") from None
+        raise common.Error(f"this nibabel was packaged without its test data {source}; install nibabel with "
+                           f"pip") from None
     except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as e:
         raise common.Error(f"cannot read {source} ({e}); reinstall nibabel with pip") from e
     return volume / np.percentile(volume, 99.5)
 
 
 def smooth_noise(rng, size, width):
-    """Return Gaussian noise (size, size) with standard deviation 1, smooth over `width` pixels."""
+    """Return Gaussian noise (size, size), smoothed with sigma `width` and scaled to standard deviation 1."""
     noise = ndimage.gaussian_filter(rng.normal(size=(size, size)), width, mode="wrap")
     return noise / noise.std()
 
@@ -82,7 +82,7 @@ def slice_of(volume, middle, rng, size):
     cut = dict(depth=rng.uniform(6, 20), tilt_x=rng.normal(0, np.radians(3)), tilt_y=rng.normal(0, np.radians(4)),
                mirrored=bool(rng.integers(2)))
     mm = FIELD_OF_VIEW / size
-    v, u = np.mgrid[:size, :size] * mm - FIELD_OF_VIEW / 2  # down and to the right, mm from the centre
+    v, u = np.mgrid[:size, :size] * mm - FIELD_OF_VIEW / 2  # mm down and to the right of the centre
     bend = [rng.uniform(1, 3) * smooth_noise(rng, size, size / 10) for _ in range(2)]  # mm
     u, v = (u + bend[0]) * scale[0], (v + bend[1]) * scale[1]
     u, v = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
@@ -93,7 +93,7 @@ def slice_of(volume, middle, rng, size):
 
 
 def lesions(image, rng):
-    """Draw lesions inside the brain; return the change to the image (size, size) and the lesion mask."""
+    """Generate lesions inside the brain; return the change of the image (size, size) and the lesion mask."""
     size = len(image)
     brain = ndimage.binary_fill_holes(ndimage.gaussian_filter(image, size / 64) > 0.25)
     inside = np.argwhere(ndimage.binary_erosion(brain, iterations=max(1, size // 32)))
@@ -116,7 +116,7 @@ def lesions(image, rng):
 
 
 def finish_image(image, rng):
-    """Apply tone curve, bias field and Rician noise; return uint8 (size, size)."""
+    """Apply a tone curve, a bias field and Rician noise; return uint8 (size, size)."""
     size = len(image)
     image = np.clip(image, 0, None) ** rng.uniform(0.75, 1.35) * rng.uniform(0.5, 0.75)
     image = image * np.exp(0.1 * smooth_noise(rng, size, size / 4))
@@ -131,7 +131,7 @@ if __name__ == "__main__":
     if folder.exists():
         made = folder / "arguments.json"
         if made.exists() and made.read_text() == asked:
-            print(f"{folder} already exists, made with these arguments; nothing to do")
+            print(f"{folder} already exists and was made with these arguments; nothing to do")
             raise SystemExit
         raise common.Error(f"{folder} exists and was made with other arguments; remove it, or choose another --root")
     volume = read_volume()

@@ -1,10 +1,10 @@
-"""--predict: score images or scans with a trained model, decide on each, and write heat maps.
+"""--predict: score images or scans with a trained model, classify them as normal or anomalous, and write heat maps.
 
-scores.csv has the score of each image (or slice), its percentile among the normal validation images, and the decision;
-scans.csv has the same for scans. maps/ holds pictures, masks/ the pixels above the threshold, and raw/ (--save-maps)
-the anomaly maps; masks and raw maps have the image's size. Maps of a scan are in the scan's format. predict.json
-records the input and the checkpoint. `common.finish` calls `predict`; a copied method script needs this file and
-volumes.py only for --predict."""
+scores.csv lists the score of each image (or slice), its percentile among the normal validation images, and the
+decision; scans.csv lists the same for scans. maps/ has pictures, masks/ the pixels at or above the pixel threshold, and
+raw/ (--save-maps) the anomaly maps. Masks and raw maps have the image's size; those of a scan have its format.
+predict.json records the input and the checkpoint. `common.finish` calls `predict`; a copied method script needs this
+file and volumes.py only for --predict."""
 
 import dataclasses
 import json
@@ -22,17 +22,23 @@ import common
 
 
 def predict(run, model, kept):
-    """Score args.predict and write the run folder. If files are damaged, list them at the end and exit with code 1.
+    """Score args.predict and write the run folder. List damaged files at the end and exit with status 1.
 
-    kept: the content of the model's model.pt."""
+    kept: the content of model.pt."""
     args, folder, asked = run.args, run.folder, Path(run.args.predict)
     decision = decisions.decide(kept.get("seen", decisions.NOTHING_SEEN), args)
     for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
         common.remove(folder / old)
+    if args.checkpoint and "seen" not in kept:
+        print(f"NOTE: {args.checkpoint} has no thresholds: its run was not finished, or lacked datasets/decisions.py")
     files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)
+    images = [file for file in files if not is_mask(file, asked)]
+    if len(images) < len(files):
+        print(f"NOTE: {len(files) - len(images)} masks in {asked} are not scored")
+    files = images
     others = [p for p in asked.rglob("*.*") if p.suffix in (".nii", ".gz", ".dcm")] if files and asked.is_dir() else []
     if others:
-        print(f"NOTE: {asked} has images, so {len(others)} scans are not scored, e.g. {others[0]}")
+        print(f"NOTE: {asked} contains images, so {len(others)} scan files are not scored, e.g. {others[0]}")
     rows, scans, damaged = score_images(run, model, decision, files) if files else score_scans(run, model, decision)
     for name, table in dict(scores=rows, scans=scans).items():
         if table:
@@ -45,7 +51,7 @@ def predict(run, model, kept):
     (folder / "predict.json").write_text(json.dumps(record, indent=1))
     common.remove(folder / "model.pt")  # left by a zero-shot method
     os.close(run.lock)
-    if scans:
+    if not files:
         show_ranking(scans, "scans", decision["scan"], len(decision["normal_scans"]), 20)
     else:
         show_ranking(rows, "images", decision["image"], len(decision["normal_scores"]), 1)
@@ -55,8 +61,14 @@ def predict(run, model, kept):
         raise SystemExit(1)
 
 
+def is_mask(file, folder):
+    """Return True if the file is in a mask folder of a benchmark below `folder`."""
+    names = [name.lower() for name in file.parts[len(folder.parts) : -1]]
+    return any(name in common.MASKS or common.ROLES.get(name, ("", False))[1] for name in names)
+
+
 def score_images(run, model, decision, files):
-    """Return (rows of scores.csv, [] because there are no scans, damaged files)."""
+    """Return (rows of scores.csv, [] in place of scans, damaged files)."""
     args, asked, rows, damaged = run.args, Path(run.args.predict), [], []
     for start in common.progress(range(0, len(files), args.batch_size), "images"):
         arrays = {}
@@ -68,16 +80,16 @@ def score_images(run, model, decision, files):
         for file, (anomaly_map, score) in zip(arrays, scored(run, model, list(arrays.values())), strict=True):
             name = file.relative_to(asked).as_posix() if asked.is_dir() else file.name
             rows.append(answer(name, score, decision["normal_scores"], decision["image"]))
-            if anomaly_map is not None and args.maps:
+            if anomaly_map is not None and (args.maps or args.save_maps != "no"):
                 image, _ = common.decode(file, white=args.white)
                 save_maps(run, len(rows) - 1, image, anomaly_map, decision, rows[-1])
     return rows, [], damaged
 
 
 def score_scans(run, model, decision):
-    """Return (rows of scores.csv, one per slice; rows of scans.csv; damaged files). Blank slices get no score.
+    """Return (rows of scores.csv, one per slice; rows of scans.csv; damaged files). Blank slices are not scored.
 
-    Write each scan's maps in its own format, and a picture of the slice with the highest score."""
+    Write the maps of each scan in its format, and a picture of its slice with the highest score."""
     import volumes  # imported here because images need neither nibabel nor pydicom
 
     args, rows, scan_rows = run.args, [], []
@@ -127,10 +139,11 @@ def answer(name, score, normal, threshold):
 
 
 def save_maps(run, index, image, anomaly_map, decision, row):
-    """Write the picture of an image (3, H, W) and its map (S, S), the mask if there is a threshold, and the raw map."""
+    """Write a picture of an image (3, H, W) and its map (S, S), a mask if there is a threshold, and the raw map."""
     name = f"{index:05}_{common.plain(row['path'].rsplit('.', 1)[0])}"
     title = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
-    decisions.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
+    if run.args.maps:
+        decisions.save_picture(run.folder / "maps" / f"{name}.png", image, anomaly_map, decision, title)
     own = Image.fromarray(anomaly_map).resize(image.shape[:0:-1], Image.Resampling.BILINEAR)
     masks, raw = run.folder / "masks", run.folder / "raw"
     if decision["pixel"] is not None:
@@ -142,14 +155,14 @@ def save_maps(run, index, image, anomaly_map, decision, row):
 
 
 def show_ranking(rows, what, threshold, normal, needed):
-    """Print the five rows with the highest scores, and the number of rows above the threshold."""
+    """Print the five rows with the highest scores and the number of rows above the threshold."""
     print(f"five highest scores of {len(rows)} {what}; percentiles among {normal} normal {what}\n"
           "       score  percentile  decision   path")
     for row in sorted(rows, key=lambda row: -row["score"])[:5]:
         percentile, decided = row["percentile"] if normal else "-", row["decision"] or "-"
         print(f"{row['score']:>12.4g}  {percentile:>10}  {decided:<9}  {row['path']}")
     if threshold is None:
-        print(f"{len(rows)} {what}, not decided: that takes {needed} normal validation {what}, not {normal}")
+        print(f"{len(rows)} {what}, not decided: this needs {needed} or more normal validation {what}, not {normal}")
     else:
         above = sum(row["decision"] == "anomalous" for row in rows)
         print(f"{len(rows)} {what}, {above} above the threshold {threshold:.4g}")

@@ -1,10 +1,10 @@
-"""Code shared by the preparation scripts: arguments, resumable work on many cases, writing images, and checks between
-splits. The rule for each source is in its own script.
+"""Code shared by the preparation scripts: arguments, resumable parallel work, image files, and checks across splits.
+Each script describes the protocol for its own source.
 
-A script scans its source, assigns each case to a split, calls `Preparation.map` to write the images case by case (in
-parallel; finished cases are kept) and ends with `Preparation.finish`. Until then, all files are in the hidden folder
-<root>/.preparing-<source>. Its folder `part`, with the manifest, is made visible by a single rename, so a visible part
-of a benchmark is always complete.
+A script scans its source, assigns each case to a split, writes the images with `Preparation.map` and ends with
+`Preparation.finish`. Cases are processed in parallel, and an interrupted script resumes after the finished ones. Until
+`finish`, all files are in the hidden folder <root>/.preparing-<source>. A single rename then makes its subfolder `part`
+visible, including the manifest, so a visible part of a benchmark is always complete.
 """
 
 import csv
@@ -40,17 +40,17 @@ import common
 @dataclass
 class Args:
     raw: str
-    """folder of the downloaded and unpacked source"""
+    """folder with the downloaded and unpacked source data"""
     root: str = "data"
-    """the benchmark is written to <root>/<benchmark>"""
+    """folder of all benchmarks; this one is written to <root>/<benchmark>"""
     seed: Annotated[int, Ge(0)] = 0
-    """seed for all random choices of the rule"""
+    """seed for all random choices"""
     workers: Annotated[int | None, Ge(1)] = None
-    """number of cases processed in parallel (default: one per core, fewer if memory is short)"""
+    """number of parallel processes (default: one per CPU core, fewer if memory is limited)"""
     strict: bool = False
     """stop at the first damaged file instead of skipping it"""
     allow_duplicates: bool = False
-    """only warn when an image or a patient appears in two splits"""
+    """print a warning instead of stopping if an image or a patient appears in two splits"""
 
 
 FREE = {"raw", "root", "workers", "strict", "allow_duplicates"}  # arguments that do not change the benchmark
@@ -58,32 +58,32 @@ FREE = {"raw", "root", "workers", "strict", "allow_duplicates"}  # arguments tha
 
 # ------------------------------------------------------------------------------------------------------ the source
 def raw_folder(args, looked_for):
-    """Return args.raw as an absolute path; `Error` if it does not exist. looked_for: its expected content, in words."""
+    """Return args.raw as an absolute path; `Error` if it is not a folder. looked_for: its contents in words."""
     raw = Path(args.raw).absolute()
     if not raw.is_dir():
-        raise common.Error(f"no folder {raw}; --raw takes the folder that holds {looked_for}")
+        raise common.Error(f"no folder {raw}; give the folder that contains {looked_for} with --raw")
     return raw
 
 
 def wrong_folder(raw, looked_for):
-    """Raise an `Error` that says what `raw` should hold and what it does hold."""
+    """Raise an `Error` that names the expected and the actual contents of `raw`."""
     found = sorted(p.name + "/" * p.is_dir() for p in raw.iterdir() if p.name[0] != ".")
     more = f" and {len(found) - 6} more" * (len(found) > 6)
-    raise common.Error(f"{raw} does not hold {looked_for}; found {', '.join(found[:6]) or 'nothing'}{more}; give the "
-                       "unpacked source with --raw")
+    raise common.Error(f"{raw} does not contain {looked_for}; found {', '.join(found[:6]) or 'nothing'}{more}; give "
+                       "the unpacked source with --raw")
 
 
 def note_file(files, case, kind, file):
     """Set files[case][kind] to the path `file` (str); raise `Error` with both paths if it is already set."""
     if (other := files.setdefault(case, {}).setdefault(kind, str(file))) != str(file):
-        raise common.Error(f"{other} and {file} are both {case} ({kind}); keep only one of them below --raw")
+        raise common.Error(f"{other} and {file} are both {case} ({kind}); keep only one of them in --raw")
 
 
 def labelled(files, raw, volume, label):
-    """Return {case: [volume file, label file or None]}, sorted by case, from {case: {kind: file}}. Skip volumes without
-    a label in a folder named test or validation, because challenges publish no labels for these parts."""
+    """Return {case: [volume file, label file or None]}, sorted by case, from {case: {kind: file}}. Skip unlabelled
+    volumes in folders named test or validation, because challenges do not publish labels for these parts."""
     found, left = {}, []
-    skipped([kinds[label] for kinds in files.values() if volume not in kinds], "labels without their volume")
+    skipped([kinds[label] for kinds in files.values() if volume not in kinds], "labels without a volume")
     for case, kinds in sorted(files.items()):
         if volume in kinds:
             folders = Path(kinds[volume]).relative_to(raw).parts[:-1]
@@ -96,7 +96,7 @@ def labelled(files, raw, volume, label):
 
 
 UNLABELLED = re.compile(r"(?<![a-z])(test|valid)|(images|labels)ts$", re.IGNORECASE)
-VOLUME = r"\.(?:nii(?:\.gz)?|img)"  # endings of NIfTI file names; the .hdr of an .img is next to it
+VOLUME = r"\.(?:nii(?:\.gz)?|img)"  # NIfTI file extensions; an .img has its .hdr next to it
 
 
 def skipped(files, what):
@@ -105,7 +105,7 @@ def skipped(files, what):
 
 
 def stamp(file):
-    """Return [size, modification time] of a file, and of the .hdr if it is an .img; None if one is missing."""
+    """Return [size, modification time] of a file, and of the .hdr of an .img; None if one is missing."""
     try:
         found = [os.stat(f) for f in [file, file[:-3] + "hdr"][: 1 + file.endswith(".img")]]
         return [number for state in found for number in (state.st_size, state.st_mtime_ns)]
@@ -124,12 +124,12 @@ def strings(item):
 
 # ------------------------------------------------------------------------------------------------------ reading files
 def read_list(file, columns):
-    """Read the rows of a CSV file as dicts; `Error` if it is missing, unreadable, or lacks one of `columns`."""
+    """Read the rows of a CSV file as dicts; `Error` if it is missing or unreadable or lacks one of `columns`."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:
             rows = list(csv.DictReader(f))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise common.Error(f"cannot read {file} ({getattr(e, 'strerror', None) or e}); give a CSV file with the "
+        raise common.Error(f"cannot read {file} ({getattr(e, 'strerror', None) or e}); give a CSV file with "
                            f"columns {', '.join(columns)}") from e
     if not rows or (missing := [c for c in columns if c not in rows[0] or any(r[c] is None for r in rows)]):
         lacks = f"lacks the column {missing[0]} or a value in it" if rows else "is empty"
@@ -138,8 +138,8 @@ def read_list(file, columns):
 
 
 def read_split(file, cases, splits):
-    """Read {case: split} from a CSV file with the columns case,split; `Error` if a case or split is not in `cases` or
-    `splits`, or a case is repeated."""
+    """Read {case: split} from a CSV file with columns case,split; `Error` if a case is not in `cases` or repeated, or a
+    split is not in `splits`."""
     found = {}
     for row in read_list(file, ["case", "split"]):
         case, split = row["case"], row["split"]
@@ -155,7 +155,7 @@ def read_grey(file):
     """Read an image as (H, W) uint8; `Damaged` if it cannot be used."""
     try:
         with Image.open(file) as image:
-            image.verify()  # verifies a PNG's checksums, which Pillow ignores when it decodes
+            image.verify()  # verifies a PNG's checksums, which decoding ignores
         with Image.open(file) as image:
             if image.mode[0] in "IF":
                 raise Damaged(f"{file} has pixels of mode {image.mode}; 8 bits are expected, download it again")
@@ -167,10 +167,10 @@ def read_grey(file):
 
 
 def volume_and_label(files):
-    """Read [volume file, label file] as two `Volume`s of equal shape. If both have the same grid, the label takes the
-    volume's orientation, because some labels of LiTS have lost theirs."""
+    """Read [volume file, label file] as two `Volume`s of equal shape. If both have the same grid, the volume's
+    orientation is used for both, because some LiTS labels have lost theirs."""
     if files[1] is None:
-        raise Damaged(f"{files[0]} has no segmentation (no label file); download it, too")
+        raise Damaged(f"{files[0]} has no segmentation (label file); download it, too")
     volume, label = map(Volume, files)
     if label.image.shape[:3] == volume.image.shape[:3]:
         if (label.axes, label.signs) != (volume.axes, volume.signs):
@@ -183,11 +183,11 @@ def volume_and_label(files):
 
 
 # --------------------------------------------------------------------------------------- the work of one process
-noted = []  # texts that `note` collects while a process works on a case
+noted = []  # notes on the current case of this process
 
 
 def note(text):
-    """Add a note about the current case. Each note is printed at the end with the number of cases it applies to."""
+    """Add a note on the current case. At the end, each distinct note is printed with its number of cases."""
     noted.append(text)
 
 
@@ -206,27 +206,28 @@ def save(folder, split, label, name, image, mask=None, **columns):
 
 
 def images_of(rows):
-    """Return the image and mask files of the manifest's rows."""
+    """Return the image and mask files named in manifest rows."""
     return [row[kind] for row in rows for kind in ("image", "mask") if row.get(kind)]
 
 
 def lost(rows, folder):
-    """Return the files of manifest rows that are missing from `folder` or empty."""
+    """Return the files named in manifest rows that are missing from `folder` or empty."""
     return [file for file in images_of(rows)
             if not (folder / file).is_file() or not (folder / file).stat().st_size]
 
 
 def worker():
-    """Set up a worker process: it ignores Ctrl-C and ends when its parent ends for any reason."""
+    """Set up a worker process that ignores Ctrl-C and exits when its parent ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.disable(logging.CRITICAL)  # nibabel and pydicom also print the errors that they raise
+    logging.disable(logging.CRITICAL)  # nibabel and pydicom also log the errors that they raise
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def work_on(function, items, folder, kept):
     """Call function(item, folder) for `items`, {key: (item, asked)}; return ({key: (result, notes)}, {key: damage}).
-    The JSON file `kept` stores each result with `asked`. It is reused if `asked` is equal and its images exist."""
+    asked: a string that identifies the item and the state of its files. The JSON file `kept` stores each result and its
+    `asked`. A result is reused if `asked` is equal and its images exist."""
     try:
         known = json.loads(kept.read_text())
     except (OSError, ValueError):
@@ -265,8 +266,8 @@ def correct_sum(item, folder):
 
 
 def published_sums(files):
-    """Return {file: checksum} for those of `files`, all paths of the source, that are named in a list of checksums
-    among them. A list is a file as md5sum or sha256sum writes it."""
+    """Return {file: checksum} from the checksum lists among `files`, all paths of the source. A checksum list is the
+    output of md5sum or sha256sum."""
     sums = {}  # {name: {path as listed: checksum}}
     for file in files:
         if re.search("md5|sha256|checksum", file.name, re.IGNORECASE) and file.stat().st_size < 2**26:
@@ -285,8 +286,8 @@ def published_sums(files):
 
 # ---------------------------------------------------------------------------------------------------- the preparation
 def locked(file, wait=False):
-    """Create, open and lock `file`; this process holds the lock until the file is closed. If another process holds it,
-    wait or raise `Error`."""
+    """Create, open and lock `file`. The lock lasts until the file is closed. If another process holds it, wait or raise
+    `Error`."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = open(file, "w")  # noqa: SIM115 (the caller closes it)
@@ -312,16 +313,16 @@ def free_memory():
 
 
 class Preparation:
-    """Prepare a benchmark, or a part of it, from one source. End the program if that has already been done."""
+    """Prepare a benchmark, or a part of it, from one source. End the program if the part already exists."""
 
     def __init__(self, source, benchmark, splits, args, files, memory):
-        """source: name of the script; splits: the splits of `benchmark` that it writes; files: the
-        source's files in nested containers, to record their names, sizes and times; memory: GiB per process."""
+        """source: name of the script; splits: the splits of `benchmark` that it writes; files: nested containers with
+        the source's files, whose names, sizes and times are recorded; memory: GiB per process."""
         self.source, self.splits, self.args, self.memory = source, splits, args, memory
         self.folder, self.work = Path(args.root) / benchmark, Path(args.root) / f".preparing-{source}"
         self.part, self.record = self.work / "part", self.folder / f"{source}.json"
         self.damaged, self.notes = {}, {}
-        # A list is recorded by its content, so an edited list means another benchmark.
+        # Lists are recorded by their content, because an edited list defines another benchmark.
         self.asked = {k: [common.sha256(f) for f in sorted([v, *v.glob("*")]) if f.is_file()] if isinstance(v, Path)
                       else v for k, v in dataclasses.asdict(args).items() if k not in FREE}
         raw = str(raw_folder(args, source))
@@ -338,7 +339,7 @@ class Preparation:
         if begun["arguments"] != self.asked:
             raise common.Error(f"{self.work} was started with other arguments; remove it, or choose another --root")
         if changed := self._changed(begun["files"]):
-            print(f"note: since this preparation began, {changed}; the affected images are written again")
+            print(f"note: the source has changed: {changed}; the affected images are written again")
         with common.atomic(self.work / "begun.json") as tmp:
             tmp.write_text(json.dumps(dict(arguments=self.asked, files=self.files)))
 
@@ -352,7 +353,7 @@ class Preparation:
             raise common.Error(f"{file} is damaged ({e}); remove its folder and prepare it again") from e
 
     def _changed(self, before):
-        """Return in words how the source has changed; before: {file: [size, time]}."""
+        """Describe in words how the source has changed. before: {file: [size, time]}."""
         lists = {"changed": [f for f in before if f in self.files and before[f] != self.files[f]],
                  "are missing": sorted(before.keys() - self.files.keys()),
                  "are new": sorted(self.files.keys() - before.keys())}
@@ -360,7 +361,7 @@ class Preparation:
                             for how, files in lists.items() if files)
 
     def _finished(self):
-        """End the program, since the part exists; raise `Error` if it does not match the arguments or the source."""
+        """End the program if the existing part matches the arguments and the source; otherwise raise `Error`."""
         shutil.rmtree(self.work)
         made, again = self._read(self.record, {}), "remove it and prepare it again, or choose another --root"
         if made.get("arguments") != self.asked or "files" not in made:
@@ -370,14 +371,14 @@ class Preparation:
             raise common.Error(f"{self.folder} was made from another source than {self.args.raw}: {changed}; {again}")
         if missing := lost(read_list(self.record.with_suffix(".csv"), ["image", "mask"]), self.folder):
             raise common.Error(f"{self.folder} lacks {len(missing)} of its images, e.g. {missing[0]}; {again}")
-        print(f"{self.folder} already exists, made from {self.source} with these arguments; nothing to do")
+        print(f"{self.folder} already exists and was made from {self.source} with these arguments; nothing to do")
         self.notes = {text: range(count) for text, count in made["notes"].items()}
         self._end(made["damaged"])
 
     def map(self, function, items, what, chunk=1):
-        """Return {key: function(item, folder)} for `items`, {key (str): item}, in their order, from worker processes.
-        Damaged items are named and left out. function: must be defined in a module, return JSON values and write
-        images with `save`. chunk: number of items given to a process at a time; their results are kept in one file."""
+        """Call function(item, folder) for `items`, {key (str): item}, in worker processes; return {key: result} in the
+        same order. Damaged items are reported and left out. function: defined in a module; it returns JSON values and
+        writes images with `save`. chunk: number of items per task; the results of a task are stored in one file."""
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         count = self.args.workers or max(1, min(cores, int(free_memory() / 2**30 / self.memory)))
         results, keys = {}, list(items)
@@ -387,7 +388,7 @@ class Preparation:
         try:
             for done in self._work(function, chunks, what, count):
                 results |= done
-        except BrokenProcessPool:  # one case crashed it, or there was too little memory for several
+        except BrokenProcessPool:  # a case crashed it, or there was too little memory for several
             print(f"note: a process died while {what}; the remaining cases are processed one by one", flush=True)
             for key in [key for some in chunks if not some.keys() & (results.keys() | self.damaged) for key in some]:
                 try:
@@ -421,7 +422,7 @@ class Preparation:
                 pool.shutdown(cancel_futures=True)
 
     def damage(self, key, why):
-        """Print what is damaged, and keep it for the list at the end."""
+        """Print a damaged item, and store it for the list at the end."""
         print(f"damaged: {why}", file=sys.stderr, flush=True)
         self.damaged[key] = why
         if self.args.strict:
@@ -443,8 +444,8 @@ class Preparation:
     def finish(self, rows, published):
         """Check the splits, print the counts next to the published ones, write the manifest and make the part visible.
 
-        rows: from `save`, with the column `case`; published: {(split, label): count}. Exit status 1 if any file was
-        damaged."""
+        rows: from `save`, with a column `case`; published: {(split, label): count}. The exit status is 1 if any
+        file was damaged."""
         rows = sorted(rows, key=lambda r: (self.splits.index(r["split"]), r["label"], r["image"]))
         with locked(Path(self.args.root) / ".lock", wait=True):  # the two scripts for liver check each other's images
             self._check(rows)
@@ -523,7 +524,7 @@ class Preparation:
             for entry in [whole / name for name in (*self.splits, f"{self.source}.csv", f"{self.source}.json")]:
                 if entry.exists():
                     os.rename(entry, self.part / entry.name)
-            if self.folder.exists():  # it has been made again since
+            if self.folder.exists():  # the folder was made again in the meantime
                 shutil.rmtree(whole)
             else:
                 os.rename(whole, self.folder)
@@ -533,13 +534,13 @@ class Preparation:
             print(f"note: {len(keys)} {text}")
         if damaged:
             listed = [*damaged.values()][:20] + [f"and {len(damaged) - 20} more, see above"] * (len(damaged) > 20)
-            print(f"made without {len(damaged)} damaged: {'; '.join(listed)}. Replace these, remove {self.folder} "
-                  "and prepare it again", file=sys.stderr)
+            print(f"made without {len(damaged)} damaged items: {'; '.join(listed)}. Replace these, remove "
+                  f"{self.folder} and prepare it again", file=sys.stderr)
         raise SystemExit(1 if damaged else 0)
 
 
 def shares(total, counts):
-    """Divide `total` cases in proportion to `counts`, with at least one for each and the largest remainders first."""
+    """Divide `total` cases in proportion to `counts` (largest remainder method), with at least one each."""
     exact = np.array(counts) * total / sum(counts)
     found = np.maximum(1, np.floor(exact)).astype(int)
     while found.sum() != total:
@@ -550,13 +551,13 @@ def shares(total, counts):
 
 
 def divide(counts, wanted, seed):
-    """Choose cases from `counts` ({case: (normal, anomalous)}) so that their images add up to `wanted` (normal,
-    anomalous) or come as close as possible. Cases are tried in an order given by the seed. The other cases always have
-    images of both classes, and so do the chosen ones if any division allows it. Return [] if no case can be spared."""
+    """Choose cases from `counts` ({case: (normal, anomalous)}) so that their image counts come as close as
+    possible to `wanted` (normal, anomalous). Cases are tried in a random order (`seed`). The other cases always have
+    images of both classes, and so do the chosen ones if possible. Return [] if no case can be chosen."""
     total = np.sum(list(counts.values()), axis=0).tolist()
     names = sorted(counts)
-    reached = {(0, 0): None}  # {sum of some cases: (sum without the last case, the last case)}
-    best, nearest = (True, float("inf")), (0, 0)  # (normal or anomalous images are missing, distance)
+    reached = {(0, 0): None}  # {sum over some cases: (sum without the last case, the last case)}
+    best, nearest = (True, float("inf")), (0, 0)  # (a class is missing, distance)
     for case in [names[i] for i in np.random.default_rng(seed).permutation(len(names))]:
         for before in list(reached):
             after = before[0] + counts[case][0], before[1] + counts[case][1]

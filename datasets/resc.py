@@ -1,30 +1,31 @@
 """resc: the retinal OCT benchmark with masks from RESC (retinal edema segmentation challenge, AI Challenger 2018).
 
-Source: the link on github.com/CharlesKangZhou/P_Net_-Anomaly_Detection, for research only (Hu et al. 2019,
-doi.org/10.1016/j.media.2019.05.002). 70 + 15 labelled cases (cubes) of 128 slices (B-scans), 512x1024 pixels.
---raw: the folder that holds the training and the validation part, at any depth, PNG or BMP, in one of two layouts:
+Source: linked from github.com/CharlesKangZhou/P_Net_-Anomaly_Detection, for research only (Hu et al. 2019,
+doi.org/10.1016/j.media.2019.05.002). There are 70 + 15 labelled cubes of 128 slices (B-scans), 512x1024 pixels.
+--raw: a folder with the training and the validation part, at any depth, PNG or BMP, in one of two layouts:
   Edema_trainingset/original_images/<cube>.img/<k>.bmp with Edema_trainingset/label_images/<cube>_labelMark/<k>.bmp
   train/images/<cube>_<k>.png with train/labels/<cube>_<k>.png
-The part of a file is given by the last folder in its path with train, trainingset, val, valid, validation or
-validationset as a word in its name (in upper or lower case). A part named test has no labels and is skipped. Of the
-folders with image, label, mask or ground in their names, the last one says whether the file is an image or a label
-(label, mask or ground); folders that all slices share are ignored for this.
 
-The rule:
+The innermost folder with train, trainingset, val, valid, validation or validationset as a word in its name (in upper or
+lower case) determines the part of a file. A part named test has no labels and is skipped. The innermost folder with
+image, label, mask or ground in its name determines whether a file is an image or a label (label, mask or ground);
+folders common to all slices are ignored.
+
+Protocol:
 1. A slice with labels above 0 (128, 191, 255: three kinds of lesions) is anomalous, and these labels are its mask.
 2. Train consists of the slices without lesions in the training part.
-3. The validation part is divided by patient. Whole patients are chosen for valid so that its slices add up to 45 normal
-   and 70 anomalous ones (in a part of another size, the same shares) or come as close as possible. Patients are tried
-   in an order given by --seed; the others are test. --patients FILE (CSV: case,split) defines the division instead.
-4. Pixels are written unchanged, in grey.
+3. The validation part is divided by patient. Whole patients are chosen for valid so that its slice counts come as close
+   as possible to 45 normal and 70 anomalous slices (in proportion if the part has another size). Patients are tried in
+   a random order (--seed); the others go to test. --patients FILE (CSV: case,split) replaces this division.
+4. Images are written in grey with unchanged pixel values.
 
-In all parts, a patient may have several cubes: the patient is the part of a cube's name before _Macular
-(P0077_MacularCube512x128_...). A cube with another name is one patient, named train_<cube> or valid_<cube> in the
-column `case`. The checksums of PNG files are verified. A BMP has none, so damage is noticed only if the file is cut off
-or its header is wrong.
-Published: train 4,297; valid 45 + 70; test 1,041 + 764. Valid and test together are all 15 x 128 slices. The 115 slices
-of valid are not a multiple of 128, so whole cubes of the full source come close to the published counts but cannot
-equal them; the actual counts are printed before the images are written.
+A patient may have several cubes: the text before _Macular in a cube's name (P0077_MacularCube512x128_...) identifies
+the patient. A cube with another name counts as one patient, named train_<cube> or valid_<cube> in the column `case`.
+The checksums of PNG files are verified. A BMP file has none: damage is detected only if the file is truncated or its
+header is invalid.
+Published counts (normal + anomalous): train 4,297; valid 45 + 70; test 1,041 + 764. Valid and test together comprise
+all 15 x 128 slices. The 115 slices of valid are not a multiple of 128, so whole cubes of the full source only
+approximate the published counts; the script prints the actual counts before it writes the images.
 """
 
 import os
@@ -46,13 +47,13 @@ PUBLISHED = {("train", 0): 4297, ("valid", 0): VALID[0], ("valid", 1): VALID[1],
              ("test", 1): TEST[1]}
 LOOKED_FOR = ("a training and a validation part like Edema_trainingset/original_images/<cube>.img/1.bmp with "
               "Edema_trainingset/label_images/<cube>_labelMark/1.bmp")
-CHUNK = 128  # slices given to a process at a time
+CHUNK = 128  # slices per task
 
 
 @dataclass
 class Args(prepare.Args):
     patients: Path | None = None
-    """CSV file with the columns case,split (valid or test) for the patients of the validation part"""
+    """CSV file with columns case,split that assigns patients of the validation part to valid or test"""
 
 
 def find_slices(raw):
@@ -79,7 +80,7 @@ def patient_of(part, cube):
 
 
 def has_lesion(item, folder):
-    """Return True if the label has a lesion. The image is read too, so that only usable slices are divided."""
+    """Return True if the label has a lesion. The image is read, too, so that only usable slices are assigned."""
     image, label = item
     if image is None or label is None:
         raise prepare.Damaged(f"{image or label} has no {'label' if image else 'image'} for the same slice; "

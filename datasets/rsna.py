@@ -1,21 +1,21 @@
 """chest: the chest X-ray benchmark from the RSNA Pneumonia Detection Challenge (stage 2, training set).
 
 Source: kaggle.com/c/rsna-pneumonia-detection-challenge, after accepting its rules; for research, education and other
-non-commercial use. 26,684 radiographs, 1024x1024 pixels, 8 bit, JPEG in DICOM, 3.7 GB compressed.
---raw: the folder that holds stage_2_train_images/<patientId>.dcm and stage_2_detailed_class_info.csv (patientId,class;
-30,227 rows, several for some patients), at any depth. Nothing else is read.
+non-commercial use. There are 26,684 radiographs of 1024x1024 pixels (8-bit JPEG in DICOM), 3.7 GB compressed.
+--raw: a folder with stage_2_train_images/<patientId>.dcm and stage_2_detailed_class_info.csv (patientId,class; 30,227
+rows, more than one for some patients), at any depth. The script reads nothing else.
 
-The rule:
+Protocol:
 1. The class Normal is normal; Lung Opacity and No Lung Opacity / Not Normal are anomalous.
-2. The 8,851 normal patients, in an order given by --seed, are divided into 8,000 train, 70 valid and 781 test, and the
-   17,833 others into 1,420 valid and 16,413 test. A source of another size is divided in the same proportions, with at
-   least one patient in each part. --patients FILE (CSV: case,split) defines the division instead.
+2. Patients are divided at random (--seed): the 8,851 normal ones into 8,000 train, 70 valid and 781 test, the 17,833
+   others into 1,420 valid and 16,413 test. A source of another size is divided in the same proportions, with at least
+   one patient in each part. --patients FILE (CSV: case,split) replaces this division.
 3. Pixels are scaled to 8 bits, from black at the minimum to white at the maximum that the header allows (bits stored,
-   sign, rescale slope and intercept). 8-bit pixels, as in the source, stay unchanged. Images with photometric
+   sign, rescale slope and intercept). 8-bit pixels, as in the source, are unchanged. Images with photometric
    interpretation MONOCHROME1 or a negative slope are inverted.
 
-JPEG in DICOM has no checksums, so damage is noticed only if the file is cut off or its header is wrong.
-Published: train 8,000; valid 70 + 1,420; test 781 + 16,413 (the thesis calls valid 1:1).
+JPEG data in DICOM have no checksums: damage is detected only if a file is truncated or its header is invalid.
+Published counts (normal + anomalous): train 8,000; valid 70 + 1,420 (1:1 according to the thesis); test 781 + 16,413.
 """
 
 import sys
@@ -37,17 +37,17 @@ PUBLISHED = {(split, label): count for label, parts in PARTS.items() for split, 
 LIST = "stage_2_detailed_class_info.csv"
 LOOKED_FOR = f"stage_2_train_images/<patientId>.dcm and {LIST}"
 MEMORY = 0.15  # GiB per process
-CHUNK = 100  # images given to a process at a time
+CHUNK = 100  # images per task
 
 
 @dataclass
 class Args(prepare.Args):
     patients: Path | None = None
-    """CSV file with the columns case,split that assigns patients to splits, instead of the seed"""
+    """CSV file with columns case,split that assigns patients to splits; replaces the random choice"""
 
 
 def labels_of(rows):
-    """Return {patient: label} from the rows of the list; all rows of a patient must have the same class."""
+    """Return {patient: label} from the rows of the CSV file; all rows of a patient must have the same class."""
     classes = {}
     for row in rows:
         patient, kind = row["patientId"], row["class"]
@@ -73,7 +73,7 @@ def plan(labels, seed=0):
 
 
 def read_radiograph(file):
-    """Read a DICOM image as (H, W) uint8 by rule 3, with black as 0; raise `Damaged` if it cannot be used."""
+    """Read a DICOM image as (H, W) uint8, with black as 0 (step 3); raise `Damaged` if it cannot be used."""
     dataset = volumes.open_dicom(file)
     try:
         stored = dataset.pixel_array.astype(np.float64)
@@ -82,7 +82,7 @@ def read_radiograph(file):
         low = -(2 ** (bits - 1)) if signed else 0
         image = (stored - low) / (2**bits - 1)  # in [0, 1]
     except Exception as e:  # pydicom and its decoders raise many kinds of errors
-        why = " ".join(str(e).split())  # it has one line for each decoder that was tried
+        why = " ".join(str(e).split())  # the message has one line for each decoder tried
         raise prepare.Damaged(f"{file} has no readable pixels ({why}); download it again") from e
     if image.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2") or not slope:
         raise prepare.Damaged(f"{file} holds {kind} pixels of shape {image.shape}, rescaled by {slope}; one grey image "
@@ -98,7 +98,7 @@ def write_image(item, folder):
     """Write one radiograph as PNG and return its manifest row."""
     patient, label, split, file = item
     if file is None:
-        raise prepare.Damaged(f"{patient}.dcm is missing, though {LIST} names it; download it again")
+        raise prepare.Damaged(f"{patient}.dcm is missing, although {LIST} lists it; download it again")
     with warnings.catch_warnings(action="ignore"):  # pydicom warns about headers
         image = read_radiograph(file)  # (1024, 1024)
     return prepare.save(folder, split, label, patient, image, case=patient)

@@ -1,10 +1,11 @@
 """Read scans (NIfTI volumes and DICOM series) slice by slice, and write their anomaly maps in the format of the scan.
 
-Run as a script, it writes the axial slices of a folder of scans as images, <to>/scan0001-<name>/0042.png and so on, to
-train on with `--data`. The names tell the method which slices belong to the same scan.
+As a script, it converts the axial slices of all scans in a folder to images such as <to>/scan<number>-<name>/0042.png,
+for training with `--data`. The number tells the methods which slices belong to the same scan. It is computed from the
+slices, so that the same scan has the same number in every folder.
 
 The preparation scripts use `Volume`, `open_dicom` and `stretched`; predict.py uses `find_scans`. In shapes, D is the
-number of slices of a scan, (H, W) the size of a slice and S the image size of the method."""
+number of slices in a scan, (H, W) the size of a slice and S the image size of the method."""
 
 import functools
 import gzip
@@ -15,6 +16,7 @@ import re
 import shutil
 import sys
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,32 +38,32 @@ import common
 @dataclass
 class Args:
     scans: str
-    """folder of scans: NIfTI volumes or DICOM series"""
+    """folder with scans: NIfTI volumes or DICOM series"""
     to: str
-    """output folder of the slices, e.g. mine/train/good for --data mine"""
+    """output folder for the slices, e.g. mine/train/good for --data mine"""
 
 
 class Damaged(common.Error):
-    """Error for an unusable source file; the preparation scripts print it and continue without the file."""
+    """An unusable source file. The preparation scripts print this error and continue without the file."""
 
 
 class Volume:
-    """Read axial slices of a NIfTI volume in the same orientation, whatever its affine: rows run from front to back,
-    columns from the patient's right to the left (radiological view), slices upwards. Raise `Damaged` if it is unusable.
+    """Axial slices of a NIfTI volume in the same orientation, whatever its affine: rows run from front to back, columns
+    from the patient's right to the left (radiological view), slices upwards. An unusable file raises `Damaged`.
 
-    header_only: read only the grid; nothing is unpacked, and damaged voxels go unnoticed."""
+    header_only: read only the grid, without unpacking the file or detecting damaged voxels."""
 
     def __init__(self, file, header_only=False):
         self.file = file
         try:
             self.image = nibabel.load(file) if header_only else _opened(file)
-            orientation = nibabel.io_orientation(self.image.affine)  # for each voxel axis: body axis and its sign
+            orientation = nibabel.io_orientation(self.image.affine)  # (body axis, sign) of each voxel axis
             needed = math.prod(self.image.shape) * self.image.get_data_dtype().itemsize + self.image.dataobj.offset
             data = self.image.file_map["image"]
             size = data.fileobj.getbuffer().nbytes if data.fileobj else os.path.getsize(data.filename)
         except Exception as e:  # nibabel, gzip and numpy raise many kinds of errors
             raise Damaged(f"{file} is not a readable NIfTI volume ({_reason(e)}); download it again") from e
-        if size < needed and not header_only:  # the size of a compressed file cannot be compared
+        if size < needed and not header_only:  # with header_only, the file may be compressed
             raise Damaged(f"{file} is cut off: {size} of {needed} bytes; download it again")
         if len(self.image.shape) < 3 or math.prod(self.image.shape[3:]) != 1:
             raise Damaged(f"{file} has {len(self.image.shape)} dimensions {self.image.shape}; a volume has 3")
@@ -72,14 +74,14 @@ class Volume:
         self.shape = tuple(self.image.shape[a] for a in self.axes)
 
     def axial(self, start=0, stop=None, finite=True):
-        """Return the slices start to stop as (n, H, W) floats, scaled by the header's slope and intercept.
+        """Return slices start to stop (excluded) as (n, H, W) floats, scaled by the header's slope and intercept.
 
         finite: raise `Damaged` if a voxel is not finite."""
         depth = self.shape[2]
         stop = depth if stop is None else stop
         if not 0 <= start < stop <= depth:
-            raise Damaged(f"{self.file} has {depth} axial slices; the rule reads {start} to {stop - 1}")
-        where = [slice(None)] * 3 + [0] * (len(self.image.shape) - 3)  # (x, y, z, 1) is also one volume
+            raise Damaged(f"{self.file} has {depth} axial slices; the protocol uses {start} to {stop - 1}")
+        where = [slice(None)] * 3 + [0] * (len(self.image.shape) - 3)  # (x, y, z, 1) is a single volume, too
         where[self.axes[2]] = slice(start, stop) if self.signs[2] > 0 else slice(depth - stop, depth - start)
         try:
             with np.errstate(all="ignore"):
@@ -102,8 +104,8 @@ class Volume:
 
 
 def _opened(file):
-    """Open a NIfTI file. A compressed one is unpacked into memory to its end, where its checksum is. Reading slices
-    from the file would ignore the checksum and start from the beginning each time."""
+    """Open a NIfTI file. Unpack a compressed file completely into memory, because its checksum is at the end. Reading
+    slices from disk would skip the checksum and unpack the file from the start each time."""
     image = nibabel.load(file)
     held = {}
     for kind, part in image.file_map.items():
@@ -123,7 +125,7 @@ def open_dicom(file):
             decoder = pydicom.pixels.get_decoder(syntax)
             needed = [d.rpartition("requires ")[2] for d in decoder.missing_dependencies] * (not decoder.is_available)
         except NotImplementedError:
-            needed = ["to be converted: pydicom knows no package that decodes it"]
+            needed = ["to be converted: pydicom supports no package that decodes it"]
     except Exception as e:  # pydicom raises many kinds of errors for damaged headers
         why = " ".join(str(e).split())
         raise Damaged(f"{file} is not a readable DICOM file ({why}); download it again") from e
@@ -143,7 +145,7 @@ def stretched(image):
 
 
 # -------------------------------------------------------------------------------------------------- scans for --predict
-# Header fields that the map of a DICOM slice copies from the slice: patient, study and position.
+# Header fields that a map copies from its DICOM slice: patient, study and position.
 SHARED = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID",
           "StudyDate", "StudyTime", "StudyID", "StudyDescription", "AccessionNumber", "ReferringPhysicianName",
           "Modality", "BodyPartExamined", "Laterality", "PatientPosition", "FrameOfReferenceUID",
@@ -158,14 +160,14 @@ def find_scans(path):
     """Return (scans, damaged): the scans in a file or folder, sorted by path, and one line for each unusable file.
 
     A scan is a NIfTI volume, a DICOM series (files in one folder with the same SeriesInstanceUID), or a single DICOM
-    file, which may have many frames. Its unique `name` comes from its path `source` and is valid in a file name. The
-    len(scan) slices are ordered from bottom to top: slice(i) returns (H, W) uint8, blank(i) is True if all its pixels
-    are equal; both may raise `Damaged`. Read one scan after another: only the last volume's voxels stay in memory."""
+    file, which may have many frames. Its unique `name` is derived from its path, `source`, and is a valid file name.
+    The len(scan) slices are ordered from bottom to top. slice(i) returns (H, W) uint8; blank(i) is True if all its
+    pixels are equal; both may raise `Damaged`. Finish one scan before the next: only one volume is kept in memory."""
     path = Path(os.path.abspath(path))
     found, series, damaged, others = [], {}, [], []
     for file in [path] if path.is_file() else common.files_in(path):
         if file != path and re.search(r"[-_](seg|labels?|mask|map)\.nii", file.name.lower()):
-            others.append(file)  # segmentations, and maps written by `save_maps`
+            others.append(file)  # segmentations and the maps that `save_maps` writes
             continue
         try:
             if file.name.lower().endswith((".nii", ".nii.gz")):
@@ -177,7 +179,7 @@ def find_scans(path):
                     others.append(file)
         except Damaged as e:
             damaged.append(str(e))
-    if others:  # segmentations, reports, and plans that archives export with a series
+    if others:  # segmentations, reports and plans, which archives export with a series
         print(f"note: {len(others)} files that hold no images are skipped, e.g. {others[0]}", file=sys.stderr)
     alone = {key: len({one.file for one in slices}) == 1 for key, slices in series.items()}
     shared = Counter(folder for folder, number in series if not alone[folder, number])
@@ -192,7 +194,7 @@ def find_scans(path):
         place = scan.source.name if scan.source == path else str(scan.source.relative_to(path))
         scan.name = name = common.plain(re.sub(r"\.(nii|nii\.gz|dcm)$", "", place, flags=re.IGNORECASE) + label)
         number = 1
-        while scan.name.lower() in taken:  # some file systems ignore case
+        while scan.name.lower() in taken:  # some file systems are case-insensitive
             number += 1
             scan.name = common.plain(f"{name}-{number}")
         taken.add(scan.name.lower())
@@ -207,15 +209,15 @@ class NiftiScan:
         return self.volume.shape[2]
 
     def slice(self, i):
-        return stretched(_voxels(self)[i])  # by its own range, as in the brain benchmark
+        return stretched(_voxels(self)[i])  # to the slice's own range, as in the brain benchmark
 
     def blank(self, i):
         return not np.ptp(self.slice(i))
 
     def save_maps(self, folder, maps, pixel, low):
-        """Write <name>_map.nii.gz on the volume's grid and, if there is a threshold `pixel`, <name>_mask.nii.gz.
+        """Write <name>_map.nii.gz on the volume's grid and, with a threshold `pixel`, <name>_mask.nii.gz.
 
-        maps: (D, S, S), NaN in slices without a map, which get the value `low` and an empty mask."""
+        maps: (D, S, S). Slices without a map are NaN; in the files, they have the value `low` and an empty mask."""
         maps = _resized(maps, self.volume.shape[1::-1])  # (D, H, W)
         if pixel is not None:
             self.volume.save((maps >= pixel).astype(np.uint8), Path(folder, f"{self.name}_mask.nii.gz"))
@@ -225,7 +227,7 @@ class NiftiScan:
 
 @functools.lru_cache(maxsize=1)  # unpack each volume once for all its slices
 def _voxels(scan):
-    """Return the slices (D, H, W) of a NiftiScan; set voxels that are not finite to the minimum of their slice."""
+    """Return the slices (D, H, W) of a NiftiScan. Voxels that are not finite become the minimum of their slice."""
     voxels = np.require(Volume(scan.source).axial(finite=False), requirements="W")
     bad = ~np.isfinite(voxels)
     if bad.any():
@@ -249,9 +251,10 @@ class DicomScan:
         return not np.ptp(self.slice(i))
 
     def save_maps(self, folder, maps, pixel, low):
-        """Write the series <name>_map, which viewers can overlay on this one, and <name>_mask if there is a threshold
-        `pixel`. maps: (D, S, S), NaN in slices without a map, which get the value `low` and an empty mask."""
-        start, high = (float(f.reduce(maps, axis=None, initial=low)) for f in (np.fmin, np.fmax))  # these ignore NaN
+        """Write the series <name>_map, which viewers can overlay on this scan, and, with a threshold `pixel`,
+        <name>_mask. maps: (D, S, S). Slices without a map are NaN; in the files, they have the value `low` and an empty
+        mask."""
+        start, high = (float(f.reduce(maps, axis=None, initial=low)) for f in (np.fmin, np.fmax))  # ignore NaN
         start, step = (float(format_number_as_ds(v)) for v in (start, (high - start) / 65535 or 1.0))  # as stored
         self._save(Path(folder, f"{self.name}_map"), "anomaly map", 1000, maps, start, step,
                    lambda m: np.rint((np.where(np.isnan(m), low, m) - start) / step).clip(0, 65535))
@@ -259,7 +262,7 @@ class DicomScan:
             self._save(Path(folder, f"{self.name}_mask"), "anomaly mask", 2000, maps, 0, 1, lambda m: m >= pixel)
 
     def _save(self, folder, description, number, maps, intercept, slope, stored):
-        """Write a derived series, one file per slice. stored: a function that converts a map to the stored integers."""
+        """Write a derived series, one file per slice. stored: a function that converts a map to integers."""
         series = uid.generate_uid()
         with common.atomic(folder) as tmp:
             tmp.mkdir()
@@ -267,7 +270,7 @@ class DicomScan:
                 image, source = pydicom.Dataset(), pydicom.Dataset()
                 for key in [key for key in SHARED if key in one.header]:
                     image.add(one.header[key])
-                # Use the source's class and modality, since viewers overlay few other series. A map has one frame.
+                # Copy the source's class and modality, because viewers rarely overlay others. A map has one frame.
                 plain = uid.CTImageStorage if one.header.get("Modality") == "CT" else uid.MRImageStorage
                 own = plain if one.frames > 1 else one.header.get("SOPClassUID")
                 image.SOPClassUID = own or uid.SecondaryCaptureImageStorage
@@ -299,14 +302,15 @@ def _is_dicom(file):
 
 
 def _dicom_slices(file):
-    """Return the header fields that a series needs, one entry per frame of a DICOM file with grey images; [] if it
-    holds no images.
+    """Return the header fields that a series needs, one entry for each frame of a greyscale DICOM file; [] if the file
+    contains no images.
 
-    size: (H, W); turn: directions of rows and columns; place: first pixel in mm. The last two are empty if unknown."""
+    size: (H, W); turn: directions of rows and columns; place: position of the first pixel in mm. The last two are empty
+    if the header lacks them."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER)
-            list(header)  # converts all values, so that an invalid one raises its error here
+            list(header)  # converts all values, so that invalid ones raise their errors here
             kind = getattr(header.file_meta.get("MediaStorageSOPClassUID"), "name", "Image")
             number, series_number, frames, *size = (int(header.get(key) or 0) for key in (
                 "InstanceNumber", "SeriesNumber", "NumberOfFrames", "Rows", "Columns"))
@@ -321,12 +325,12 @@ def _dicom_slices(file):
         raise Damaged(f"{file} is not a readable DICOM file ({_reason(e)}); download it again") from e
     grey = header.get("PhotometricInterpretation")
     if "Image" in kind and (grey not in ("MONOCHROME1", "MONOCHROME2") or 0 in size):
-        raise Damaged(f"{file} holds {grey or 'no'} pixels, {size[0]}x{size[1]}; grey images were expected")
+        raise Damaged(f"{file} holds {grey or 'no'} pixels, {size[0]}x{size[1]}; expected grey images")
     return slices if "Image" in kind else []
 
 
 def _of_frame(header, frame):
-    """Return the header of a frame, with the fields of its functional groups, if any, at the top level."""
+    """Return the header of a frame. Fields of its functional groups, if any, are copied to the top level."""
     flat = pydicom.Dataset()
     flat.update(header)
     for name, item in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
@@ -337,23 +341,23 @@ def _of_frame(header, frame):
 
 
 def _upwards(slices):
-    """Sort a series from bottom to top along the slices' normal, or by number if the headers have no common normal."""
+    """Sort a series from bottom to top along its slices' common normal, or by number if there is none."""
     turn, heights = slices[0].turn, np.zeros(len(slices))
     if turn.size == 6 and all(s.turn.size == 6 and s.place.size == 3 and np.allclose(s.turn, turn, atol=0.01)
                               for s in slices):
         normal = np.cross(turn[:3], turn[3:])
-        normal *= np.sign(normal[np.abs(normal).argmax()])  # up; for coronal slices to the back, for sagittal left
+        normal *= np.sign(normal[np.abs(normal).argmax()])  # up (coronal slices: to the back; sagittal ones: left)
         heights = np.round([s.place @ normal for s in slices], 3)  # mm
     order = sorted(range(len(slices)), key=lambda i: (heights[i], slices[i].number, slices[i].file))
     return [slices[i] for i in order]
 
 
-_last_dicom = functools.lru_cache(maxsize=1)(open_dicom)  # so that a file with many frames is read once
+_last_dicom = functools.lru_cache(maxsize=1)(open_dicom)  # reads a file with many frames only once
 
 
-@functools.lru_cache(maxsize=1)  # so that blank(i) and slice(i) decode it once
+@functools.lru_cache(maxsize=1)  # blank(i) and slice(i) share the decoded slice
 def _picture(scan, i):
-    """Return slice i of a DicomScan as (H, W) uint8, as viewers show it by default."""
+    """Return slice i of a DicomScan as (H, W) uint8, as viewers display it by default."""
     one = scan.slices[i]
     with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):  # pydicom warns about headers
         dataset = _last_dicom(one.file)
@@ -361,13 +365,13 @@ def _picture(scan, i):
             header = _of_frame(dataset, one.frame)
             values = apply_modality_lut(pixel_array(dataset, index=one.frame), header).astype(np.float64)  # HU, for CT
             image = windowed(values, header)
-        except Exception as e:  # as in open_dicom; decoders raise their own
+        except Exception as e:  # as in open_dicom; decoders raise other errors, too
             raise Damaged(f"{one.file} has no readable pixels ({_reason(e)}); download it again") from e
     return 255 - image if dataset.PhotometricInterpretation == "MONOCHROME1" else image
 
 
 def windowed(values, dataset):
-    """Convert (H, W) floats of a DICOM image to uint8 with the first window in its header; without one, with the table;
+    """Convert (H, W) floats of a DICOM image to uint8 with the first window in its header, else with its lookup table;
     without either, from minimum to maximum. Window functions: DICOM PS3.3, C.11.2.1."""
     centre, width = (np.atleast_1d(dataset.get(key))[0] for key in ("WindowCenter", "WindowWidth"))
     function = dataset.get("VOILUTFunction") or "LINEAR"
@@ -384,7 +388,7 @@ def windowed(values, dataset):
 
 def _resized(maps, size):
     """Resize (n, S, S) to (n, H, W) float32."""
-    maps = torch.from_numpy(np.array(maps, np.float32))[:, None]  # a copy: the maps may come from a read-only file
+    maps = torch.from_numpy(np.array(maps, np.float32))[:, None]  # a copy: maps may be read-only
     return torch.nn.functional.interpolate(maps, size, mode="bilinear")[:, 0].numpy()
 
 
@@ -392,18 +396,28 @@ if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     scans, damaged = find_scans(args.scans)
     if not scans:
-        raise common.Error(f"--scans {args.scans}: no readable NIfTI volume or DICOM series {damaged[:1]}")
-    count = 0
-    for number, scan in enumerate(common.progress(scans, "scans"), 1):
+        found = damaged[0] if damaged else "no NIfTI volume or DICOM series"
+        raise common.Error(f"--scans {args.scans}: {found if Path(args.scans).exists() else 'does not exist'}")
+    count = written = 0
+    for scan in common.progress(scans, "scans"):
         try:
-            with common.atomic(Path(args.to, f"scan{number:04}-{scan.name}")) as tmp:
+            slices = {z: scan.slice(z) for z in range(len(scan)) if not scan.blank(z)}
+            if not slices:
+                raise Damaged(f"{scan.source}: all {len(scan)} slices are blank")
+            number = 0
+            for image in slices.values():
+                number = zlib.crc32(image.tobytes(), number)
+            folder = Path(args.to, f"scan{number:010}-{scan.name}")
+            if known := [p for p in folder.parent.glob(f"scan{number:010}-*") if p != folder]:
+                raise Damaged(f"{scan.source} has the same slices as {known[0]}")
+            with common.atomic(folder) as tmp:
                 tmp.mkdir()
-                for z in [z for z in range(len(scan)) if not scan.blank(z)]:
-                    Image.fromarray(scan.slice(z)).save(tmp / f"{z:04}.png")
-                    count += 1
+                for z, image in slices.items():
+                    Image.fromarray(image).save(tmp / f"{z:04}.png")
+            count, written = count + len(slices), written + 1
         except Damaged as e:
             damaged.append(str(e))
-    print(f"{count} slices of {len(scans)} scans: {args.to}")
+    print(f"{count} slices of {written} scans: {args.to}")
     if damaged:
         print(*[f"skipped: {message}" for message in damaged], sep="\n", file=sys.stderr)
         raise SystemExit(1)

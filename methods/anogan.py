@@ -1,33 +1,33 @@
 """AnoGAN (Schlegl, Seeboeck, Waldstein, Schmidt-Erfurth, Langs, IPMI 2017, arXiv:1703.05921).
 
-A DCGAN learns to generate normal images from random codes z. To score an image, gradient descent then searches for the
-code whose generated image is most similar to it. What the GAN cannot generate is anomalous: the anomaly score is the
-remaining difference between the two images and between their discriminator features.
+A DCGAN learns to generate normal images from random codes z. To score an image, gradient descent searches for the code
+whose generated image is most similar to it. The GAN cannot generate anomalies, so the anomaly score is the difference
+that remains between the two images and between their discriminator features.
 
-Settings: the search follows the paper (500 steps, lambda = 0.1). No official code is known, so everything else follows
-LeeDoYup/AnoGAN-tf (carpedm20's DCGAN in TensorFlow 1): networks, 64 pixels, Adam with learning rate 2e-4 and beta1 =
-0.5, batches of 64, 25 epochs, and two steps of the generator for each step of the discriminator. The learning rate of
-the search is ours: with LeeDoYup's 1e-3, 500 steps do not converge; with the 0.05 in the help of LeeDoYup's flag,
-rounding changes scores by 1% of their range. The thesis names the method but has no row for it.
-Differences from the paper: images have three channels, and there is no map of the residual, since images of 64 pixels
-are too small to locate lesions.
+Settings: the search follows the paper (500 steps, lambda = 0.1). We know of no official code, so everything else
+follows LeeDoYup/AnoGAN-tf (carpedm20's DCGAN in TensorFlow 1): networks, 64x64 pixels, Adam with learning rate 2e-4 and
+beta1 = 0.5, batches of 64, 25 epochs, and two generator steps for each discriminator step. The learning rate of the
+search is our choice: with LeeDoYup's 1e-3, 500 steps do not converge; with 0.05, as in the help of LeeDoYup's flag,
+rounding errors change scores by 1% of their range. The thesis mentions the method but reports no results for it.
+Differences from the paper: images have three channels, and there is no anomaly map, since images of 64x64 pixels are
+too small to locate lesions.
 Differences from LeeDoYup/AnoGAN-tf:
-- The search takes 500 steps, as in the paper (LeeDoYup: 100), and the score is the loss after the last step, not
-  before it.
-- The search starts from the same random code for all images. This code is part of the model, so no score depends on
-  other images. LeeDoYup's starts from the code and the Adam moments with which the previous image's search ended.
-- The features use the running statistics of batch normalisation (LeeDoYup: those of the single image and its generated
-  counterpart).
-- The images of a batch are searched together: in the sum of their losses, each code has its own gradient, and Adam
-  works element by element. In float32, the steps amplify rounding errors, which depend on the batch, to 2e-4 of the
-  range of scores (float64: 2e-16).
-- Convolutions are padded equally on all sides (LeeDoYup: as in TensorFlow), an incomplete last batch is used for
-  training, images come in random order, and the best epoch is chosen on valid.
+- The search takes 500 steps, as in the paper (LeeDoYup: 100). The score is the loss after the last step (LeeDoYup:
+  before it).
+- All searches start from the same random code, which is stored with the model, so the score of an image does not depend
+  on other images. LeeDoYup starts from the final code and Adam moments of the previous image's search.
+- The discriminator features use the running statistics of batch normalisation (LeeDoYup: the statistics of the single
+  image and of its generated counterpart).
+- The codes of a batch are optimised together. The loss is summed over images and Adam works element by element, so each
+  code follows its own gradient. In float32, the steps amplify rounding errors, which depend on the batch, to 2e-4 of
+  the range of scores (float64: 2e-16).
+- Convolutions are padded equally on all sides (LeeDoYup: TensorFlow's padding), training images are shuffled, an
+  incomplete last batch is used, and the best epoch is chosen on valid.
 
-Parameters at 64 pixels: generator 5,135,363, discriminator 4,316,545.
-Cost, measured on one busy CPU thread: 200 images of 32 pixels, width 16, 10 epochs: 14 s, 0.8 GiB of memory; 50 steps
-of the search in batches of 16: 58 ms per image. The default settings were not timed; their 500 steps take about 0.4
-TFLOP.
+Parameters at 64x64 pixels: generator 5,135,363, discriminator 4,316,545.
+Cost on one thread of a busy CPU: with 200 images of 32x32 pixels and width 16, 10 epochs take 14 s and 0.8 GiB of
+memory; 50 search steps in batches of 16 take 58 ms per image. The default settings were not timed; their 500 search
+steps need about 0.4 TFLOP per image.
 """
 
 import sys
@@ -44,45 +44,45 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 BETAS = 0.5, 0.999  # Adam's, in training and in the search (LeeDoYup)
-GENERATOR_STEPS = 2  # per step of the discriminator, so that its loss does not go to zero (LeeDoYup)
+GENERATOR_STEPS = 2  # per discriminator step, to keep the discriminator's loss from going to zero (LeeDoYup)
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 64
     """images are resized to this width and height in pixels (paper); a power of two, at least 16"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch, in training and in the search (LeeDoYup)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 25
     """passes over the normal training images (LeeDoYup)"""
     lr: Annotated[float, Gt(0)] = 2e-4
@@ -92,17 +92,17 @@ class Args:
     latent: Annotated[int, Ge(1)] = 100
     """length of the code z (LeeDoYup)"""
     width: Annotated[int, Ge(1)] = 64
-    """number of channels at half the image size; doubled whenever the size is halved (LeeDoYup)"""
+    """number of channels at half the image size; doubles each time the size is halved (LeeDoYup)"""
     steps: Annotated[int, Ge(1)] = 500
-    """number of steps in the search for each image's code (paper)"""
+    """number of search steps for each image's code (paper)"""
     search_lr: Annotated[float, Gt(0)] = 5e-3
     """Adam's learning rate in the search (our choice, see above; LeeDoYup: 1e-3)"""
     feature_weight: Annotated[float, Interval(ge=0, le=1)] = 0.1
-    """lambda, weight of the feature residual; the image residual has the weight 1 - lambda (paper)"""
+    """lambda, weight of the feature residual; the image residual has weight 1 - lambda (paper)"""
 
 
 def channels(image_size, width):
-    """Return the number of channels at each size from half the image down to 4x4, e.g. 64, 128, 256, 512."""
+    """Return the number of channels at each size, from half the image size down to 4x4: 64, 128, 256, 512, ..."""
     return [width * 2**i for i in range((image_size // 8).bit_length())]
 
 
@@ -114,7 +114,7 @@ class Generator(nn.Sequential):
         layers = [nn.Linear(latent, down[0] * 16), nn.Unflatten(1, (down[0], 4, 4)), nn.BatchNorm2d(down[0]),
                   nn.ReLU()]
         for narrow, wide in zip(down[1:], down, strict=False):
-            layers += [nn.ConvTranspose2d(wide, narrow, 5, 2, 2, 1), nn.BatchNorm2d(narrow), nn.ReLU()]  # doubles h, w
+            layers += [nn.ConvTranspose2d(wide, narrow, 5, 2, 2, 1), nn.BatchNorm2d(narrow), nn.ReLU()]  # 2h x 2w
         super().__init__(*layers, nn.ConvTranspose2d(down[-1], 3, 5, 2, 2, 1), nn.Tanh())
 
 
@@ -134,7 +134,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(module):
-    """Draw the weights from N(0, 0.02), as in DCGAN, and set biases to 0 (LeeDoYup)."""
+    """Draw the weights with standard deviation 0.02, as in DCGAN, and set the biases to 0 (LeeDoYup)."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -151,7 +151,7 @@ class AnoGAN(nn.Module):
         self.register_buffer("start", 2 * torch.rand(latent) - 1)  # z_1, where each search starts
 
     def residual(self, z, x, features):
-        """Return the loss (B,) of codes z (B, latent) for images x (B, 3, H, W) in [-1, 1] and the features of x."""
+        """Return the loss (B,) of codes z (B, latent), given images x (B, 3, H, W) in [-1, 1] and their features."""
         recon = self.generator(z)
         image = (x - recon).abs().sum(dim=(1, 2, 3))  # L_R, paper, Eq. 3
         feature = (features - self.discriminator.features(recon)).abs().sum(dim=(1, 2, 3))  # L_D, paper, Eq. 5
@@ -159,15 +159,15 @@ class AnoGAN(nn.Module):
 
     def search(self, x):
         """Return the codes (B, latent) of images x (B, 3, H, W) and their residuals (B,)."""
-        self.eval()  # in training mode, batch normalisation would make the images depend on each other
+        self.eval()  # in training mode, batch normalisation would make an image's score depend on its batch
         with torch.no_grad():
             features = self.discriminator.features(x)
         z = self.start.repeat(len(x), 1).requires_grad_()
         optimizer = torch.optim.Adam([z], self.search_lr, BETAS)
         with torch.enable_grad():
             for _ in range(self.steps):
-                # not the mean, whose gradients shrink as the batch grows until Adam's epsilon matters
-                z.grad, = torch.autograd.grad(self.residual(z, x, features).sum(), z)  # only for z
+                # a sum: gradients of the mean shrink as the batch grows, until Adam's epsilon matters
+                z.grad, = torch.autograd.grad(self.residual(z, x, features).sum(), z)  # no gradients for the weights
                 optimizer.step()
         with torch.no_grad():
             return z.detach(), self.residual(z, x, features)
@@ -208,7 +208,7 @@ if __name__ == "__main__":
                 z = (2 * torch.rand(len(real), args.latent) - 1).to(run.device)
                 fake = generator(z).detach()
                 loss_d = discriminator_loss(discriminator(real), discriminator(fake))  # separate batch statistics
-                optimizer_d.zero_grad()  # also clears the gradients of the generator's loss
+                optimizer_d.zero_grad()  # also clears gradients left by the generator's loss
                 loss_d.backward()
                 optimizer_d.step()
                 losses_d.append(loss_d.detach())

@@ -1,45 +1,47 @@
 """clip_recon (Bao, MSc thesis, University of Alberta 2024, chapter 4: language-enhanced reconstruction with CLIP).
 
-CLIP's image encoder describes each patch of an image at four depths. Learned "blank" words, one set per patch location,
-plus what an adapter extracts from the image at that location, must reproduce these descriptions through CLIP's text
-encoder. Both encoders stay frozen; words and adapter are trained on normal images. A patch is anomalous where the two
-encoders disagree.
+CLIP's image encoder gives each patch of an image a feature at four depths. CLIP's text encoder must reproduce these
+features from learned "blank" words. Each patch location has its own words, which an adapter shifts according to the
+patch's deepest feature. Both encoders are frozen; words and adapter are trained on normal images. A patch is anomalous
+if the two encoders disagree.
 
     image -> augmentation -> image encoder -> features f^1 ... f^4 -------------> M^k = 1 - cos(f^k, p^k)
                                                              | adapter: pi_i         ^
              words T_i + pi_i of each patch location i ------+---> text encoder -> p^1 ... p^4
 
-Eq. 4.1, 4.2: text_i = [SOS, T_i + pi_i, EOT] with pi_i = h(f_i^last), f^last of the last block (f^4 by default)
+Eq. 4.1, 4.2: text_i = [SOS, T_i + pi_i, EOT] with pi_i = h(f_i^last); f^last is from the last block (by default f^4)
 Eq. 4.3:      M_i^k = 1 - cos(f_i^k, p_i^k)     Eq. 4.5: loss = sum over k of the mean of M_i^k over i
-The anomaly map is S = sum over k of Psi(M^k), where Psi enlarges bilinearly. Eq. 4.7 to 4.9 are the augmentation.
+The anomaly map is S = sum over k of Psi(M^k), where Psi upsamples bilinearly. Eq. 4.7 to 4.9 define the augmentation.
 
-Settings: thesis, 4.3.3; there is no public code. Where the thesis says nothing, the text side follows CoCoOp (Zhou et
-al., CVPR 2022, arXiv:2203.05557), which conditions its prompt on the image as this method does on the patch, and map
-and loss follow RD4AD (arXiv:2201.10703). Two choices are from AnoVL (Deng et al., 2023, arXiv:2308.15939): blocks 3, 6,
-9, 12, and CLIP's own last norm and projection applied to each of them.
-Decisions where the thesis leaves room, with flags for other likely readings (also --blocks, --join, --smooth-sigma):
+Settings: thesis, 4.3.3; there is no public code. Where the thesis is silent, the text side follows CoCoOp (Zhou et al.,
+CVPR 2022, arXiv:2203.05557), which conditions its prompt on the image as this method does on the patch. The map and the
+loss follow RD4AD (arXiv:2201.10703). As in AnoVL (Deng et al., 2023, arXiv:2308.15939), we use blocks 3, 6, 9 and 12
+and apply CLIP's own final norm and projection to each of them.
+Decisions where the thesis is ambiguous, with flags for other likely readings (also --blocks, --join, --smooth-sigma):
 - The image side is not trained. If it were, both sides would collapse to the same constant.
 - The text is read at EOT, after SOS and the words, as in CoOp's code (`--frame bare`: at the last word). It is not
-  padded to 77 tokens: attention is causal, so later tokens change nothing.
-- 1 - cos is minimised (the text says that the similarity is), at each position (`--loss layer`: over each layer as one
-  long vector, as in RD4AD's code). The sum over channels in Eq. 4.4 is omitted: the cosine already sums over them.
-- The "augmentation" (4.2.3) is not random and is part of the method, both in training and in testing. Its sum of two
-  images is halved so that it stays in [0, 1] (`--da-sum saturate`: cut off at 1).
-- Figure 4.7 is a picture; we read its combinations as follows. `--modules prompts` has no adapter, so pi = 0.
-  `--modules adapter` keeps the initial words: Eq. 4.2 always has a T_i, and 4.2.1 calls the prompt blank, not absent.
-- The thesis does not say how a ResNet replaces CLIP's image encoder (its Figure 4.8). Here its stages are pooled to the
-  grid of the ViT, normalised over channels and projected to the width of the text by a frozen orthonormal matrix. A
-  learned projection with frozen targets would be as likely.
-- Batches of 8, AdamW's defaults, no schedule; the best epoch is chosen on valid, as in chapter 3.
+  padded to 77 tokens: attention is causal, so padding would change nothing.
+- The loss minimises 1 - cos, although the text says that it minimises the similarity. It does so at each position
+  (`--loss layer`: over each layer as one long vector, as in RD4AD's code). The sum over channels in Eq. 4.4 is omitted,
+  since the cosine already sums over them.
+- The "augmentation" (4.2.3) is deterministic and applied in both training and testing. Its sum of two images is halved
+  to stay in [0, 1] (`--da-sum saturate`: clipped at 1).
+- Figure 4.7 shows combinations of modules only as a picture. We assume that `prompts` (see --modules) has no adapter
+  (pi = 0) and that `adapter` keeps the words at their initial values: Eq. 4.2 always has a T_i, and 4.2.1 calls the
+  prompt blank, not absent.
+- The thesis does not say how a ResNet replaces CLIP's image encoder (Table 4.1). Here, the ResNet's stages are pooled
+  to the ViT's grid, normalised over channels and projected to the width of the text by a frozen orthonormal matrix. A
+  learned projection with frozen targets would be just as plausible.
+- We use batches of 8 and AdamW's defaults without a schedule. The best epoch is chosen on valid, as in chapter 3.
 - CLIP was trained at 240 pixels. Its position embeddings are interpolated to 256, as in open_clip.
 
-On a GPU, both encoders and the adapter run in bfloat16; cosines, loss and updates stay in float32. The published
-adapter is narrow, with 16 times fewer hidden units than inputs, so pi_i may vary too little between images, and p^k is
-then the same for all of them (`--adapter-reduction 0.25`: four times more units than inputs; see tests/README.md).
+On a GPU, both encoders and the adapter run in bfloat16; cosines, loss and updates use float32. The published adapter
+has 16 times fewer hidden units than inputs, so pi_i may vary so little that p^k is the same for all images. With a
+reduction of 0.25 (--adapter-reduction), it has four times more hidden units than inputs; see tests/README.md.
 
-Trained parameters: words 2,621,440, adapter 51,880. Cost of the default settings, measured on one CPU thread: 17 s per
-training image (image encoder 0.9 s, text encoder 8.0 s, its backward pass 7.9 s), 8 s to score an image; 1.8 GiB of
-memory, and more for each image of a training batch.
+Trained parameters: words 2,621,440, adapter 51,880. Cost of the default settings on one CPU thread: 17 s per training
+image (image encoder 0.9 s, text encoder 8.0 s forward and 7.9 s backward), 8 s to score an image; 1.8 GiB of memory,
+plus more for each image in a training batch.
 """
 
 import sys
@@ -67,39 +69,39 @@ SOS, EOT = 49406, 49407  # ids of the tokens that start and end a text in CLIP
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (thesis, 4.3.3)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (our choice: the thesis is silent); in training, each needs 1.3 GiB of memory on a CPU"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 400
     """passes over the normal training images (thesis, 4.3.3)"""
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -119,28 +121,28 @@ class Args:
     prompt_tokens: Annotated[int, Interval(ge=1, le=75)] = 16
     """M, number of learned words at each patch location (thesis, 4.3.3)"""
     layers: Annotated[tuple[int, ...], Interval(ge=1, le=4)] = (1, 2, 3, 4)
-    """stages whose distances are added up (thesis, 4.3.4)"""
+    """layers k whose anomaly maps M^k are added (thesis, 4.3.4)"""
     blocks: Literal["stages", "first"] = "stages"
-    """blocks of both encoders that serve as layers 1 to 4; stages: the last of each quarter (blocks 3, 6, 9, 12 of 12);
-    first: the first four blocks, while the adapter still reads the last one"""
+    """blocks of both encoders used as layers 1 to 4; stages: the last block of each quarter (3, 6, 9, 12 of 12);
+    first: the first four blocks (the adapter still reads the last block)"""
     frame: Literal["sos-eot", "bare"] = "sos-eot"
-    """sos-eot: words between CLIP's start and end tokens, read at the end (CoOp's code); bare: read at the last word"""
+    """sos-eot: words between SOS and EOT tokens, read at EOT (CoOp's code); bare: words only, read at the last word"""
     join: Literal["add", "append"] = "add"
-    """add: pi is added to each word (Eq. 4.2); append: pi is one more word, after the others (4.2.1)"""
+    """add: pi is added to each word (Eq. 4.2); append: pi is an additional word after the others (4.2.1)"""
     modules: Literal["both", "prompts", "adapter"] = "both"
-    """parts to train (thesis, Figure 4.7); prompts: without an adapter; adapter: with fixed initial words"""
+    """parts to train (thesis, Figure 4.7); prompts: no adapter; adapter: words fixed at their initial values"""
     loss: Literal["position", "layer"] = "position"
     """position: 1 - cos averaged over positions (Eq. 4.5); layer: 1 - cos of each layer as one vector (RD4AD's code)"""
     adapter_reduction: Annotated[float, Gt(0)] = 16
-    """how many times narrower the adapter's hidden layer is than its input (thesis, 4.2.2); 0.25: four times wider"""
+    """ratio of the adapter's input width to its hidden width (thesis, 4.2.2); 0.25: hidden layer four times wider"""
     da_levels: Annotated[int, Ge(0)] = 3
     """K, number of pyramid levels in the augmentation (our choice: the thesis is silent); 0: no augmentation"""
     da_sum: Literal["half", "saturate"] = "half"
-    """how the image I and its low frequencies S are added; half: (I + S) / 2; saturate: min(I + S, 1)"""
+    """how to add the image I and its low frequencies S; half: (I + S) / 2; saturate: min(I + S, 1)"""
     smooth_sigma: Annotated[int, Ge(0)] = 0
     """standard deviation in pixels of the Gaussian filter that smooths the map; 0: no filter; 4: as in RD4AD"""
     patches_per_step: Annotated[int, Ge(1)] = 256
-    """number of random patch locations per training step; at 256 pixels, 256 are all of them"""
+    """number of random patch locations per training step; a 256x256 image has 256 in total"""
 
 
 # ------------------------------------------------------------------------------------------------- model (thesis 4.2.2)
@@ -156,9 +158,9 @@ class ClipRecon(nn.Module):
         if args.blocks == "stages":
             self.image_blocks, text_blocks = ([ceil(k * d / 4) for k in (1, 2, 3, 4)] for d in (depth, text_depth))
         else:
-            self.image_blocks, text_blocks = sorted({1, 2, 3, 4, depth}), [1, 2, 3, 4]  # the last: for the adapter
+            self.image_blocks, text_blocks = sorted({1, 2, 3, 4, depth}), [1, 2, 3, 4]  # adapter reads the last block
         self.text_blocks = [text_blocks[k - 1] for k in self.layers]
-        # only two of CLIP's 49,408 token embeddings are used; the others, 126 MB, are dropped
+        # keep the two token embeddings that are used, and free the memory of the other 49,406 (126 MB)
         clip.token_embedding = nn.Embedding.from_pretrained(clip.token_embedding.weight[[SOS, EOT]].clone()).eval()
         self.cnn_encoder = None
         if args.backbone != "clip":
@@ -174,14 +176,14 @@ class ClipRecon(nn.Module):
 
     @torch.no_grad()
     def image_features(self, image):
-        """Return the frozen features of all four layers, f^1 to f^4; the last entry is f^last: [(B, P, D)]."""
+        """Return the frozen features [(B, P, D)] of all four layers, f^1 to f^4; the last entry is f^last."""
         if self.args.da_levels:
             image = enhance(image, self.args.da_levels, self.args.da_sum)
         with torch.autocast("cuda", torch.bfloat16, enabled=image.is_cuda):
             return self.cnn_encoder(image) if self.cnn_encoder else image_features(self.clip, image, self.image_blocks)
 
     def words(self, last, prompts):
-        """Return the input of the text encoder (B, P, tokens, W), Eq. 4.2; B is 1 without an adapter."""
+        """Return the text encoder's input (B, P, tokens, W), Eq. 4.2; B is 1 without an adapter."""
         words = prompts[None]  # (1, P, M, W)
         if self.adapter:
             pi = self.adapter(F.normalize(last.float(), dim=-1))[:, :, None]  # h(f^last): (B, P, D) -> (B, P, 1, W)
@@ -193,13 +195,13 @@ class ClipRecon(nn.Module):
         return words
 
     def distances(self, features, where=slice(None), whole=False):
-        """Return M^k (Eq. 4.3) from `image_features`: one (B, P) in [0, 2] per layer; where: only at these locations.
+        """Return M^k (Eq. 4.3), (B, P) in [0, 2] per layer, from `image_features` at the locations `where`.
 
-        whole: return 1 - cos of each layer as one vector over all positions instead, one (B,) per layer."""
+        whole: treat each layer as one vector over all positions, and return 1 - cos (B,) per layer."""
         features = [f[:, where] for f in features]
         with torch.autocast("cuda", torch.bfloat16, enabled=self.prompts.is_cuda):
             words = self.words(features[-1], self.prompts[where])
-            # no torch.no_grad here: the gradient must flow back to the words through the frozen encoder
+            # no torch.no_grad here: gradients must flow through the frozen encoder to the words
             texts = text_features(self.clip, words.flatten(0, 1), self.text_blocks)
         pairs = [(features[k - 1].float(), p.float().unflatten(0, words.shape[:2]))  # f^k, p^k: (B, P, D)
                  for k, p in zip(self.layers, texts, strict=True)]
@@ -209,10 +211,10 @@ class ClipRecon(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), S, the sum of all enlarged M^k, and the score (B,), its maximum."""
+        """Return the anomaly map S (B, H, W), the sum of all upsampled M^k, and the score (B,), its maximum."""
         self.eval()
-        total = sum(self.distances(self.image_features(image))).unflatten(1, self.grid)  # added first: Psi is linear
-        # unlike in RD4AD, corners are not aligned: the value of a patch belongs to its centre
+        total = sum(self.distances(self.image_features(image))).unflatten(1, self.grid)  # sum first: Psi is linear
+        # corners are not aligned, unlike in RD4AD, so that a patch's value lies at its centre
         anomaly_map = F.interpolate(total[:, None], image.shape[-2:], mode="bilinear")[:, 0]
         if self.args.smooth_sigma:
             anomaly_map = common.smooth(anomaly_map, self.args.smooth_sigma)
@@ -221,8 +223,8 @@ class ClipRecon(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ frozen encoders
 def text_features(clip, tokens, blocks):
-    """Run embedded texts (n, tokens, W) through the text encoder; return the last token after each of `blocks` (counted
-    from 1), in CLIP's joint space: [(n, D)]."""
+    """Encode texts given as token embeddings (n, tokens, W). Return the last token after each of `blocks` (counted
+    from 1), projected to CLIP's joint space: [(n, D)]."""
     x = tokens + clip.positional_embedding[: tokens.shape[1]]
     mask = clip.attn_mask[: tokens.shape[1], : tokens.shape[1]]  # causal
     features = []
@@ -234,21 +236,21 @@ def text_features(clip, tokens, blocks):
 
 
 def image_features(clip, image, blocks):
-    """Return the patch tokens after each of the image encoder's `blocks`, in CLIP's joint space: [(B, P, D)]."""
+    """Return the patch tokens after each of `blocks`, projected to CLIP's joint space: [(B, P, D)]."""
     features = clip.visual.forward_intermediates(
         common.normalize(image, clip.mean, clip.std), indices=[b - 1 for b in blocks], output_fmt="NLC",
-        normalize_intermediates=True, intermediates_only=True)["image_intermediates"]  # the norm is ln_post
+        normalize_intermediates=True, intermediates_only=True)["image_intermediates"]  # normalised by ln_post
     return [patches @ clip.visual.proj for patches in features]
 
 
 class CNNEncoder(nn.Module):
-    """A frozen CNN in place of CLIP's image encoder: four stages on the same grid, (B, P, D) each."""
+    """A frozen CNN that replaces CLIP's image encoder: four stages, resized to the same grid, (B, P, D) each."""
 
     def __init__(self, backbone, weights, grid, width):
         super().__init__()
         self.grid = grid
         self.cnn = common.feature_extractor(backbone, STAGES[backbone], weights)
-        generator = torch.Generator().manual_seed(0)  # fixed, as part of the architecture: the same in all runs
+        generator = torch.Generator().manual_seed(0)  # the projection is part of the architecture, the same in all runs
         for s, feature in enumerate(self.cnn(torch.zeros(1, 3, 64, 64)).values()):
             c = feature.shape[1]
             q = torch.linalg.qr(torch.randn(max(c, width), min(c, width), generator=generator)).Q
@@ -262,7 +264,7 @@ class CNNEncoder(nn.Module):
             else:
                 feature = F.interpolate(feature, self.grid, mode="bilinear")
             patches = feature.flatten(2).mT  # (B, P, C)
-            # centred, since features after a ReLU have only positive cosines
+            # layer_norm centres the features; otherwise ReLU makes all cosines positive
             features.append(F.layer_norm(patches, patches.shape[-1:]) @ self.get_buffer(f"map{s}"))
         return features
 
@@ -274,14 +276,14 @@ def binomial(channels, device):
 
 
 def down(image):
-    """Eq. 4.7: blur and keep every second pixel like OpenCV's pyrDown, (B, C, H, W) -> (B, C, H/2, W/2), rounded up."""
+    """Eq. 4.7: blur and subsample by 2, like OpenCV's pyrDown: (B, C, H, W) -> (B, C, H/2, W/2), rounded up."""
     c = image.shape[1]
     return F.conv2d(F.pad(image, (2, 2, 2, 2), "reflect"), binomial(c, image.device), stride=2, groups=c)
 
 
 def up(image, size):
-    """F_up of Eq. 4.8: insert zeros between the pixels and blur with four times the kernel, like OpenCV's pyrUp, with
-    the same padding: reflected at the top and left, replicated at the bottom and right."""
+    """F_up of Eq. 4.8: insert zeros between the pixels and blur with four times the kernel, like OpenCV's pyrUp. As
+    in OpenCV, padding reflects at the top and left and replicates at the bottom and right."""
     c = image.shape[1]
     image = F.pad(F.pad(image, (1, 0, 1, 0), "reflect"), (0, 1, 0, 1), "replicate")
     image = F.conv_transpose2d(image, 4 * binomial(c, image.device), stride=2, groups=c)
@@ -289,7 +291,7 @@ def up(image, size):
 
 
 def enhance(image, levels, how="half"):
-    """Add the blurred copy (the "residual" S_K of Eq. 4.9) to the image (B, 3, H, W); the sum stays in [0, 1]."""
+    """Add a blurred copy, the "residual" S_K of Eq. 4.9, to the image (B, 3, H, W), and keep the sum in [0, 1]."""
     low, sizes = image, []
     for _ in range(levels):
         sizes.append(low.shape[-2:])
@@ -300,7 +302,7 @@ def enhance(image, levels, how="half"):
 
 
 def build_model(args):
-    longest = 75 - (args.join == "append")  # of CLIP's 77 tokens
+    longest = 75 - (args.join == "append")  # CLIP reads 77 tokens, including SOS and EOT
     for allowed, rule in [
             (args.backbone in ["clip", *STAGES], f"--backbone: choose clip, {', '.join(STAGES)}, or add it to STAGES"),
             (args.layers, "--layers: give one or more of 1 2 3 4"),
@@ -316,7 +318,7 @@ def build_model(args):
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.Run(__file__, args)
-    torch.use_deterministic_algorithms(True, warn_only=run.device.type != "cuda")  # otherwise attention varies on a GPU
+    torch.use_deterministic_algorithms(True, warn_only=run.device.type != "cuda")  # for reproducible attention on GPUs
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:
@@ -327,7 +329,7 @@ if __name__ == "__main__":
             for features in frozen.batches(args.batch_size, shuffle=(args.seed, epoch)):
                 where = torch.randperm(len(model.prompts))[: args.patches_per_step].to(run.device)
                 distances = model.distances(features, where, whole=args.loss == "layer")
-                loss = sum(d.mean() for d in distances)  # Eq. 4.5: all layers are weighted equally
+                loss = sum(d.mean() for d in distances)  # Eq. 4.5: all layers have the same weight
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

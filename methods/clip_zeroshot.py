@@ -1,21 +1,20 @@
-"""CLIP, zero-shot (Radford et al., ICML 2021, arXiv:2103.00020), a row of the thesis' Tables 4.1 to 4.4.
+"""Zero-shot CLIP (Radford et al., ICML 2021, arXiv:2103.00020), one of the methods in the thesis' Tables 4.1 to 4.4.
 
-There is one sentence per class: an image is anomalous if its feature is closer to that of "{m} of an abnormal {o}" than
-to that of "{m} of a normal {o}" (m: kind of image, o: organ). The map compares each patch in the same way. Nothing is
-trained, and nothing is random.
+One sentence describes each class. An image is anomalous if its feature is closer to that of "{m} of an abnormal {o}"
+than to that of "{m} of a normal {o}" (m: kind of image, o: organ). The anomaly map compares each patch in the same way.
+Nothing is trained or random.
 
-Settings: the thesis gives no sentences, sizes or model for this row, and does not say where its standard deviations
-come from. The model is that of WinCLIP, so that the two rows differ only in the method; the temperature is that of
-trained CLIP.
-Differences from the paper: the paper has no map. Ours sends the patches of the last block through the norm and
-projection of the class token, as AnoVL and VAND do before any training or other change. `--prompts ensemble` averages
-WinCLIP's medical sentences for each class.
-Note: CLIP was trained only through its class token, and its patches often contradict the text. A pixel AUROC below 0.5
-is then a property of plain CLIP, not an error. Attention from values to values (MaskCLIP, CLIP Surgery, AnoVL) corrects
-it, but that is another method. Scores are never inverted here.
+Settings: the thesis does not state the sentences, sizes or model for this method, nor where its standard deviations
+come from. We use WinCLIP's model, so that only the methods differ, and the temperature of trained CLIP.
+Differences from the paper: the paper has no anomaly map. We apply the norm and projection of the class token to the
+patch tokens of the last block, as AnoVL and VAND do before they train or change anything. `--prompts ensemble` averages
+the medical sentences of winclip.py for each class.
+Note: CLIP was trained only through its class token, and its patch tokens often contradict the text. A pixel AUROC
+below 0.5 is therefore a property of plain CLIP, not an error. Value-value attention (MaskCLIP, CLIP Surgery, AnoVL)
+corrects this, but is a different method. Scores are never inverted here.
 
-Cost of the default settings, measured on one CPU thread: 3 s for the sentences, 0.7 s per image; 1.8 GiB of memory with
-batches of eight.
+Cost of the default settings on one CPU thread: 3 s for the sentences, 0.7 s per image; 1.8 GiB of memory with batches
+of 8.
 """
 
 import re
@@ -38,39 +37,39 @@ TAU = 0.01  # temperature of the softmax over the two classes
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch; affects only speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """score this image, image folder, NIfTI volume, DICOM series or scan folder, zero-shot or with --checkpoint"""
+    """path to the image, image folder, NIfTI volume, DICOM series or scan folder to score; needs no --checkpoint"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     model: str = "ViT-B-16-plus-240"
     """CLIP model: one of open_clip's with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
@@ -84,8 +83,8 @@ class Args:
     organ: str | None = None
     """what the images show, in your own words, such as "knee", instead of the organ in WORDS"""
     findings: str = "none"
-    """none: ensemble sentences only mention normal and abnormal; named: they name the findings in WORDS, such as tumor
-    or drusen (knowledge of the disease); or your own findings, separated by commas. Plain sentences never name any"""
+    """findings that ensemble sentences mention; none: only normal and abnormal; named: those in WORDS, such as tumor
+    or drusen (uses knowledge of the disease); or your own, separated by commas. Plain sentences mention no findings"""
     sentences: str | None = None
     """use the sentences in this text FILE instead, one per line, each after "normal:" or "anomalous:\""""
 
@@ -100,7 +99,7 @@ class ZeroShot(nn.Module):
 
     @torch.inference_mode()
     def set_classes(self, classes):
-        """Set the text features from `sentences`, averaged over the sentences of each state, then over states."""
+        """Set each class's text feature: the mean over each state's sentences, then over states (see `sentences`)."""
         for i, states in enumerate(classes):
             means = [encode_text(self.clip, texts).mean(dim=0) for texts in states]  # (D,) each
             self.text[i] = F.normalize(torch.stack(means).mean(dim=0), dim=0)
@@ -114,7 +113,7 @@ class ZeroShot(nn.Module):
             small = F.interpolate(image, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         last = encoder.forward_intermediates(
             common.normalize(small, self.clip.mean, self.clip.std), indices=1, output_fmt="NLC",
-            normalize_intermediates=True, intermediates_only=True, output_extra_tokens=True)  # the last block, ln_post
+            normalize_intermediates=True, intermediates_only=True, output_extra_tokens=True)  # last block with ln_post
         tokens = torch.cat(last["image_intermediates_prefix"] + last["image_intermediates"], dim=1)  # (B, 1 + P, W)
         feature = F.normalize(tokens @ encoder.proj, dim=-1)  # (B, 1 + P, D)
         score = (feature @ self.text.T / TAU).softmax(dim=-1)[..., 1]  # (B, 1 + P, 2) -> (B, 1 + P)
@@ -135,7 +134,7 @@ def build_model(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences
-# What the sentences are about, in our own words: the kind of image, names of the organ, possible findings.
+# Our own words for the sentences: the type of image, names of the organ, possible findings.
 WORDS = {
     "brain": ("axial FLAIR MRI slice", ["brain", "head"], ["tumor", "glioma", "edema", "lesion", "mass"]),
     "liver": ("axial abdominal CT slice", ["liver", "liver parenchyma"],
@@ -162,13 +161,13 @@ TEMPLATES = ["{m} of the {s}", "a {m} of a {s}", "an image of the {s}", "a medic
 
 
 def benchmark_words(data):
-    """Return the key of WORDS that matches the name of the --data folder, otherwise generic."""
+    """Return the key of WORDS that matches the name of the folder `data`, or generic if none does."""
     name = Path(data).resolve().name.lower()
     return next((key for key, folders in common.NAMES.items() if name in folders), "generic")
 
 
 def own_sentences(file):
-    """Read `sentences` from a text file. Each class has a single state."""
+    """Return the sentences of a text file as `sentences` does, with one state per class."""
     try:
         lines = [line.partition(":") for line in Path(file).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
@@ -180,7 +179,7 @@ def own_sentences(file):
 
 
 def sentences(words, prompts, findings, organ=None):
-    """Return a list of states, each a list of sentences, for the normal and for the anomalous class."""
+    """Return the states of the normal and of the anomalous class, each state as a list of sentences."""
     modality, organs, names = WORDS[words]
     organs = [organ] if organ else organs
     names = names if findings in ("none", "named") else [name.strip() for name in findings.split(",")]

@@ -1,27 +1,28 @@
 """CS-Flow (Rudolph, Wehrbein, Rosenhahn, Wandt, WACV 2022, arXiv:2110.02855).
 
-A normalizing flow maps the deep features of normal images, taken at three scales, to standard normal noise. Features
-unlike the normal ones are mapped far from the origin. In each coupling block, one half of the channels scales and
-shifts the other half, after neighbouring scales have exchanged information:
+A normalizing flow maps deep features of normal images at three scales to a standard normal distribution. It maps
+anomalous features far from the origin. In each coupling block, one half of the channels predicts a scale and a shift
+for the other half, and neighbouring scales exchange information:
 
-    image      -> CNN -> x_0 -> conv -> y_0 -> conv(y_0) + up(y_1)                up: enlarged by 2, then convolved
-    image, 1/2 -> CNN -> x_1 -> conv -> y_1 -> conv(y_1) + up(y_2) + down(y_0)    down: convolved with stride 2
+    image      -> CNN -> x_0 -> conv -> y_0 -> conv(y_0) + up(y_1)                up: upsample by 2, convolve
+    image, 1/2 -> CNN -> x_1 -> conv -> y_1 -> conv(y_1) + up(y_2) + down(y_0)    down: convolve with stride 2
     image, 1/4 -> CNN -> x_2 -> conv -> y_2 -> conv(y_2) + down(y_1)
 
 Settings: thesis, Table 3.3 (clamp 3, gradients clamped to 1, Adam with learning rate 2e-4 and weight decay 1e-5).
-Everything else follows the official code (marco-rudolph/cs-flow), except that batches of 64, 300 epochs and 256 pixels
-are from BMAD's code (official code: 16, 240 and 768).
+Everything else follows the official code (marco-rudolph/cs-flow), except that batches of 64, 300 epochs and 256x256
+pixels are from BMAD's code (official code: 16, 240 and 768x768).
 Differences from the official code: torchvision's EfficientNet-B5 has the same weights as efficientnet_pytorch's but
-pads symmetrically; the best epoch is chosen on valid (official code: the last one). The map is the official one, 8x8 at
-256 pixels.
-Differences from anomalib 2.7: its loss multiplies the log-determinant by the batch size, its betas are (0.5, 0.9), it
-uses the same permutation at all scales, and its map is the product of three scales.
+pads symmetrically; the best epoch is chosen on valid (official code: the last one). The anomaly map is the official
+one, with 8x8 values at 256x256 pixels.
+Differences from anomalib 2.7: its loss multiplies the log-determinant by the batch size, Adam's betas are (0.5, 0.9),
+all scales share the same permutation, and the map is the product of three scales.
 
-Parameters: 275,227,288 in the flow (mobilenet_v2: 289,711,640). Cached features take 0.1 MB per image of 256 pixels.
-Training starts slowly (gamma is 0, Adam's eps large): the first 100 steps at 2e-4 hardly change a score.
-Cost, measured on one busy CPU thread: 200 images of 128 pixels, mobilenet_v2, --hidden 256, batches of 8: 27 s per
-epoch, 49 ms to score an image, 2.2 GiB of memory. With --hidden 1024, a step of 8 images of 256 pixels takes 8 s, and
-the flow and Adam take 4.4 GB.
+Parameters: 275,227,288 in the flow (mobilenet_v2: 289,711,640). Cached features take 0.1 MB per image of 256x256
+pixels. Training starts slowly, because gamma starts at 0 and Adam's eps is large: 100 steps at 2e-4 hardly change the
+scores.
+Cost on one thread of a busy CPU, with 200 images of 128x128 pixels, mobilenet_v2, --hidden 256 and batches of 8: 27 s
+per epoch, 49 ms to score an image, 2.2 GiB of memory. With --hidden 1024, a step with 8 images of 256x256 pixels
+takes 8 s, and the flow and Adam need 4.4 GB.
 """
 
 import sys
@@ -38,8 +39,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layer with stride 32.
-LAYERS = {
+LAYERS = {  # with stride 32
     "efficientnet_b5": "features.6",  # the last of nine blocks with 304 channels (official code: block 35)
     "mobilenet_v2": "features.17",  # our choice: no published setting
 }
@@ -50,39 +50,39 @@ CLAMP = 3  # thesis, Table 3.3
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels, a multiple of 128 (BMAD's code)"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch (BMAD's code)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 300
     """passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 2e-4
@@ -96,12 +96,12 @@ class Args:
     cache_features: Annotated[float, Ge(0)] = 16
     """maximum disk space in GiB for cached features of the training images; 0: recompute them in each epoch"""
     hidden: Annotated[int, Ge(1)] = 1024
-    """channels inside the coupling networks (official code, config.py); 256 suits a CPU"""
+    """hidden channels of the coupling networks (official code, config.py); 256 is fast enough on a CPU"""
 
 
-# Lists contain the three scales s = 0, 1, 2: (B, C, h, w), (B, C, h/2, w/2), (B, C, h/4, w/4), with h = H / 32.
+# All lists contain the three scales s = 0, 1, 2: (B, C, h, w), (B, C, h/2, w/2), (B, C, h/4, w/4), with h = H / 32.
 class CrossConvolutions(nn.Module):
-    """Predict scale and shift of one half of the channels from the other half: (B, 2 C, ., .) per s (paper, Fig. 4)."""
+    """Predict the scale and shift of half the channels from the other half: (B, 2 C, ., .) per s (paper, Fig. 4)."""
 
     def __init__(self, channels, hidden, kernel):
         super().__init__()
@@ -113,7 +113,7 @@ class CrossConvolutions(nn.Module):
         self.stay = convolutions(3, hidden, 2 * channels)
         self.up = convolutions(2, hidden, 2 * channels)  # from scale 1 to 0, from 2 to 1
         self.down = convolutions(2, hidden, 2 * channels, stride=2)  # from scale 0 to 1, from 1 to 2
-        self.gamma = nn.Parameter(torch.zeros(3))  # starts at zero: an untrained flow only permutes
+        self.gamma = nn.Parameter(torch.zeros(3))  # zero at first: an untrained flow only permutes channels
 
     def forward(self, x):
         y = [F.leaky_relu(conv(x[s]), 0.1) for s, conv in enumerate(self.enter)]
@@ -139,7 +139,7 @@ class Coupling(nn.Module):
 
 
 def affine(x, r):
-    """Return exp(s) x + t for each scale, where (s, t) are the halves of r, and log |det| (B,), the sum of s."""
+    """Return exp(s) x + t for each scale, where (s, t) are the two halves of r, and log |det| (B,), the sum of s."""
     y, log_det = [], 0
     for v, halves in zip(x, r, strict=True):
         s, t = halves.chunk(2, dim=1)
@@ -153,13 +153,13 @@ class CrossScaleFlow(nn.Module):
     def __init__(self, channels, hidden):
         super().__init__()
         self.couplings = nn.ModuleList(Coupling(channels, hidden, kernel) for kernel in KERNELS)
-        for k in range(len(KERNELS)):  # seeded by the number of the block, not by --seed (official code)
+        for k in range(len(KERNELS)):  # seeded by the block's index, not by --seed (official code)
             draw = np.random.RandomState(k)
             order = np.stack([draw.permutation(channels) for _ in range(3)])
             self.register_buffer(f"order{k}", torch.from_numpy(order))  # (3, C)
 
     def forward(self, x):
-        """Features at three scales -> z at three scales, with the same shapes, and log |det dz/dx| (B,)."""
+        """Map features at three scales to z, with the same shapes, and log |det dz/dx| (B,)."""
         log_det = 0
         for k, coupling in enumerate(self.couplings):
             order = self.get_buffer(f"order{k}")
@@ -183,11 +183,11 @@ class CSFlow(nn.Module):
     @torch.no_grad()
     def features(self, image):
         image = common.normalize(image)
-        # resized by nearest neighbour, as in the official code
+        # nearest-neighbour resizing, as in the official code
         return [self.backbone(image[:, :, ::step, ::step])[self.layer] for step in (1, 2, 4)]
 
     def loss(self, features):
-        """Return the negative log-likelihood per dimension, a scalar, without its constant."""
+        """Return the mean negative log-likelihood per dimension, up to a constant."""
         z, log_det = self.flow(features)
         z = torch.cat([v.flatten(1) for v in z], dim=1)  # (B, dim)
         return (z.square().sum(1) / 2 - log_det).mean() / z.shape[1]
@@ -196,7 +196,7 @@ class CSFlow(nn.Module):
     def predict(self, image):
         """Return the anomaly map (B, H, W), mean z^2 at scale 0, and the score (B,), mean z^2 / 2 over all scales."""
         self.eval()
-        z, _ = self.flow(self.features(image))  # only the distance from the origin counts (official code)
+        z, _ = self.flow(self.features(image))  # scores ignore the log-determinant (official code)
         anomaly_map = F.interpolate(z[0].square().mean(1, keepdim=True), image.shape[-2:], mode="bilinear")[:, 0]
         return anomaly_map, torch.cat([v.flatten(1) for v in z], dim=1).square().mean(1) / 2
 
@@ -212,7 +212,7 @@ if __name__ == "__main__":
     model = build_model(args).to(run.device)
     if not args.checkpoint:
         frozen = common.Features(model.features, train, args, run)
-        # eps 1e-4 matters: since the loss is divided by dim, many gradients are even smaller (official code, train.py)
+        # a large eps matters: the loss is divided by dim, so many gradients are below 1e-4 (official code, train.py)
         optimizer = torch.optim.Adam(model.flow.parameters(), args.lr, eps=1e-4, weight_decay=1e-5, fused=True)
         for epoch in run.epochs(model, optimizer):
             losses = []
@@ -220,7 +220,7 @@ if __name__ == "__main__":
                 loss = model.loss(features)
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(model.flow.parameters(), 1)  # thesis: gradients are clamped to 1
+                nn.utils.clip_grad_norm_(model.flow.parameters(), 1)  # gradients are clamped to 1 (thesis)
                 optimizer.step()
                 losses.append(loss.detach())
             run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))

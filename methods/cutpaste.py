@@ -1,31 +1,30 @@
 """CutPaste (Li, Sohn, Yoon, Pfister, CVPR 2021, arXiv:2104.04015).
 
-A network learns to tell normal images from images in which a patch, or a thin rotated "scar", was cut out and pasted
-elsewhere. Features that reveal such discontinuities also reveal real anomalies: a Gaussian is fitted to the embeddings
-of the normal training images, and the anomaly score of an image is its Mahalanobis distance.
+A network learns to distinguish normal images from images in which a patch, or a thin rotated "scar", was copied and
+pasted elsewhere. Features that reveal such discontinuities also reveal real anomalies. A Gaussian is fitted to the
+embeddings of the normal training images; the anomaly score of an image is its Mahalanobis distance.
 
 Settings: thesis, Table 3.5 (ResNet-18, frozen for the first 20 epochs; SGD with learning rate 0.03; batches of 64).
-Where the thesis is silent, we follow BMAD's code (DorisBao/BMAD, the thesis' benchmark), a copy of the unofficial
-Runinho/pytorch-cutpaste, since there is no official code: ImageNet weights in the backbone and PyTorch's default
-initialisation in the head, 3-way classification, a head of 512, 512 and 128 units, 256 epochs of ONE step with 192
-images.
-Differences from the paper: the paper trains from scratch for 256 epochs of 256 steps (`--weights none
---steps-per-epoch 256 --freeze-epochs 0`), translates images at random and does not shrink the covariance.
+There is no official code. Where the thesis is silent, we follow BMAD's code (DorisBao/BMAD, the thesis' benchmark), a
+copy of the unofficial Runinho/pytorch-cutpaste: ImageNet weights for the backbone, PyTorch's default initialisation for
+the head, 3-way classification, a head with 512, 512 and 128 units, and 256 epochs of ONE step with 192 images.
+Differences from the paper: the paper trains from scratch for 256 epochs of 256 steps (with --freeze-epochs 0
+and --weights none --steps-per-epoch 256), translates images at random and does not shrink the covariance.
 Differences from Runinho's code:
-- All training images are used for training (Runinho: only the first 3,000 files).
-- Images are floats and are not rounded to 256 levels after each change.
-- The Gaussian is fitted before each validation, and the best epoch is chosen on valid (thesis, 3.4.1; Runinho: the last
+- All training images are used (Runinho: only the first 3,000 files).
+- Images are floats and are not rounded to 256 levels after each operation.
+- A Gaussian is fitted before each validation, and the best epoch is chosen on valid (thesis, 3.4.1; Runinho: the last
   step).
-- The cosine schedule starts at once (in Runinho's code, the first two steps have the same learning rate).
-- Scars lie fully inside the image (Runinho swaps width and height when drawing their position).
+- The cosine schedule lowers the learning rate from the second step on (Runinho: from the third).
+- Scars lie fully inside the image (Runinho swaps their width and height when drawing the position).
 
-As in the published method, a black patch pasted onto black changes nothing, so the label is wrong; results.json notes
+As in the published method, a black patch pasted onto black changes nothing, so its label is wrong; results.json records
 the fraction of such images. Images get a score but no anomaly map (thesis: NA).
-Parameters: 11.18 M (ResNet-18) + 0.59 M (head, only for training).
+Parameters: 11.18 M (ResNet-18) + 0.59 M (head, used only in training).
 
-Cost, measured on one CPU thread with mobilenet_v2 at 128 pixels: 25 s for 60 steps of 12 images (36 with the pasted
-ones) and four validations, each with a fit to 200 images; 13 ms to score an image; 2.0 GiB of memory. With the
-published settings on an H100, a step of 64 images takes 0.05 s and their augmentation 0.34 s.
+Cost on one CPU thread with mobilenet_v2 at 128 pixels: 25 s for 60 steps with 12 images (36 with the pasted copies) and
+four validations, each with a fit to 200 images; 13 ms to score an image; 2.0 GiB of memory. With the published settings
+on an H100, a step with 64 images takes 0.05 s, and their augmentation takes 0.34 s.
 """
 
 import math
@@ -49,41 +48,41 @@ CLASSIFIER = {"resnet18": "fc", "resnet50": "fc", "wide_resnet50_2": "fc", "mobi
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(32)] = 256
-    """width and height in pixels to which images are resized (as in BMAD's code); scars stay up to 31 pixels long"""
+    """images are resized to this width and height in pixels (BMAD's code); scars are always at most 31 pixels long"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch (thesis, Table 3.5); each is used three times in training: normal, CutPaste, scar"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 256
-    """number of epochs, each of --steps-per-epoch steps (BMAD's code, paper)"""
+    """number of epochs with --steps-per-epoch steps each (BMAD's code, paper)"""
     steps_per_epoch: Annotated[int, Ge(1)] = 1
     """number of steps per epoch (BMAD's code; paper: 256)"""
     lr: Annotated[float, Gt(0)] = 0.03
@@ -91,7 +90,7 @@ class Args:
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     freeze_epochs: Annotated[int, Ge(0)] = 20
-    """number of initial epochs that train only the head (thesis, Table 3.5); ignored if the weights are untrained"""
+    """number of initial epochs that train only the head (thesis, Table 3.5); ignored for untrained weights"""
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """SGD's momentum (Runinho)"""
     weight_decay: Annotated[float, Ge(0)] = 3e-5
@@ -109,13 +108,13 @@ def uniform(low, high):
 
 
 def jitter(image):
-    from torchvision.transforms.v2 import ColorJitter  # imported here: it takes a second
+    from torchvision.transforms.v2 import ColorJitter  # imported here to keep --help fast
 
     return ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1)(image)
 
 
 def corner(image, height, width):
-    """Return the top and left edges of a random rectangle that lies fully inside the image (3, H, W)."""
+    """Return the top left corner of a random rectangle that lies fully inside the image (3, H, W)."""
     return int(uniform(0, image.shape[1] - height)), int(uniform(0, image.shape[2] - width))
 
 
@@ -126,7 +125,7 @@ def cut(image, height, width):
 
 
 def paste(image, patch, mask):
-    """Return a copy with the patch (3, h, w) pasted at a random place; pixels outside its mask (1, h, w) are kept."""
+    """Return a copy of the image with the patch (3, h, w) pasted at a random position where mask (1, h, w) is true."""
     _, height, width = patch.shape
     top, left = corner(image, height, width)
     image = image.clone()
@@ -136,7 +135,7 @@ def paste(image, patch, mask):
 
 
 def cutpaste(image):
-    """Paste a large rectangle with uniformly distributed area and logarithm of the aspect ratio (width / height)."""
+    """Paste a large rectangle. Its area and the logarithm of its aspect ratio are uniformly distributed."""
     area = uniform(0.02, 0.15) * image.shape[1] * image.shape[2]
     aspect = math.exp(uniform(math.log(0.3), math.log(1 / 0.3)))
     patch = cut(image, height=round(math.sqrt(area / aspect)), width=round(math.sqrt(area * aspect)))
@@ -156,7 +155,7 @@ def scar(image):
 
 @torch.no_grad()
 def three_way(batch):
-    """(B, 3, H, W) -> (3B, 3, H, W), labels (3B,): 0 for jittered images, 1 for these with CutPaste, 2 with a scar."""
+    """(B, 3, H, W) -> (3B, 3, H, W), labels (3B,): jittered (0), jittered with CutPaste (1) or a scar (2)."""
     normal = [jitter(image) for image in batch]
     images = [*normal, *(cutpaste(image) for image in normal), *(scar(image) for image in normal)]
     return torch.stack(images), torch.arange(3, device=batch.device).repeat_interleave(len(batch))
@@ -168,7 +167,7 @@ class CutPaste(nn.Module):
         super().__init__()
         if backbone not in CLASSIFIER:
             raise common.Error(f"--backbone {backbone}: choose {', '.join(CLASSIFIER)}, or add it to CLASSIFIER")
-        self.backbone = common.pretrained_network(backbone, weights)  # not frozen, so its state is in the checkpoint
+        self.backbone = common.pretrained_network(backbone, weights)  # trained, so the checkpoint includes it
         classifier = self.backbone.get_submodule(CLASSIFIER[backbone])
         width = [m for m in classifier.modules() if isinstance(m, nn.Linear)][-1].in_features
         setattr(self.backbone, CLASSIFIER[backbone], nn.Identity())  # (B, D): average pooling becomes the last layer
@@ -181,11 +180,11 @@ class CutPaste(nn.Module):
         self.register_buffer("whiten", torch.eye(width))
 
     def forward(self, image):
-        """Return g(x) in the paper: the logits of normal, CutPaste and scar (B, 3)."""
+        """Return g(x) of the paper, the logits of normal, CutPaste and scar (B, 3)."""
         return self.head(self.backbone(common.normalize(image)))
 
     def embed(self, image):
-        """Return f(x) in the paper: embeddings (B, D) of unit length (Runinho)."""
+        """Return f(x) of the paper, embeddings (B, D) of unit length (Runinho)."""
         return F.normalize(self.backbone(common.normalize(image)))
 
     @torch.no_grad()
@@ -194,21 +193,21 @@ class CutPaste(nn.Module):
         self.eval()
         e = torch.cat([self.embed(image).cpu() for image in batches]).double()  # (N, D): 2 kB per image with ResNet-18
         if not e.isfinite().all():
-            raise common.Error("the embeddings are not finite, so training diverged; lower --lr")
+            raise common.Error("training diverged (the embeddings are not finite); lower --lr")
         mean = e.mean(dim=0)
-        from sklearn.covariance import ledoit_wolf  # imported here: it would delay --help by a second
+        from sklearn.covariance import ledoit_wolf  # imported here to keep --help fast
 
         sigma = torch.from_numpy(ledoit_wolf((e - mean).numpy(), assume_centered=True)[0])
         self.mean.copy_(mean)
         self.whiten.zero_()
-        if sigma.trace() > 1e-20:  # otherwise all embeddings are equal and all distances 0
+        if sigma.trace() > 1e-20:  # otherwise all embeddings are equal, and all distances 0
             cholesky = torch.linalg.cholesky_ex(sigma).L  # Sigma = L L^T
             inverse = torch.linalg.solve_triangular(cholesky, torch.eye(len(mean)).double(), upper=False)
             self.whiten.copy_(inverse)
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return None (no anomaly map) and the score (B,), the Mahalanobis distance (ranks like -log p, Eq. 2)."""
+        """Return None (no anomaly map) and the score (B,), the Mahalanobis distance (same order as -log p, Eq. 2)."""
         self.eval()
         # (f - mu)^T Sigma^-1 (f - mu) = |L^-1 (f - mu)|^2
         return None, ((self.embed(image) - self.mean) @ self.whiten.T).norm(dim=1)
@@ -219,7 +218,7 @@ def build_model(args):
 
 
 def batch_of(train, step, args, device):
-    """Return the images of a step (0, 1, ...). Each pass over the training images has its own random order."""
+    """Return the images of a step (0, 1, ...). The training images are reshuffled for each pass."""
     number, position = divmod(step, max(1, len(train) // args.batch_size))
     order = np.random.default_rng((args.seed, number)).permutation(len(train))
     return train.batch(order[position * args.batch_size :][: args.batch_size], device)
@@ -236,9 +235,9 @@ if __name__ == "__main__":
         optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * args.steps_per_epoch)
         freeze_epochs = args.freeze_epochs if model.backbone.weights_used["trained"] else 0
-        unchanged = []  # whether no pixel changed, for each pasted image since the last validation
+        unchanged = []  # for each pasted image since the last validation: whether it equals the original
         for epoch in run.epochs(model, optimizer, schedule):
-            model.train()  # the backbone's batch norm statistics change even while it is frozen (Runinho)
+            model.train()  # even a frozen backbone updates its batch norm statistics (Runinho)
             model.backbone.requires_grad_(epoch > freeze_epochs)
             losses = []
             for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):

@@ -1,40 +1,39 @@
 """DDPM, as in AnoDDPM (Wyatt, Leach, Schmon, Willcocks: AnoDDPM, CVPR Workshops 2022; not on arXiv).
 
-A diffusion model (Ho, Jain, Abbeel: DDPM, arXiv:2006.11239) learns to remove noise from normal images. A test image is
-noised a quarter of the way and denoised again. What the noise has hidden is replaced by what normal images look like,
-so the two images differ where the test image is anomalous. Noise with a spectrum like 1/f also hides large lesions,
-which white noise does not. AnoDDPM therefore uses simplex noise.
+A diffusion model (Ho, Jain, Abbeel: DDPM, arXiv:2006.11239) learns to denoise normal images. A test image is noised a
+quarter of the way and denoised again. What the noise has hidden is replaced with normal structures, so the result
+differs from the test image where the test image is anomalous. White noise does not hide large lesions, but noise with
+a 1/f-like spectrum does. AnoDDPM therefore uses simplex noise.
 
-Why this is not the method that the thesis cites for its row "DDPM" (Wolleb et al., MICCAI 2022): that method guides the
-denoising by a classifier of healthy and diseased images, and its diffusion model sees both kinds. The benchmarks have
-only normal training images, and training on the anomalous images of valid would leak labels. Without the classifier,
-its DDIM encoding and decoding returns the image unchanged, lesion included. The thesis does not say how its row was
-produced. AnoDDPM needs no labels, and `--noise gauss` gives the reconstruction of plain DDPM.
+For its "DDPM", the thesis cites another method (Wolleb et al., MICCAI 2022), which needs healthy and diseased images to
+train both its diffusion model and the classifier that guides it. These benchmarks have only normal training images, and
+training on the anomalous images in valid would leak labels. Without the classifier, the method's DDIM encoding and
+decoding return the image unchanged, lesion included. The thesis does not explain how it obtained its results. AnoDDPM
+needs no labels; `--noise gauss` gives the reconstruction of plain DDPM.
 
-Settings: the official code (Julian-Wyatt/AnoDDPM, 3052f04, args28.json): network, schedule, 0 <= t < 800 in training,
-AdamW with learning rate 1e-4, gradients clipped to norm 1, averaged weights, 300,000 images (epochs: brain 40, liver
-195, resc 70, oct2017 12, chest 38, histo 59).
+Settings: official code (Julian-Wyatt/AnoDDPM, 3052f04, args28.json): network, noise schedule, 0 <= t < 800 in training,
+AdamW with learning rate 1e-4, gradients clipped to norm 1, averaged weights, 300,000 training images (epochs: brain 40,
+liver 195, resc 70, oct2017 12, chest 38, histo 59).
 Differences from the official code:
-- Perlin's gradient noise on a cubic lattice replaces simplex noise, with the same periods and persistence.
+- Perlin noise on a cubic lattice replaces simplex noise, with the same periods and persistence.
 - Each noise field is normalised to mean 0 and standard deviation 1, as the schedule assumes (official code: not
   normalised). In training, each image and channel has its own field (official code: one per batch).
-- Scoring starts at t = 250 (official code: 200 for the figures, 250 elsewhere) and takes 50 steps instead of all
-  (--sample-steps 0). All images get the same noise, drawn from the seed, so a score depends only on the image.
-- Batches of 8, in bfloat16 on a GPU (official code: single images). The averaged weights forget their initial values
-  (see `average`).
-- Training images are not shifted or rotated at random. The score is the maximum of the map, as for the thesis' other
-  methods; the official code only scores single pixels.
-- A denoising step adds noise with the variance of the posterior (DDPM, Eq. 7), not beta. Both suit the full chain, but
-  in a shortened chain beta is more noise than its last step, at t = 0, can remove.
-- There are two attention heads in training and in testing (official code: one in testing, although the weights were
-  trained with two).
+- Denoising starts at t = 250 (official code: 200 for the figures, 250 elsewhere) and takes 50 steps (official code:
+  all, as with --sample-steps 0). All images get the same noise, so a score depends only on the image and the seed.
+- Training uses batches of 8 (official code: single images), in bfloat16 on a GPU. The averaged weights forget their
+  initial values (see `average`).
+- Training images are not randomly shifted or rotated. The score is the maximum of the map, as for the thesis' other
+  methods; the official code scores only single pixels.
+- Denoising steps add noise with the posterior variance (DDPM, Eq. 7), not beta. Both suit the full chain, but in a
+  shortened chain, noise of variance beta is more than the last step, at t = 0, can remove.
+- Attention has two heads, both in training and in testing (official code: two in training, one in testing).
 - The last weights are kept, as in the official code; with --choose-on-valid, the best epoch is chosen on valid, as in
   the other methods here.
 
-Parameters: 131,649,793 with one channel, as in the official code; 32,950,401 with --base-channels 64. A forward pass at
-256 pixels takes 563 and 142 GFLOP, respectively; scoring an image takes 50 passes.
-Cost, measured on one busy CPU thread: 200 images of 64 pixels with --base-channels 16 --multipliers 1 1 2 2 --attention
-8 and batches of 2: 34 s per epoch, 0.3 s to score an image in 5 steps, 0.9 GiB. The default settings were not timed.
+Parameters: 131,649,793 with one channel, as in the official code; 32,950,401 with --base-channels 64. A forward pass
+at 256 pixels takes 563 and 142 GFLOP, respectively; scoring an image takes 50 passes.
+Cost on one thread of a busy CPU, with 200 images of 64x64 pixels, batches of 2, --multipliers 1 1 2 2, --attention 8
+and --base-channels 16: 34 s per epoch, 0.3 s to score an image in 5 steps, 0.9 GiB. The defaults were not timed.
 """
 
 import copy
@@ -53,73 +52,73 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-STEPS, BETAS = 1000, (1e-4, 0.02)  # T, and both ends of the linear schedule (DDPM, Sec. 4)
+STEPS, BETAS = 1000, (1e-4, 0.02)  # T; first and last beta of the linear schedule (DDPM, Sec. 4)
 TRAINED_STEPS = 800  # training draws t below this (official code: sample_distance)
 BLOCKS, HEADS = 2, 2  # residual blocks per level, attention heads (official code)
-OCTAVES, PERIOD, PERSISTENCE = 6, 64, 0.8  # periods of 64, 32, ... 2 pixels, each 0.8 as strong as the one before
+OCTAVES, PERIOD, PERSISTENCE = 6, 64, 0.8  # periods 64, 32, ... 2 pixels; each is 0.8 times as strong as the previous
 AVERAGE = 0.9999  # decay of the averaged weights (official code)
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (official code)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch; in training, each needs about 2.7 GiB of memory in float32, half as much in bfloat16"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(0)] = 0
-    """passes over the normal training images; 0: enough to see 300,000 images (official code)"""
+    """passes over the normal training images; 0: enough passes to see 300,000 images (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """AdamW's learning rate (official code)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """with --choose-on-valid: validate every N epochs; the best checkpoint is kept"""
     choose_on_valid: bool = False
-    """keep the weights of the epoch that is best on valid, instead of the last ones"""
+    """keep the weights of the best epoch on valid instead of the last weights"""
     noise: Literal["simplex", "gauss"] = "simplex"
-    """noise that hides the image: simplex, octaves of smooth noise (AnoDDPM), or gauss, white noise (DDPM)"""
+    """type of noise; simplex: smooth noise, summed over octaves (AnoDDPM); gauss: white noise (DDPM)"""
     channels: Literal[1, 3] = 1
-    """number of image channels: 1 for grey images (official code), 3 for coloured ones"""
+    """number of image channels: 1 for greyscale images (official code), 3 for colour images"""
     base_channels: Annotated[int, Ge(1)] = 128
     """channels of the U-Net's first level (official code)"""
     multipliers: Annotated[tuple[int, ...], Ge(1)] = (1, 1, 2, 2, 4, 4)
-    """channels of each level, in units of --base-channels; each level halves the size (official code)"""
+    """channels of each level as multiples of --base-channels; each level halves the size (official code)"""
     attention: Annotated[tuple[int, ...], Ge(1)] = (32, 16, 8)
-    """sizes of the levels that have attention, in pixels (official code)"""
+    """sizes, in pixels, of the levels with attention (official code)"""
     noise_level: Annotated[int, Interval(ge=1, le=1000)] = 250
     """lambda, the step (of 1000) up to which test images are noised (official code: 200 or 250)"""
     sample_steps: Annotated[int, Ge(0)] = 50
     """number of evenly spaced denoising steps; 0: one for each step of --noise-level (official code)"""
     repeats: Annotated[int, Ge(1)] = 1
-    """number of reconstructions to average for each image (official code: 1 for the numbers, 5 for the pictures)"""
+    """number of reconstructions averaged for each image (official code: 1 for the results, 5 for the figures)"""
     sigma: Annotated[int, Ge(0)] = 0
     """standard deviation in pixels of the Gaussian filter that smooths the map; 0: no filter"""
     score: Literal["max", "top"] = "max"
@@ -129,17 +128,16 @@ class Args:
 # --------------------------------------------------------------------------------------------------------------- noise
 def smooth_noise(t, channels, size, generator=None):
     """Return slices of 3-D Perlin noise at t (b,), summed over octaves: (b, channels, size, size), mean 0, deviation 1.
-
-    Lattice corners have random gradients; a pixel is the weighted sum, over its corners, of gradient times offset."""
+    Each lattice corner has a random gradient; a pixel is the sum of gradient times offset, weighted by `fade`."""
     n, total = len(t) * channels, 0
     for octave in range(OCTAVES):
-        period = PERIOD / 2**octave  # pixels, and steps of t
+        period = PERIOD / 2**octave  # in pixels and in steps of t
         side = int((size - 1) / period) + 2  # corners
         gradient = torch.randn(2, 3, n, side, side, generator=generator).to(t.device)  # the same on all devices
         gradient = F.normalize(gradient, dim=1)
         place = torch.arange(size, device=t.device) / period  # in cells
         cell = place.long()
-        z = (t / period % 1).repeat_interleave(channels).view(n, 1, 1)  # place in the cell: each t has its own lattice
+        z = (t / period % 1).repeat_interleave(channels).view(n, 1, 1)  # position in the cell; one lattice per t
         for i, j, k in itertools.product((0, 1), repeat=3):
             g_x, g_y, g_z = gradient[i][:, :, cell + j][..., cell + k]  # (n, size, size) each
             dx, dy, dz = place - cell - k, (place - cell - j)[:, None], z - i
@@ -150,7 +148,7 @@ def smooth_noise(t, channels, size, generator=None):
 
 
 def fade(offset):
-    """Return Perlin's weight of a corner at this offset in cells: 1 at 0, 0 at 1, with zero slope at both."""
+    """Return Perlin's weight for a corner at this offset (in cells): 1 at offset 0, 0 at 1, with zero slope at both."""
     s = 1 - offset.abs()
     return s**3 * (6 * s**2 - 15 * s + 10)
 
@@ -161,14 +159,14 @@ def white_noise(t, channels, size, generator=None):
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
 class Diffusion(nn.Module):
-    """The constants and equations of DDPM. Denoising from step `level` - 1 visits `count` of the steps (0: all)."""
+    """Constants and equations of DDPM. Denoising starts at step `level` - 1 and visits `count` steps (0: all)."""
 
     def __init__(self, level, count):
         super().__init__()
         alpha_bar = (1 - torch.linspace(*BETAS, STEPS, dtype=torch.double)).cumprod(0)  # t counts from 0
-        t = torch.linspace(0, level - 1, count or level, dtype=torch.double).round().long()  # visited
+        t = torch.linspace(0, level - 1, count or level, dtype=torch.double).round().long()  # visited steps
         now, before = alpha_bar[t], F.pad(alpha_bar[t[:-1]], (1, 0), value=1)
-        beta = 1 - now / before  # of the visited steps (Nichol and Dhariwal, arXiv:2102.09672, Eq. 19)
+        beta = 1 - now / before  # between visited steps (Nichol and Dhariwal, arXiv:2102.09672, Eq. 19)
         constants = dict(
             sqrt_alpha_bar=alpha_bar.sqrt(),
             sqrt_one_minus_alpha_bar=(1 - alpha_bar).sqrt(),
@@ -180,31 +178,31 @@ class Diffusion(nn.Module):
             self.register_buffer(name, value.float(), persistent=False)
 
     def q_sample(self, x_0, t, noise):
-        """Return x_t, sampled from x_0 in one jump (Eq. 4); t (b,)."""
+        """Return x_t at steps t (b,), sampled directly from x_0 (Eq. 4)."""
         left, added = self.sqrt_alpha_bar[t], self.sqrt_one_minus_alpha_bar[t]
         return left.view(-1, 1, 1, 1) * x_0 + added.view(-1, 1, 1, 1) * noise
 
     def step_back(self, x_t, i, epsilon, noise):
-        """Return x at the visited step before the i-th, given the epsilon that the network predicts at the i-th."""
+        """Denoise x_t from the i-th visited step to the previous one, given the predicted noise epsilon."""
         x_0 = (x_t - self.sqrt_one_minus_alpha_bar[self.t[i]] * epsilon) / self.sqrt_alpha_bar[self.t[i]]  # Eq. 15
         return self.weight_x_0[i] * x_0.clamp(-1, 1) + self.weight_x_t[i] * x_t + self.sigma[i] * noise  # Eq. 6, 7
 
 
 # ------------------------------------------------------------------------------------------------------------- network
 def norm(channels):
-    """Return a group norm, with 32 groups at the published widths. One-channel groups would remove the time step."""
+    """Return a group norm, with 32 groups at the published widths. One-channel groups would erase the time step."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def zero(layer):
-    """Set all weights of a layer to 0, so that its block starts as the identity."""
+    """Set all weights of a layer to 0, so that its block initially is the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 class ResBlock(nn.Module):
-    """BigGAN's residual block: two convolutions and a skip connection, optionally resampled, plus the time step."""
+    """BigGAN's residual block, with the time step as an additional input and optional resampling."""
 
     def __init__(self, c_in, c_out, c_time, resample=None):
         super().__init__()
@@ -244,7 +242,7 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """The network of Dhariwal and Nichol: x_t (B, C, H, W), steps t (B,) -> the noise in x_t (B, C, H, W)."""
+    """The network of Dhariwal and Nichol: x_t (B, C, H, W), t (B,) -> predicted noise in x_t (B, C, H, W)."""
 
     def __init__(self, channels, size, base, multipliers, attention):
         super().__init__()
@@ -293,7 +291,7 @@ class UNet(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------- method
 class AnoDDPM(nn.Module):
-    """`unet` holds the averaged weights; the network that is trained is not part of this model."""
+    """`unet` holds the averaged weights; the network being trained is not part of this model."""
 
     def __init__(self, args):
         super().__init__()
@@ -301,7 +299,7 @@ class AnoDDPM(nn.Module):
         self.draw_noise = smooth_noise if args.noise == "simplex" else white_noise
         self.unet = UNet(args.channels, args.image_size, args.base_channels, args.multipliers, args.attention)
         self.diffusion = Diffusion(args.noise_level, args.sample_steps)
-        # All steps but the last one, at t[0], add noise, so the field at index 0 is free for the jump to t[-1].
+        # The last denoising step, at t[0], adds no noise, so field 0 is free for noising the image to t[-1].
         t, generator = self.diffusion.t.clone(), torch.Generator().manual_seed(args.seed)
         t[0] = t[-1]
         fields = [self.draw_noise(t, args.channels, args.image_size, generator) for _ in range(args.repeats)]
@@ -322,15 +320,14 @@ class AnoDDPM(nn.Module):
 
     @torch.no_grad()
     def average(self, unet, step):
-        """Update the averaged weights after step `step`: the mean of about the last ninth of the steps, at most 10,000.
-
-        Note: with a decay of 0.9999 from the start, the initial weights would still count 1 / e after 10,000 steps."""
+        """Update the averaged weights after step `step`. They average about the last ninth of all steps, but at most
+        10,000. With a constant decay, the initial weights would still have weight 1 / e after 10,000 steps."""
         decay = min(AVERAGE, step / (9 + step))
         for mean, p in zip(self.unet.parameters(), unet.parameters(), strict=True):
             mean.lerp_(p, 1 - decay)
 
     def reconstruct(self, x_0, fields):
-        """Noise x_0 (B, C, H, W) to --noise-level and denoise it; fields (steps, C, H, W): the noise of each step."""
+        """Noise x_0 (B, C, H, W) to --noise-level and denoise it, with the noise fields (steps, C, H, W)."""
         x = self.diffusion.q_sample(x_0, self.diffusion.t[-1:], fields[0])
         for i, t in reversed(list(enumerate(self.diffusion.t))):
             x = self.diffusion.step_back(x, i, self.unet(x, t.expand(len(x))), fields[i])
@@ -342,7 +339,7 @@ class AnoDDPM(nn.Module):
         self.eval()
         x_0 = self.scaled(image)
         recon = torch.cat([sum(self.reconstruct(x, fields) for fields in self.fields) / len(self.fields)
-                           for x in x_0.split(1)])  # one by one, since rounding depends on the batch
+                           for x in x_0.split(1)])  # one by one, because rounding depends on the batch
         anomaly_map = (recon - x_0).square().sum(dim=1)
         if self.args.sigma:
             anomaly_map = common.smooth(anomaly_map, self.args.sigma)
@@ -355,7 +352,7 @@ def build_model(args):
     return AnoDDPM(args)
 
 
-def check(args):  # whether the values fit together
+def check(args):  # raises an Error if values are incompatible
     size, halvings = args.image_size, len(args.multipliers) - 1
     if halvings < 0 or min(args.multipliers) < 1:
         raise common.Error(f"--multipliers {args.multipliers}: give a whole number for each level")
@@ -373,7 +370,7 @@ def check(args):  # whether the values fit together
 
 
 def whole_training(images):
-    """Return the number of epochs that show 300,000 images (official code: EPOCHS, of one image each)."""
+    """Return the number of epochs needed to see 300,000 images (official code: 3,000 epochs of 100 images)."""
     return math.ceil(300_000 / images)
 
 

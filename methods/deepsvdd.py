@@ -1,25 +1,25 @@
 """DeepSVDD (Ruff et al., ICML 2018, PMLR 80:4393-4402; not on arXiv).
 
-A network without biases learns to map normal images close to a fixed point c. The anomaly score of an image is the
-squared distance of its embedding from c. The weights are initialised by an autoencoder, and c is set once, to the mean
-embedding that these weights give: with a trained c, or a bias in any layer, the network could map every image to c.
+A network without biases learns to map normal images close to a fixed centre c. The anomaly score of an image is the
+squared distance between its embedding and c. An autoencoder pretrains the weights. Then c is set to the mean embedding
+of the training images and never updated: a trained c or a bias in any layer would let the network map every image to c.
 
 Settings: thesis, Table 3.2 (LeNet, Adam with learning rate 1e-4, weight decay 0.5e-7, batches of 200). Where the thesis
-is silent, we follow BMAD's code (DorisBao/BMAD, the thesis' benchmark): 300 + 300 epochs, ImageNet scaling, and the
-autoencoder's learning rate, weight decay and batch size. Architecture, schedule and the rule for c are those of the
-official code, lukasruff/Deep-SVDD-PyTorch.
+is silent, we follow BMAD's code (DorisBao/BMAD, the thesis' benchmark): 300 epochs for the autoencoder and 300 for the
+network, ImageNet scaling, and the autoencoder's learning rate, weight decay and batch size. The architecture, the
+schedule and the rule for c are those of the official code, lukasruff/Deep-SVDD-PyTorch.
 Differences from the official code:
-- Images are resized in two steps, to 256 pixels by the loader and then, with antialiasing, to 32 by the model. Another
-  input size than 32 would change the network: half of all weights belong to positions of the last map.
-- ImageNet scaling, as in the code behind the thesis' numbers; `--scaling gcn` is the official scaling. The sigmoid of
-  the autoencoder cannot reach values outside [0, 1], so its loss stays high with ImageNet scaling, but its features are
-  useful all the same.
-- A coordinate of c that is exactly zero also becomes 0.1; in the official code it stays zero.
+- Images are resized twice: to 256x256 pixels by the loader, then, with antialiasing, to 32x32 by the model. An input
+  size other than 32 would change the network, since half of its weights belong to positions in the last feature map.
+- ImageNet scaling is used, as in the code behind the thesis' results; `--scaling gcn` gives the official scaling. With
+  ImageNet scaling, the autoencoder's loss stays high, because its sigmoid cannot reach values outside [0, 1], but its
+  features are useful nonetheless.
+- A coordinate of c that is exactly zero is also set to 0.1 (official code: it stays zero).
 - The best epoch is chosen on valid (thesis, 3.4.1; official code: the last one).
-- A last batch of a single image, which has no batch statistics, is dropped (the official code stops with an error).
+- A last batch with a single image is dropped, since it has no batch statistics (official code: an error).
 
-Parameters: 0.521 M, or 0.805 M with the decoder of the first stage. Cost, measured on one CPU thread: 5 ms per image
-and epoch in either stage, 1 to 3 ms to score an image, 0.9 GiB of memory.
+Parameters: 0.521 M, or 0.805 M with the autoencoder's decoder. Cost on one CPU thread: 5 ms per image and epoch in
+either stage, 1 to 3 ms to score an image, 0.9 GiB of memory.
 """
 
 import sys
@@ -36,46 +36,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 SIZE = 32  # width and height of the network's input
-CENTER_MARGIN = 0.1  # minimum |c_i|, since zero weights would give a coordinate of zero (official code)
+CENTER_MARGIN = 0.1  # minimum |c_i|, since zero weights trivially map images to a zero coordinate (official code)
 WARM_UP = 10  # epochs before the soft boundary's radius is set (official code)
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (thesis, 4.3.3), then to the network's 32"""
+    """images are first resized to this width and height in pixels (our choice), then to the network's 32"""
     batch_size: Annotated[int, Ge(1)] = 200
     """images per batch (thesis, Table 3.2)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 300
     """passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
@@ -85,7 +85,7 @@ class Args:
     weight_decay: Annotated[float, Ge(0)] = 0.5e-7
     """Adam's L2 penalty (thesis, Table 3.2; official code: 0.5e-6)"""
     milestone: Annotated[int, Ge(1)] = 50
-    """number of epochs after which the learning rate falls to a tenth (official code)"""
+    """number of epochs after which the learning rate is divided by 10 (official code)"""
     ae_epochs: Annotated[int, Ge(0)] = 300
     """epochs of autoencoder pretraining (BMAD's code); 0: start from random weights"""
     ae_lr: Annotated[float, Gt(0)] = 1e-5
@@ -95,11 +95,11 @@ class Args:
     ae_weight_decay: Annotated[float, Ge(0)] = 0.5e-6
     """the autoencoder's L2 penalty (BMAD's code, official code)"""
     ae_milestone: Annotated[int, Ge(1)] = 250
-    """number of epochs after which the autoencoder's learning rate falls to a tenth (BMAD's code, official code)"""
+    """number of epochs after which the autoencoder's learning rate is divided by 10 (BMAD's code, official code)"""
     scaling: Literal["imagenet", "gcn"] = "imagenet"
-    """imagenet: by ImageNet's statistics (BMAD's code); gcn: global contrast normalisation to [0, 1] (official code)"""
+    """imagenet: ImageNet's mean and std (BMAD's code); gcn: global contrast normalisation to [0, 1] (official code)"""
     objective: Literal["one-class", "soft-boundary"] = "one-class"
-    """one-class: mean distance to c (paper, Eq. 4; BMAD's code); soft-boundary: a sphere with outliers (Eq. 3)"""
+    """one-class: mean squared distance to c (paper, Eq. 4; BMAD's code); soft-boundary: sphere with outliers (Eq. 3)"""
     nu: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """fraction of the training images that may lie outside the soft boundary (official code)"""
 
@@ -108,11 +108,11 @@ def contrast_normalize(image):
     """Global contrast normalisation: subtract each image's mean, then divide by its mean absolute value."""
     image = image - image.mean(dim=(1, 2, 3), keepdim=True)
     scale = image.abs().mean(dim=(1, 2, 3), keepdim=True)
-    return torch.where(scale > 1e-6, image / scale, 0)  # does not amplify the rounding errors of a uniform image
+    return torch.where(scale > 1e-6, image / scale, 0)  # 0 for uniform images: do not amplify rounding errors
 
 
 def normed(conv):
-    """Convolution, batch norm without scale and shift, and leaky ReLU, all without biases."""
+    """Return a convolution, batch norm without scale and shift, and leaky ReLU, all without biases."""
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels, eps=1e-4, affine=False), nn.LeakyReLU(0.01))
 
 
@@ -128,7 +128,7 @@ class Encoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """An autoencoder: `encoder`, whose weights are drawn again, and a decoder that mirrors it and is not kept."""
+    """Pretrains `encoder`, which it initialises again, with a mirrored decoder that is discarded afterwards."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -144,7 +144,7 @@ class Autoencoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight, nn.init.calculate_gain("leaky_relu"))
 
     def loss(self, image):
-        """Return the squared error, summed over the values of each image (B, 3, 32, 32) and averaged over images."""
+        """Return the squared error of images (B, 3, 32, 32), summed over each image and averaged over the batch."""
         return (self.decoder(self.encoder(image)) - image).square().sum(dim=(1, 2, 3)).mean()
 
 
@@ -153,7 +153,7 @@ class DeepSVDD(nn.Module):
         super().__init__()
         self.scaling, self.objective, self.nu = scaling, objective, nu
         self.encoder = Encoder()
-        self.register_buffer("center", torch.zeros(128))  # c, a constant and not a parameter
+        self.register_buffer("center", torch.zeros(128))  # c, a constant, not a parameter
         self.register_buffer("radius", torch.zeros(()))  # R of the soft boundary
         self.register_buffer("low", torch.zeros(()))  # value range of the contrast-normalised training images
         self.register_buffer("high", torch.ones(()))
@@ -167,7 +167,7 @@ class DeepSVDD(nn.Module):
 
     @torch.no_grad()
     def load(self, batches):
-        """Return all training images after `prepare` (N, 3, 32, 32), and set the value range for `--scaling gcn`."""
+        """Return all prepared training images (N, 3, 32, 32). With `--scaling gcn`, also set the value range."""
         images = torch.cat([self.prepare(image) for image in batches])
         if self.scaling == "gcn":
             self.low, self.high = images.aminmax()
@@ -176,7 +176,7 @@ class DeepSVDD(nn.Module):
 
     @torch.no_grad()
     def init_center(self, images):
-        """Set c to the mean embedding in eval mode; return how many of its coordinates were too close to zero."""
+        """Set c to the mean embedding in eval mode; return the number of coordinates that were too close to zero."""
         self.eval()
         c = sum(self.encoder(x).sum(dim=0) for x in images.split(1000)) / len(images)  # (128,)
         small = c.abs() < CENTER_MARGIN
@@ -188,13 +188,13 @@ class DeepSVDD(nn.Module):
         return (self.encoder(image) - self.center).square().sum(dim=1)
 
     def loss(self, distance):
-        """Return the loss of distances (B,): paper, Eq. 4, or Eq. 3 with a soft boundary, both without weight decay."""
+        """Return the loss for squared distances (B,), without weight decay: paper, Eq. 4, or Eq. 3 (soft boundary)."""
         if self.objective == "one-class":
             return distance.mean()
         return self.radius**2 + F.relu(distance - self.radius**2).mean() / self.nu
 
     def quantile(self, distance):
-        """Return R, the (1 - nu)-quantile of a batch's distances, from their squares (B,)."""
+        """Return R, the (1 - nu)-quantile of the distances in a batch, from squared distances (B,)."""
         return torch.quantile(distance.detach().sqrt(), 1 - self.nu)
 
     @torch.inference_mode()
@@ -206,14 +206,14 @@ class DeepSVDD(nn.Module):
 
 
 def batches(images, batch_size):
-    """Yield all images in random order, but drop a batch of one, which has no batch statistics."""
+    """Yield batches of images in random order. Drop a batch of one image, which has no batch statistics."""
     for index in torch.randperm(len(images)).to(images.device).split(batch_size):
         if len(index) > 1:
             yield images[index]
 
 
 def adam(network, lr, weight_decay, milestone):
-    """Return the optimiser and the learning rate schedule of a stage."""
+    """Return the optimiser and the learning rate schedule for a training stage."""
     optimizer = torch.optim.Adam(network.parameters(), lr, weight_decay=weight_decay)
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [milestone])
 

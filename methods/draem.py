@@ -1,29 +1,29 @@
 """DRAEM (Zavrtanik, Kristan, Skocaj, ICCV 2021, arXiv:2108.07610).
 
-Textures are blended into normal images within random masks of Perlin noise. One network learns to restore the normal
-image. A second network gets the restoration together with its input and learns to segment the blended texture. In a
-test image, the second network marks the anomalous pixels.
+Textures are blended into normal images inside random masks of Perlin noise. One network learns to restore the normal
+image. A second network receives the input and its restoration and learns to segment the blended texture. In a test
+image, this network segments the anomalous pixels.
 
 Settings: thesis, Table 3.5 (Adam with learning rate 1e-4). Everything else follows the official code (VitjanZ/DRAEM):
-data pipeline, textures, widths, losses, initial weights, 700 epochs in batches of 8, and a learning rate multiplied by
-0.2 after 80% and 90% of the epochs.
+data pipeline, textures, widths, losses, initial weights, 700 epochs with batches of 8, and a learning rate that is
+multiplied by 0.2 after 80% and again after 90% of the epochs.
 Differences from the paper, all as in the official code: the schedule (paper: x 0.1 after 400 and 600 epochs), a
-texture opacity of at least 0.2 (paper: 0.1), ten augmentations of the texture (paper: seven) and rotations of up to 90
+texture opacity of at least 0.2 (paper: 0.1), ten texture augmentations (paper: seven) and rotations of up to 90
 degrees (paper: 45).
 Differences from the official code: an epoch visits each image once (official code: draws with replacement); the best
-epoch is chosen on valid (official code: the last one); SSIM's range is 1 (official code: 2 where the restoration
-undershoots); torchvision augments textures as floats (official code: imgaug 0.4, 8 bits). Beyond rounding, this changes
-- brightness: one factor and one offset for all channels (official code: the lightness in one of six colour spaces);
-- saturation: x 0.8 to 1.2 (official code: shifted by up to 50 / 255, which gives grey textures a colour);
-- autocontrast: from the minimum to the maximum (official code: first cuts off 0 to 20% of the pixels at both ends).
+epoch is chosen on valid (official code: the last one); SSIM assumes a value range of 1 (official code: 2 if the
+restoration undershoots); torchvision augments textures as floats (official code: imgaug 0.4, 8 bits), so that
+- brightness changes by one factor and one offset (official code: the lightness in one of six colour spaces);
+- saturation is multiplied by 0.8 to 1.2 (official code: shifted by up to 50 / 255, which adds colour to grey textures);
+- autocontrast maps minimum and maximum to 0 and 1 (official code: first clips 0 to 20% of the pixels at both ends).
 
-Differences from BMAD's code, which produced the thesis' row: textures are photographs (BMAD: --textures noise); images
-lie in [0, 1] (BMAD blends textures in [0, 1] into images scaled by ImageNet's statistics); initial weights are those of
-the official code (BMAD: PyTorch's defaults, as in anomalib).
+Differences from BMAD's code, which produced the thesis' results: textures are photographs (BMAD: --textures noise);
+images lie in [0, 1] (BMAD: scaled by ImageNet's statistics, while textures are in [0, 1]); the weights are initialised
+as in the official code (BMAD: PyTorch's defaults, as in anomalib).
 
 Parameters: 69,048,579 (restoration) + 28,374,146 (segmentation), as in the official code.
-Cost, measured on one CPU thread: 200 images of 64 pixels with --width 16 and batches of 8: 10 s per epoch, 13 ms to
-score an image, 1.0 GiB. Published settings on an H100: 0.24 s per step of 8 images, 0.01 s to simulate their anomalies.
+Cost on one CPU thread, with 200 images of 64x64 pixels, --width 16 and batches of 8: 10 s per epoch, 13 ms to score an
+image, 1.0 GiB. Published settings on an H100: 0.24 s per step of 8 images, 0.01 s to simulate their anomalies.
 """
 
 import math
@@ -45,39 +45,39 @@ import common
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(64)] = 256
     """images are resized to this width and height in pixels (official code); a multiple of 32"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (official code); each needs 1.1 GB of memory in training"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 700
     """passes over the normal training images (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
@@ -88,7 +88,7 @@ class Args:
     """textures to blend in: dtd (official code; 600 MB, downloaded by torchvision to <root>/dtd), a FOLDER of images,
     images (the training images themselves) or noise (the Perlin noise of the mask; BMAD's code)"""
     width: Annotated[int, Ge(2)] = 128
-    """channels of the restoring network's first layer; the segmenting one has half (official code); 16 suits a CPU"""
+    """first-layer channels of the restoring network (official code); half in the segmenting network; 16 suits a CPU"""
 
 
 # ---------------------------------------------------------------------------------------- networks (paper, 3.1 and 3.2)
@@ -114,7 +114,7 @@ def restoring_network(w):
 
 
 class SegmentingNetwork(nn.Module):
-    """U-Net down to 1/32 of the size: restoration, image (B, 6, H, W) -> logits (B, 2, H, W), channel 1: anomalous."""
+    """U-Net down to 1/32 of the size: restoration and image (B, 6, H, W) -> logits (B, 2, H, W), channel 1: anomaly."""
 
     def __init__(self, w):
         super().__init__()
@@ -165,7 +165,7 @@ def build_model(args):
 
 
 def ssim(recon, image):
-    """Return the structural similarity, averaged over pixels and channels; 11x11 Gaussian windows, zero padding."""
+    """Return the structural similarity, averaged over pixels and channels (11x11 Gaussian windows, zero padding)."""
     channels = image.shape[1]
     gaussian = torch.exp(-0.5 * ((torch.arange(11, device=image.device) - 5) / 1.5) ** 2)
     window = (torch.outer(gaussian, gaussian) / gaussian.sum() ** 2).expand(channels, 1, 11, 11)
@@ -181,7 +181,7 @@ def focal_loss(logits, mask, smooth=1e-5):
     """Return the mean of -(1 - p)^2 log p for the probability p of the true class: (B, 2, H, W), mask (B, 1, H, W)."""
     anomalous = logits.softmax(dim=1)[:, 1:]
     p = torch.where(mask, anomalous, 1 - anomalous)
-    p = (1 - smooth) * p + smooth * (1 - p) + smooth  # the smoothed labels of the official code, in closed form
+    p = (1 - smooth) * p + smooth * (1 - p) + smooth  # label smoothing of the official code, in closed form
     return -((1 - p) ** 2 * p.log()).mean()
 
 
@@ -192,13 +192,13 @@ def uniform(low, high):
 
 
 def rotate(image, degrees=90):
-    from torchvision.transforms.v2 import InterpolationMode, RandomRotation  # imported here: it takes a second
+    from torchvision.transforms.v2 import InterpolationMode, RandomRotation  # imported here to keep --help fast
 
     return RandomRotation(degrees, InterpolationMode.BILINEAR)(image)  # corners become black
 
 
 def augment(texture, k):
-    """Apply the k-th of ten augmentations to a texture (3, H, W) in [0, 1]; ranges: official code, imgaug."""
+    """Apply the k-th of ten augmentations to a texture (3, H, W) in [0, 1], with the official code's ranges."""
     import torchvision.transforms.v2.functional as TF
     from torchvision.transforms.v2 import ColorJitter
 
@@ -216,14 +216,14 @@ def augment(texture, k):
 
 
 def perlin(rows, columns, size, device):
-    """Return Perlin noise (size, size), mean 0: the corners of rows x columns cells have random unit gradients; a pixel
-    is the weighted sum, over the four corners of its cell, of the gradient times the offset from the corner."""
-    def weight(offset):  # of a corner: 1 at the corner, 0 one cell away, with zero slope at both
+    """Return Perlin noise (size, size) with mean 0. The corners of rows x columns cells have random unit gradients. A
+    pixel is the weighted sum, over the four corners of its cell, of the gradient times the offset from the corner."""
+    def weight(offset):  # of a corner: 1 at offset 0, 0 at 1 cell, with zero slope at both
         s = 1 - offset.abs()
         return s**3 * (6 * s**2 - 15 * s + 10)
 
     angle = 2 * math.pi * torch.rand(rows + 1, columns + 1).to(device)
-    y, x = (torch.arange(size, device=device) / size * cells for cells in (rows, columns))  # pixels, in cells
+    y, x = (torch.arange(size, device=device) / size * cells for cells in (rows, columns))  # pixel coordinates in cells
     noise = 0
     for down, right in product((0, 1), repeat=2):
         v, u = (y % 1 - down)[:, None], x % 1 - right  # the offset, in [-1, 1]
@@ -233,9 +233,8 @@ def perlin(rows, columns, size, device):
 
 
 def simulate(image, textures):
-    """A normal image (3, H, W) -> the image I to restore, the input I_a with an anomaly, its mask M_a (1, H, W).
-
-    Half of the images get no anomaly. textures: see `load_textures`."""
+    """Return, for a normal image (3, H, W): the target I, the input I_a and the mask M_a (1, H, W) of its anomaly. Half
+    of the images get no anomaly. `textures` comes from `load_textures`."""
     size, device = image.shape[-1], image.device
     if uniform(0, 1) < 0.3:
         image = rotate(image)
@@ -255,7 +254,7 @@ def simulate(image, textures):
 
 
 def load_textures(args, train):
-    """Return the texture images as a `common.Split`, or None if the noise of the mask is the texture."""
+    """Return the texture images as a `common.Split`, or None if the mask's noise serves as texture."""
     if args.textures in ("images", "noise"):
         return train if args.textures == "images" else None
     folder, count = (Path(args.textures), 1) if args.textures != "dtd" else (Path(args.root) / "dtd/dtd/images", 5640)
@@ -268,7 +267,7 @@ def load_textures(args, train):
             raise common.Error(f"DTD is not in {folder} and could not be downloaded ({e}); unpack {DTD._URL} in "
                                f"{folder.parents[1]}, or use --textures FOLDER, images or noise") from e
     entries = [(file, -1, None) for file in common.images_in(folder)]
-    if len(entries) < count:  # the folder has no images, or DTD is incomplete
+    if len(entries) < count:  # no images, or DTD is incomplete
         raise common.Error(f"--textures {args.textures}: {folder} has {len(entries)} images (DTD has 5640); remove it, "
                            "or give another folder, images or noise")
     return common.Split("textures", entries, args.image_size, folder, Path(args.root) / ".cache")

@@ -1,25 +1,27 @@
 """f-AnoGAN (Schlegl, Seeboeck, Waldstein, Langs, Schmidt-Erfurth, Medical Image Analysis 54, 2019; not on arXiv).
 
-A Wasserstein GAN learns to generate normal images from random codes. Then the GAN is frozen, and an encoder learns to
-map normal images to their codes (izi_f: from image to z to image, compared in the critic's features f, too). What the
-GAN cannot generate is anomalous: the anomaly score is the residual of the image plus that of its features.
+A Wasserstein GAN learns to generate normal images from random codes z. The GAN is then frozen, and an encoder learns to
+map normal images to codes from which the generator reconstructs them. This training (izi_f: image to z to image)
+compares images and their critic features f with those of the reconstructions. Since the GAN cannot generate anomalies,
+the anomaly score is the residual of the image plus that of its features.
 
-Settings: thesis, Table 3.5 (Adam with learning rate 2e-4, batches of 32, codes of length 100). The networks, the rest
-of the training and the 200 epochs of each stage follow BMAD's code (the thesis' benchmark), which took them from
+Settings: thesis, Table 3.5 (Adam with learning rate 2e-4, batches of 32, codes of length 100). The networks, the 200
+epochs of each stage and all other settings follow the code of BMAD (the thesis' benchmark), which adopted them from
 A03ki/f-AnoGAN.
-Differences from the paper: the networks are those of PyTorch-GAN's DCGAN (paper and tSchlegl/f-AnoGAN: residual
-networks for 64 pixels). The critic has dropout and batch normalisation, so the gradient penalty of an image depends on
-the other images in its batch; `--critic-norm layer` uses the paper's normalisation, without dropout.
+Differences from the paper: the networks are those of PyTorch-GAN's DCGAN (the paper and its official code,
+tSchlegl/f-AnoGAN, use residual networks for 64 pixels). The critic has dropout and batch normalisation, so the gradient
+penalty of an image depends on the other images in its batch; `--critic-norm layer` uses layer normalisation without
+dropout, as in the paper.
 Differences from A03ki/f-AnoGAN and BMAD's code:
-- In the gradient penalty, x^ has one random weight per image (Gulrajani et al., 2017), not one per channel.
-- Higher scores are more anomalous (BMAD's test prints the AUROC of the opposite), and test images are never flipped.
-- The encoder is kept from the epoch that is best on valid, not from the last one.
-- The generator's step uses the images on which the critic was just trained. The other two generate them again, so the
-  generator's running statistics count them twice.
+- The gradient penalty interpolates with one random weight per image (Gulrajani et al., 2017), not one per channel.
+- Higher scores mean more anomalous (BMAD's test prints 1 - AUROC), and test images are never flipped.
+- The encoder is saved at the best epoch on valid, not at the last epoch.
+- The generator step reuses the images of the preceding critic step. The other two implementations generate them again,
+  so the generator's running statistics count them twice.
 
 Parameters at 256 pixels: generator 53.2 M (53.0 M of them in its linear layer), critic 0.13 M, encoder 3.4 M.
-Cost, measured on one busy CPU thread: 200 images of 32 pixels, 15 + 15 epochs: 43 s, 0.89 GiB of memory; 4 ms to score
-an image.
+Cost on one busy CPU thread: 15 + 15 epochs on 200 images of 32 pixels take 43 s and 0.89 GiB of memory; scoring an
+image takes 4 ms.
 """
 
 import sys
@@ -34,52 +36,52 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-BETAS = 0.5, 0.999  # Adam's (BMAD's code)
-N_CRITIC = 5  # steps of the critic per step of the generator (BMAD's code, paper)
+BETAS = 0.5, 0.999  # of Adam (BMAD's code)
+N_CRITIC = 5  # critic steps per generator step (BMAD's code, paper)
 PENALTY = 10  # weight of the gradient penalty (BMAD's code, paper)
-EPS = 0.8  # of batch norm: PyTorch-GAN mistook Keras' momentum for eps, and all its copies kept this
+EPS = 0.8  # of batch norm: PyTorch-GAN mistook Keras' momentum for eps, and all code based on it inherited the value
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (thesis, 4.3.3); a multiple of 16, at least 32"""
+    """images are resized to this width and height in pixels (our choice; BMAD: 32); a multiple of 16, at least 32"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch (thesis, Table 3.5)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     gan_epochs: Annotated[int, Ge(1)] = 200
-    """stage 1, the GAN: number of passes over the normal training images (BMAD's code)"""
+    """stage 1 (GAN): passes over the normal training images (BMAD's code)"""
     epochs: Annotated[int, Ge(1)] = 200
-    """stage 2, the encoder: number of passes over the normal training images (BMAD's code)"""
+    """stage 2 (encoder): passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 2e-4
     """Adam's learning rate in both stages (thesis, Table 3.5)"""
     eval_every: Annotated[int, Ge(1)] = 10
@@ -87,13 +89,13 @@ class Args:
     latent: Annotated[int, Ge(1)] = 100
     """length of the code z (thesis, Table 3.5)"""
     kappa: Annotated[float, Ge(0)] = 1.0
-    """weight of the feature residual in the encoder's loss and in the score (paper)"""
+    """weight of the feature residual in the encoder's loss and the anomaly score (paper)"""
     critic_norm: Literal["batch", "layer"] = "batch"
-    """normalisation in the critic: batch, together with dropout (BMAD's code), or layer (paper)"""
+    """normalisation in the critic: batch, with dropout (BMAD's code), or layer, without dropout (paper)"""
 
 
 def augment(image):
-    """Flip each image (B, 3, H, W) left to right with probability 1/2 (BMAD's code, official code)."""
+    """Flip each image (B, 3, H, W) horizontally with probability 1/2 (BMAD's code, official code)."""
     flip = torch.rand(len(image), 1, 1, 1) < 0.5
     return torch.where(flip.to(image.device), image.flip(3), image)
 
@@ -116,7 +118,7 @@ class Generator(nn.Module):
 
 
 def trunk(norm="batch"):
-    """Return the layers that the critic and the encoder share: (B, 3, H, W) -> (B, 128 * H/16 * W/16)."""
+    """Return the first layers of the critic or the encoder: (B, 3, H, W) -> (B, 128 * H/16 * W/16)."""
     layers, channels = [], 3
     for width in (16, 32, 64, 128):
         layers += [nn.Conv2d(channels, width, 3, 2, 1), nn.LeakyReLU(0.2)]
@@ -135,7 +137,7 @@ class Critic(nn.Module):
         self.linear = nn.Linear(128 * (image_size // 16) ** 2, 1)
 
     def forward(self, x):
-        return self.linear(self.features(x))  # (B, 1), without a sigmoid
+        return self.linear(self.features(x))  # (B, 1), unbounded
 
 
 class FAnoGAN(nn.Module):
@@ -146,11 +148,11 @@ class FAnoGAN(nn.Module):
         self.kappa = kappa
         self.generator = Generator(image_size, latent)
         self.critic = Critic(image_size, critic_norm)
-        # tanh keeps the codes close to the standard normal ones with which the GAN was trained (paper)
+        # tanh keeps codes within the range of the standard normal codes on which the GAN was trained (paper)
         self.encoder = nn.Sequential(trunk(), nn.Linear(128 * (image_size // 16) ** 2, latent), nn.Tanh())
 
     def residual(self, x):
-        """Return the izi_f residual (B,) of x (B, 3, H, W) in [-1, 1], the encoder's loss and the anomaly score."""
+        """Return the izi_f residual (B,) of x (B, 3, H, W) in [-1, 1], both the encoder's loss and the score."""
         recon = self.generator(self.encoder(x))
         with torch.no_grad():
             target = self.critic.features(x)
@@ -165,7 +167,7 @@ class FAnoGAN(nn.Module):
 
 
 def gradient_penalty(critic, real, fake):
-    """Return the mean of (|gradient of D at x^| - 1)^2, with x^ drawn between a real and a generated image."""
+    """Return the mean of (|gradient of D at x^| - 1)^2, where x^ is a random mix of a real and a fake image."""
     a = torch.rand(len(real), 1, 1, 1).to(real.device)
     between = (a * real + (1 - a) * fake).requires_grad_()
     gradient, = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
@@ -173,7 +175,7 @@ def gradient_penalty(critic, real, fake):
 
 
 def critic_loss(critic, real, fake):
-    """Return the WGAN-GP loss: the critic should be high on real and low on fake images (B, 3, H, W), with slope 1."""
+    """Return the WGAN-GP loss, which raises D on real images (B, 3, H, W), lowers it on fake ones and keeps slope 1."""
     return -critic(real).mean() + critic(fake).mean() + PENALTY * gradient_penalty(critic, real, fake)
 
 
@@ -209,7 +211,7 @@ if __name__ == "__main__":
             run.notes |= dict(critic=float(torch.stack(losses_d).mean()), generator=float(torch.stack(losses_g).mean()))
             print(f"GAN, epoch {epoch}/{args.gan_epochs}  critic {run.notes['critic']:.4f}  "
                   f"generator {run.notes['generator']:.4f}", flush=True)
-        generator.requires_grad_(False)  # the GAN is frozen from here on
+        generator.requires_grad_(False)  # stage 2 trains only the encoder
         critic.requires_grad_(False)
         for epoch in run.epochs(model, optimizer_e):
             model.eval()  # the GAN uses running statistics and no dropout
@@ -222,5 +224,5 @@ if __name__ == "__main__":
                 optimizer_e.step()
                 losses.append(loss.detach())
             run.validate(model, epoch, valid, loss=float(torch.stack(losses).mean()))
-        model.requires_grad_()  # since results.json counts the trained parameters
+        model.requires_grad_()  # so that results.json counts the GAN as trained, too
     common.finish(run, model, (train, valid, test))

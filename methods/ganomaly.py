@@ -1,28 +1,29 @@
 """GANomaly (Akcay, Atapour-Abarghouei, Breckon, ACCV 2018, arXiv:1805.06725).
 
-An encoder and a decoder reconstruct the image, and a second encoder encodes the reconstruction. Training uses only
-normal images, and the reconstruction has to match the image in the features of a discriminator, too. On normal images
-the two codes agree, so the distance between them is the anomaly score of an image.
+An encoder and a decoder reconstruct the image, and a second encoder encodes the reconstruction. All three networks are
+trained on normal images only. The reconstruction must also match the image in the features of a discriminator. The two
+codes agree on normal images and differ on anomalous ones, so the distance between them is the anomaly score.
 
-Settings: thesis, Table 3.5 (Adam with learning rate 2e-4 and betas 0.5 and 0.999, loss weights 1, 50, 1). Batches of 32
-and at most 100 epochs are from BMAD's code (the thesis' benchmark); losses, networks and initial weights are those of
-the official code, samet-akcay/ganomaly.
-Differences from the paper: the codes are compared by the squared distance, as in the official code, not by L1 distance.
+Settings: thesis, Table 3.5 (Adam with learning rate 2e-4 and betas 0.5 and 0.999, loss weights 1, 50, 1). The batch
+size of 32 and the maximum of 100 epochs are from the code of BMAD (the thesis' benchmark). Losses, networks and
+initialisation follow the official code, samet-akcay/ganomaly.
+Differences from the paper: the anomaly score is the squared distance of the codes, as in the official code, not the L1
+distance.
 Differences from the official code:
-- Images are resized to 256 pixels by default, not to 32. The networks grow with the image (3.9 M weights at 32).
-- The test uses the running statistics of batch normalisation. The official test uses those of the test batch, so its
-  scores depend on the other images; `--instance-stats` gives the official scores for batches of one image.
+- Images are resized to 256 pixels by default, not to 32. The networks grow with the image size (3.9 M weights at 32).
+- In testing, batch normalisation uses its running statistics. The official code uses the statistics of the test batch,
+  so a score depends on the other images; `--instance-stats` gives the official scores for batches of one image.
 - The best epoch is chosen on valid, not on test, and scores are not rescaled by their range on test.
-- The discriminator returns logits, not probabilities; its loss is the same.
+- The discriminator returns logits instead of probabilities; its loss is equivalent.
 
-Differences from BMAD's code and anomalib, which produced the thesis' figures: the discriminator's features are matched,
-not its outputs; the squared distance of the codes replaces smooth L1; the first convolution is padded by 1, not 4;
-images lie in [-1, 1], which the decoder's tanh can reach, and are not normalised like ImageNet's; and initial weights
-are drawn from N(0, 0.02), as that code intends but fails to do.
+Differences from BMAD's code and anomalib, which produced the thesis' results: the loss compares the discriminator's
+features, not its outputs; it compares codes by squared distance, not smooth L1; the first convolution is padded by 1,
+not 4; images are scaled to [-1, 1], the range of the decoder's tanh, instead of normalised by ImageNet's statistics;
+and initial weights are drawn from N(0, 0.02), which a bug prevents in both.
 
 Parameters at 256 pixels: generator 144.0 M, discriminator 44.7 M (only for training); at 64 pixels: 10.7 M and 2.8 M.
-Cost, measured on one busy CPU thread: 200 images of 32 pixels, 30 epochs: 58 s, 0.87 GiB of memory; 3 ms to score an
-image.
+Cost on one busy CPU thread: 30 epochs on 200 images of 32 pixels take 58 s and 0.87 GiB of memory; scoring an image
+takes 3 ms.
 """
 
 import sys
@@ -39,46 +40,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 W_ADV, W_CON, W_ENC = 1, 50, 1  # weights of the generator's losses (thesis, Table 3.5)
-BETAS = 0.5, 0.999  # Adam's (thesis, Table 3.5)
-COLLAPSED = 1e-5  # if the discriminator's loss falls below this, it has won and is initialised again (official code)
+BETAS = 0.5, 0.999  # of Adam (thesis, Table 3.5)
+COLLAPSED = 1e-5  # the discriminator is reinitialised when its loss falls below this value (official code)
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (thesis, 4.3.3); a power of two, at least 16"""
+    """images are resized to this width and height in pixels (our choice); a power of two, at least 16"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images per batch (BMAD's code; the thesis is silent)"""
+    """images per batch (BMAD's code; not given in the thesis)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 100
     """passes over the normal training images (BMAD's code; official code: 15)"""
     lr: Annotated[float, Gt(0)] = 2e-4
@@ -88,13 +89,13 @@ class Args:
     latent: Annotated[int, Ge(1)] = 100
     """length of the code z (official code: nz)"""
     features: Annotated[int, Ge(1)] = 64
-    """channels of the first convolution; each of the next ones doubles them (official code: ngf)"""
+    """output channels of the first convolution, doubled by each of the next ones (official code: ngf)"""
     instance_stats: bool = False
-    """in testing, use the batch normalisation statistics of each single image instead of the running ones"""
+    """in testing, batch normalisation uses each image's own statistics instead of the running ones"""
 
 
 class BatchNorm(nn.BatchNorm2d):
-    instance_stats = False  # if true, normalise each image as training mode does in a batch of one
+    instance_stats = False  # if true, evaluation uses the statistics of each single image
 
     def forward(self, x):
         if self.training or not self.instance_stats:
@@ -103,7 +104,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def features(size, width):
-    """(B, 3, size, size) -> (B, width * size / 8, 4, 4): each convolution halves the image and doubles the channels."""
+    """(B, 3, size, size) -> (B, width * size / 8, 4, 4): each layer halves the grid and doubles the channels."""
     layers = [nn.Conv2d(3, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
     while (size := size // 2) > 4:
         layers += [nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False), BatchNorm(2 * width), nn.LeakyReLU(0.2)]
@@ -117,7 +118,7 @@ def encoder(size, latent, width):
 
 
 def decoder(size, latent, width):
-    """The mirror image of the encoder: (B, latent, 1, 1) -> (B, 3, size, size) in [-1, 1]."""
+    """Return the encoder's mirror image: (B, latent, 1, 1) -> (B, 3, size, size) in [-1, 1]."""
     c = width * size // 8
     layers = [nn.ConvTranspose2d(latent, c, 4, bias=False), BatchNorm(c), nn.ReLU()]  # (B, c, 4, 4)
     while c > width:
@@ -127,7 +128,7 @@ def decoder(size, latent, width):
 
 
 def initialize(module):
-    """Draw the initial weights of one layer as in DCGAN (Radford et al., 2016)."""
+    """Initialise the weights of one layer as in DCGAN (Radford et al., 2016)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -136,7 +137,7 @@ def initialize(module):
 
 
 class Generator(nn.Module):
-    """G in the paper: the encoder G_E, the decoder G_D, and a second encoder E with its own weights."""
+    """The paper's generator G (encoder G_E and decoder G_D) and its second encoder E, with separate weights."""
 
     def __init__(self, image_size, latent, width, instance_stats=False):
         super().__init__()
@@ -158,7 +159,7 @@ class Generator(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return None (no anomaly map) and the anomaly score (B,), the mean squared difference of the two codes."""
+        """Return None (no anomaly map) and the anomaly score (B,), the mean squared difference between the codes."""
         self.eval()
         _, z_recon, z = self(2 * image - 1)
         return None, (z - z_recon).square().mean(dim=(1, 2, 3))
@@ -172,21 +173,21 @@ class Discriminator(nn.Module):
         self.apply(initialize)
 
     def forward(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> features (B, C, 4, 4), logits (B,), positive for real images."""
+        """x (B, 3, H, W) in [-1, 1] -> features (B, C, 4, 4) and logits (B,), high for real images."""
         f = self.features(x)
         return f, self.classifier(f).flatten()
 
 
 def generator_losses(generator, discriminator, x):
-    """Return L_adv, L_con and L_enc of images x (paper, Eq. 2 to 4), and the reconstructions (B, 3, H, W)."""
+    """Return L_adv, L_con and L_enc (paper, Eq. 2 to 4) and the reconstructions (B, 3, H, W) for images x."""
     recon, z_recon, z = generator(x)
     f_real, f_fake = discriminator(x)[0].detach(), discriminator(recon)[0]
     return F.mse_loss(f_fake, f_real), F.l1_loss(recon, x), F.mse_loss(z_recon, z), recon
 
 
 def discriminator_loss(discriminator, real, fake):
-    """Return half the cross-entropy of images (B, 3, H, W), label 1, and reconstructions, label 0 (official code)."""
-    real, fake = discriminator(real)[1], discriminator(fake.detach())[1]  # logits (B,); no gradient to the generator
+    """Return the mean cross-entropy for images (B, 3, H, W), label 1, and reconstructions, label 0 (official code)."""
+    real, fake = discriminator(real)[1], discriminator(fake.detach())[1]  # logits (B,); the generator gets no gradient
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
@@ -214,10 +215,10 @@ if __name__ == "__main__":
                 loss_g.backward()
                 optimizer_g.step()
                 loss_d = discriminator_loss(discriminator, x, recon)
-                optimizer_d.zero_grad()  # also clears the gradients of the generator's loss
+                optimizer_d.zero_grad()  # also clears the gradients left by loss_g
                 loss_d.backward()
                 optimizer_d.step()
-                if loss_d < COLLAPSED:  # synchronises with the GPU
+                if loss_d < COLLAPSED:  # waits for the GPU
                     discriminator.apply(initialize)
                 total.append(torch.stack([loss_adv, loss_con, loss_enc, loss_d]).detach())
             adv, con, enc, d = torch.stack(total).mean(0).tolist()

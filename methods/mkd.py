@@ -1,25 +1,26 @@
 """MKD (Salehi, Sadjadi, Baselizadeh, Rohban, Rabiee, CVPR 2021, arXiv:2011.11108): multiresolution distillation.
 
 On normal images, a small cloner network learns to reproduce the features of a large pretrained source network at four
-depths, both in direction and in value. On unfamiliar images it fails. The gradient of the discrepancy with respect to
-the pixels, computed by guided backpropagation through the cloner, shows where the discrepancy comes from.
+depths, both in direction and in value. It fails on anomalous images, so the discrepancy between the features is the
+anomaly score. The anomaly map is the gradient of the discrepancy with respect to the pixels, computed by guided
+backpropagation through the cloner.
 
 Settings: thesis, Table 3.6: VGG-16, batches of 64, Adam with learning rate 1e-3, lambda 0.01. The 200 epochs are from
-BMAD's code, which produced the thesis' row (official code: from 51 for MNIST to 601 for MVTec AD). The cloner is the
-smaller of the official ones.
-Differences from the official code (rohban-lab/Knowledge_Distillation_AD): images are normalised like ImageNet's, on
-which the source was trained (official code: only for CIFAR-10; BMAD: always); the best epoch is chosen on valid
+BMAD's code, which produced the thesis' results (official code: 51 for MNIST to 601 for MVTec AD). The cloner is the
+smaller of the two in the official code.
+Differences from the official code (rohban-lab/Knowledge_Distillation_AD): images are normalised by ImageNet's
+statistics, as the source expects (official code: only for CIFAR-10; BMAD: always); the best epoch is chosen on valid
 (official code: the last one); images are resized to 256 pixels (official code: 128; BMAD: 224).
-The official map is stretched to [0, 1] image by image, so the highest values of a normal image count as much as those
-of a lesion, and a map does not tell how anomalous its image is. With `--map-norm none`, maps are comparable across
-images, as in other methods. On the phantom (128 pixels, mobilenet_v2, 12 epochs, one seed), pixel AUROC was 0.80 with
-the official map and 0.72 without stretching. Image scores are the same.
-Networks for backbones other than VGG-16 are our choice: the features of the source are taken after the blocks with
-strides 4 to 32, and the cloner has the same widths. With mobilenet_v2, whose features are signed, the cloner also has
-no ReLU before its pooling layers.
+The official code stretches each map to [0, 1], so the highest values of a normal image are as high as those of a
+lesion, and maps are not comparable across images. With `--map-norm none`, maps are not stretched and thus comparable,
+as in other methods. On the phantom (128 pixels, mobilenet_v2, 12 epochs, one seed), pixel AUROC was 0.80 with
+stretching and 0.72 without. Image scores are not affected.
+The networks for backbones other than VGG-16 are our choice: the source's features are taken after the blocks with
+strides 4 to 32, and the cloner's features have as many channels. Since mobilenet_v2's features can be negative, its
+cloner has no ReLU before the pooling layers.
 
-Parameters: 343,984 in the cloner, and 14,714,688 frozen ones in VGG-16's convolutions.
-Cost of the default settings, measured on one busy CPU thread: 1.0 s per training image, 1.6 s per test image with map.
+Parameters: 343,984 in the cloner, 14,714,688 (frozen) in the convolutions of VGG-16.
+Cost of the default settings on one busy CPU thread: 1.0 s per training image, 1.6 s per test image including its map.
 """
 
 import sys
@@ -35,10 +36,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers with strides 4, 8, 16 and 32, their numbers of channels, and whether a ReLU makes the features positive.
+# Layers with strides 4, 8, 16 and 32, their channels, and whether a ReLU keeps their features from being negative.
+# Those of vgg16 are the max-pooling layers, as in the official code; the others are our choice.
 LAYERS = {
-    "vgg16": (["features.9", "features.16", "features.23", "features.30"], [128, 256, 512, 512], True),  # max-pools
-    "resnet18": (["layer1", "layer2", "layer3", "layer4"], [64, 128, 256, 512], True),  # our choice, like the next
+    "vgg16": (["features.9", "features.16", "features.23", "features.30"], [128, 256, 512, 512], True),
+    "resnet18": (["layer1", "layer2", "layer3", "layer4"], [64, 128, 256, 512], True),
     "mobilenet_v2": (["features.3", "features.6", "features.13", "features.17"], [24, 32, 96, 320], False),
 }
 
@@ -46,39 +48,39 @@ LAYERS = {
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 200
     """passes over the normal training images (BMAD's code)"""
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -92,11 +94,11 @@ class Args:
     value_weight: Annotated[float, Ge(0)] = 0.01
     """lambda, weight of the value loss relative to the direction loss (thesis, Table 3.6)"""
     map_norm: Literal["image", "none"] = "image"
-    """image: stretch each map to [0, 1], from its minimum to its 99th percentile (official code); none: do not"""
+    """image: scale each map so that its minimum is 0 and its 99th percentile 1 (official code); none: keep raw maps"""
 
 
 class Cloner(nn.Module):
-    """VGG-16's five stages, made narrow except at the ends of the last four, which are compared with the source."""
+    """VGG-16's five stages, narrow except for the last layers of stages 2 to 5, which are compared with the source."""
 
     def __init__(self, widths, positive):
         super().__init__()
@@ -114,7 +116,7 @@ class Cloner(nn.Module):
             self.stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
 
     def forward(self, x, guided=False):
-        """(B, 3, H, W) -> (B, C, h, w) at strides 4, 8, 16, 32. guided: use guided backpropagation, see `localize`."""
+        """(B, 3, H, W) -> (B, C, h, w) at strides 4, 8, 16, 32. guided: see `localize`."""
         features = []
         for stage in self.stages:
             for layer in stage:
@@ -126,7 +128,7 @@ class Cloner(nn.Module):
 
 
 def discrepancy(pred, target, value_weight):
-    """Return L_dir + lambda L_val of the paper (B,) for features (B, C, h, w), summed over layers."""
+    """Return the paper's L_dir + lambda L_val (B,) for features (B, C, h, w), summed over layers."""
     total = 0
     for p, t in zip(pred, target, strict=True):
         p, t = p.flatten(1), t.flatten(1)  # (B, C*h*w): one vector per layer, not per position
@@ -143,7 +145,7 @@ class MKD(nn.Module):
         self.source = common.feature_extractor(backbone, layers, weights)
         self.cloner = Cloner(widths, positive)
         self.value_weight, self.map_norm = value_weight, map_norm
-        self.scaled_by_image = map_norm == "image"  # if so, no pixel threshold fits all images
+        self.scaled_by_image = map_norm == "image"  # then no pixel threshold fits all images
 
     def loss(self, image):
         image = common.normalize(image)
@@ -152,15 +154,15 @@ class MKD(nn.Module):
         return discrepancy(self.cloner(image), target, self.value_weight).mean()
 
     def predict(self, image):
-        """Return the anomaly map (B, H, W), |gradient| of the score, smoothed, and the score (B,), the discrepancy."""
+        """Return the anomaly map (B, H, W), the score's smoothed |gradient|, and the score (B,), the discrepancy."""
         self.eval()
-        parts = [self.localize(part) for part in image.split(1)]  # one by one, since rounding matters at a ReLU's kink
+        parts = [self.localize(part) for part in image.split(1)]  # one by one: batch-dependent rounding may flip a ReLU
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     @torch.enable_grad()  # the map is a gradient
     def localize(self, image):
-        """See `predict`. The score omits the first of the four layers (official code, test_functions.py). In guided
-        backpropagation, the ReLUs of the cloner, but not those of the source, pass only positive gradients back."""
+        """Return the map and score of one image. The score omits the first of four layers (official test_functions.py).
+        In guided backpropagation, the cloner's ReLUs, but not the source's, pass back only positive gradients."""
         image = common.normalize(image).requires_grad_()
         pred, target = self.cloner(image, guided=True), list(self.source(image).values())
         score = discrepancy(pred[1:], target[1:], self.value_weight)

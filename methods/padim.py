@@ -1,15 +1,15 @@
 """PaDiM (Defard, Setkov, Loesch, Audigier, ICPR 2021, arXiv:2011.08785).
 
-Each position of an image is described by the features of a pretrained CNN at three layers. For each position, a
-Gaussian is fitted to these features over all normal images, in a single pass and without training. The anomaly score
-of a position is its Mahalanobis distance from that Gaussian.
+Three layers of a pretrained CNN describe each position of an image. At each position, a Gaussian is fitted to the
+features of all normal images, in a single pass and without training. The anomaly score of a position is the Mahalanobis
+distance of its features from this Gaussian.
 
 Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: 100 features with resnet18, 550 with wide_resnet50_2
-(the default here; the thesis has one row of results and does not say which of the two it used).
+(the default here; the thesis has a single row of results and does not say which of the two produced it).
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
 paper crops from 256 to 224 pixels; the thesis' benchmark, BMAD, resizes to 224).
 Differences from xiahaifeng1995/PaDiM-Anomaly-Detection-Localization-master, the usual reimplementation: mean and
-covariance are updated batch by batch, so that memory does not grow with the number of images.
+covariance are updated batch by batch, so memory use does not grow with the number of images.
 """
 
 import sys
@@ -25,10 +25,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers with strides 16, 8 and 4, and the number of their channels drawn at random (thesis, Table 3.4).
+# Layers with strides 16, 8 and 4, and how many of their channels are drawn at random (thesis, Table 3.4).
 LAYERS = {
     "resnet18": (["layer3", "layer2", "layer1"], 100),
-    "resnet50": (["layer3", "layer2", "layer1"], 550),  # our choice, like mobilenet_v2: no published setting
+    "resnet50": (["layer3", "layer2", "layer1"], 550),  # our choice, as for mobilenet_v2: no published setting
     "wide_resnet50_2": (["layer3", "layer2", "layer1"], 550),
     "mobilenet_v2": (["features.13", "features.6", "features.3"], 100),
 }
@@ -39,39 +39,39 @@ CHUNK = 64  # positions processed at once; affects only speed and memory
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 16
     """images per batch; affects only speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
@@ -91,7 +91,7 @@ class PaDiM(nn.Module):
         self.channels, self.grid = [shape[1] for shape in shapes], shapes[-1][2:]
         total, positions, d = sum(self.channels), self.grid.numel(), published if features is None else features
         if d > total:
-            raise common.Error(f"--features {d}: {backbone} has {total} channels in {', '.join(self.layers)}")
+            raise common.Error(f"--features {d}: {backbone} has only {total} channels in {', '.join(self.layers)}")
         self.register_buffer("drawn", torch.zeros(total, dtype=torch.bool))
         self.drawn[torch.randperm(total)[:d]] = True  # the same channels at all positions
         self.register_buffer("mean", torch.zeros(positions, d))  # mu, (P, d)
@@ -113,8 +113,8 @@ class PaDiM(nn.Module):
 
     @torch.no_grad()
     def fit(self, batches):
-        """Compute the mean and the covariance S of each position from batches of normal images (paper, Eq. 1)."""
-        self.whitening = None  # frees memory for `scatter`, 4.6 GiB with 550 features
+        """Compute the mean and the covariance S at each position from batches of normal images (paper, Eq. 1)."""
+        self.whitening = None  # frees memory for `scatter` (4.6 GiB with 550 features)
         n, d = 0, self.mean.zero_().shape[1]
         scatter = [m.new_zeros(len(m), d, d) for m in self.mean.split(CHUNK)]  # sum of (x - mu)(x - mu)^T
         for image in batches:
@@ -122,7 +122,7 @@ class PaDiM(nn.Module):
             for x, mean, s in zip(self.embed(image).split(CHUNK), self.mean.split(CHUNK), scatter, strict=True):
                 before = x - mean[:, None]  # (CHUNK, B, d)
                 mean += before.sum(dim=1) / n
-                s.baddbmm_(before.mT, x - mean[:, None])  # gives the sum around the new mean (Chan et al. 1979)
+                s.baddbmm_(before.mT, x - mean[:, None])  # sum about the new mean (Chan et al. 1979)
         whitening = []
         while scatter:
             cov = scatter.pop(0)  # frees each chunk before the next one is computed

@@ -3,18 +3,20 @@
 A memory bank holds locally averaged mid-level CNN features of normal images, reduced to a coreset that covers them
 evenly. The anomaly score of a patch is its distance to the nearest patch in the bank. Nothing is trained.
 
-Settings: thesis, Table 3.4: 10% of the patches are kept and 9 neighbours re-weight the image score; resnet18 or
-wide_resnet50_2 (the default here; the thesis has one row for both and does not say which it used). Features as in
-BMAD's code, which produced the thesis' row: layers 2 and 3, 3x3 means, concatenated (1,536 channels).
+Settings: thesis, Table 3.4: the coreset has 10% of the patches, and 9 neighbours re-weight the image score; resnet18 or
+wide_resnet50_2 (the default here; the thesis has a single row of results and does not say which of the two produced
+it). As in BMAD's code, which produced that row, features are 3x3 means of layers 2 and 3, concatenated (1,536
+channels).
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
 paper crops from 256 to 224 pixels; the thesis' benchmark, BMAD, resizes to 224).
 Differences from the official code (amazon-science/patchcore-inspection): the image score is re-weighted (paper, Eq. 7;
 the official code takes the plain maximum), distances are not squared, and features are not pooled to 1,024 dimensions.
 Differences from BMAD's code: the deeper layer is upsampled bilinearly, as in the official code, not by nearest
-neighbour, and the data are read in one pass (BMAD's three epochs triple some of its banks).
-The features of all patches would take 166 GB for the 26,315 images of oct2017. Therefore a first pass over the images
-keeps only projections of the features, in half precision (6.9 GB), from which the coreset is chosen. The projections
-are then freed, and a second pass stores the chosen patches (16.6 GB). Both are held in the device's memory.
+neighbour, and each patch is collected once (in some configurations, BMAD collects every patch three times, once per
+epoch).
+For the 26,315 images of oct2017, the features of all patches would take 166 GB. Therefore, a first pass stores only
+random projections of them in half precision (6.9 GB), from which the coreset is chosen. After these are freed, a second
+pass stores the features of the chosen patches (16.6 GB). Projections and bank are kept in the device's memory.
 """
 
 import sys
@@ -31,52 +33,52 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers with strides 8 and 16.
+# Layers with strides 8 and 16.
 LAYERS = {
     "resnet18": ["layer2", "layer3"],
     "resnet50": ["layer2", "layer3"],
     "wide_resnet50_2": ["layer2", "layer3"],
     "mobilenet_v2": ["features.6", "features.13"],  # our choice: no published setting
 }
-PROJECTED = 128  # dimensions in which the coreset is chosen (official code, sampler.py)
+PROJECTED = 128  # dimensions of the projections (official code, sampler.py)
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch; affects only speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     backbone: str = "wide_resnet50_2"
     """torchvision network: resnet18, resnet50, wide_resnet50_2, mobilenet_v2"""
     weights: str = "imagenet"
@@ -84,7 +86,7 @@ class Args:
     ratio: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """fraction of the training patches that is kept in the memory bank (thesis, Table 3.4)"""
     neighbors: Annotated[int, Ge(2)] = 9
-    """b, number of patches in the bank that re-weight the image score (thesis, Table 3.4; paper, Eq. 7)"""
+    """b, number of neighbours in the bank that re-weight the image score (thesis, Table 3.4; paper, Eq. 7)"""
 
 
 class PatchCore(nn.Module):
@@ -133,7 +135,7 @@ class PatchCore(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), smoothed distances to the bank, and the re-weighted score (B,)."""
+        """Return the anomaly map (B, H, W), the smoothed distances to the bank, and the re-weighted score (B,)."""
         self.eval()
         bank, patches = self.memory_bank, self.embed(image)  # (K, D), (B, h, w, D)
         patch_score = nearest(patches.flatten(0, 2), bank).view(patches.shape[:3])  # (B, h, w)
@@ -153,11 +155,11 @@ def random_projection(dim):
 
 
 def greedy_coreset(points, count, batch=2048):
-    """Farthest-first traversal (paper, Alg. 1): indices (count,) into points (n, d), starting from a random point.
+    """Return the indices (count,) of a coreset of points (n, d) by farthest-first traversal (paper, Alg. 1).
 
-    The paper updates all distances after each pick. Here, many picks share one pass over the points: each is one of
-    the `batch` points farthest from all centres. As long as the farthest of these is no closer than the (batch + 1)-th
-    point was at the start of the pass, no other point can be farther, so each pick is exactly the paper's."""
+    The first pick is random. The paper updates all distances after each pick. Here, one pass over the points serves
+    many picks among the `batch` points that are farthest from all centres at its start. Since distances only decrease,
+    these picks equal the paper's until the farthest of these points is closer than the (batch + 1)-th was."""
     n = len(points)
     chosen = torch.randint(n, (1,)).to(points.device)
     distance = torch.full((n,), torch.inf, device=points.device)  # from each point to its nearest centre
@@ -183,8 +185,8 @@ def greedy_coreset(points, count, batch=2048):
 
 def nearest(points, centers, rows=None, columns=2048):
     """Return the Euclidean distance (n,) from each of the points (n, d) to the nearest of the centers (m, d)."""
-    rows = rows or (65536 if points.is_cuda else 2048)  # large products on a GPU; on a CPU, what fits its cache
-    middle = centers.mean(dim=0)  # subtracted, so that |x|^2 - 2 x c + |c|^2 loses fewer digits
+    rows = rows or (65536 if points.is_cuda else 2048)  # large products on a GPU; blocks that fit the cache on a CPU
+    middle = centers.mean(dim=0)  # subtracted to reduce cancellation in |x|^2 - 2 x c + |c|^2
     result = torch.full((len(points),), torch.inf, device=points.device)
     for c in centers.split(columns):
         c = c - middle
@@ -197,7 +199,7 @@ def nearest(points, centers, rows=None, columns=2048):
 
 
 def distances(points, bank):
-    """Return the distances (n, K) from a few points to the whole bank, in parts because cdist copies its arguments."""
+    """Return the distances (n, K) from a few points to the whole bank, part by part, since cdist copies its inputs."""
     return torch.cat([torch.cdist(points, part) for part in bank.split(8192)], dim=1)
 
 
@@ -213,5 +215,5 @@ if __name__ == "__main__":
     if not args.checkpoint:
         model.fit(train, args.batch_size, run.device)
         run.keep(model)
-        model.memory_bank = torch.zeros(0, device=run.device)  # freed here, since `finish` reads it from the file
+        model.memory_bank = torch.zeros(0, device=run.device)  # frees memory: `finish` loads the bank from model.pt
     common.finish(run, model, (train, valid, test))

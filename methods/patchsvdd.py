@@ -1,32 +1,33 @@
 """PatchSVDD (Yi, Yoon: Patch SVDD, ACCV 2020, arXiv:2006.16067).
 
-An encoder of patches learns two things from normal images. Patches that almost coincide should be embedded close
-together: each patch has its neighbours, not one common point, as its SVDD centre. And the embeddings of two neighbours
-should tell on which side of the first the second lies, for which the encoder must look at the content. The anomaly
-score of a patch is its distance to the nearest patch of the normal images, at two scales: 64 and 32 pixels.
+A patch encoder is trained on normal images with two losses. The SVDD loss pulls the embeddings of almost identical
+patches together, so each patch has its neighbours, not one common point, as its SVDD centre. For the position loss, a
+classifier predicts from the embeddings of two adjacent patches in which of eight directions the second lies, which
+forces the encoder to represent their content. The anomaly score of a patch is its distance to the nearest normal patch,
+at two scales: 64 and 32 pixels.
 
 Settings: thesis, Table 3.2 (D = 64, lambda = 0.9). Everything else follows the official code,
 nuclearboy95/Anomaly-Detection-PatchSVDD-PyTorch (934d623), whose lambda is 1, or 0.001 in its example.
 Differences from the official code:
-- The same numbers with less arithmetic: one pass over the whole image embeds all of its patches, since the encoder has
-  no padding and halves the grid only once (21 times less); the four losses share one pass.
+- The same results take less computation: one pass over a whole image embeds all its patches, since the encoder has no
+  padding and halves the grid only once (21 times fewer operations), and the four losses share one pass.
 - Nearest neighbours are exact at both scales (official code: a k-d tree at 64 pixels, the approximate NGT at 32).
-- At most `--bank` patches per scale are kept, the same number from each image, drawn at random. They take 0.33 GB per
-  scale; all patches of 26,315 images would take 22 GB. The official code keeps all, up to 1.3 million for an MVTec AD
-  class.
-- The best epoch is chosen on valid. The official code evaluates on test in each epoch, keeps the last one, and trains
-  in 299 of the 300.
-- The last layer of the position classifiers has normalised columns and is frozen from the start; the official code
+- The memory banks keep at most `--bank` patches per scale (0.33 GB), the same number from each image, drawn at random.
+  The official code keeps all, up to 1.3 million for an MVTec AD class; for 26,315 images, they would take 22 GB.
+- The best epoch is chosen on valid. The official code evaluates on test in each of its 300 epochs, trains in 299 of
+  them and keeps the last.
+- The last layer of the position classifiers has normalised columns and is frozen from the start. The official code
   normalises it in such a way that no gradient reaches it.
 
 As in the official code, a neighbour that would extend beyond the image is moved back into it, which makes some position
 labels wrong.
 
-Parameters: encoder 360,832 + 41,152, position classifiers 25,864 each, 1,024 of which are frozen.
-Note: until positions are learned, nothing keeps patches apart. While the position losses in log.csv stay at ln 8 =
-2.08, as in 150 steps on the phantom, the embedding is meaningless. The published training takes 100,000 steps or more.
-Cost, measured on one busy CPU thread with 128 pixels and batches of 4: 71 s for 100 steps and the bank, 138 ms to score
-an image against 10,000 patches, 0.96 GiB. The default settings were not timed; a step takes 219 GFLOP.
+Parameters: encoder 360,832 (32 pixels) + 41,152 (64 pixels), position classifiers 25,864 each, 1,024 of them frozen.
+Note: until the position task is learned, nothing keeps the embeddings of different patches apart. While the position
+losses in log.csv stay at ln 8 = 2.08 (chance), as in a run of 150 steps on the phantom, the embedding is meaningless.
+The published training takes 100,000 steps or more.
+Cost on one busy CPU thread, with 128 pixels and batches of 4: 71 s for 100 steps and the bank, 138 ms to score an image
+against 10,000 patches, 0.96 GiB of memory. The default settings were not timed; a step takes 219 GFLOP.
 """
 
 import sys
@@ -46,63 +47,63 @@ import common
 DIM = 64  # D, length of an embedding (thesis, Table 3.2)
 STRIDES = {64: 16, 32: 4}  # patch size K: stride of the test patches, in pixels (official code)
 DIRECTIONS = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])  # the 8 classes
-NOISE = 0.02  # standard deviation of the noise added to each channel and each value of position patches (official code)
+NOISE = 0.02  # standard deviation of the noise added to position patches, per channel and per value (official code)
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (official code); a multiple of 16, at least 80"""
     batch_size: Annotated[int, Ge(1)] = 64
-    """number of pairs per batch for each loss (official code), and of images per batch when scoring"""
+    """pairs per batch for each loss (official code); images per batch when scoring"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 300
-    """passes over the normal training images, each of which is used --repeat times (official code)"""
+    """passes over the normal training images, each using every image --repeat times (official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
     """Adam's learning rate (official code)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     repeat: Annotated[int, Ge(1)] = 100
-    """number of times that each image is used per epoch, each time with new patches (official code)"""
+    """number of times each image is used per epoch, each time with new patches (official code)"""
     svdd: Annotated[float, Interval(ge=0, le=1)] = 0.9
     """lambda, weight of the two SVDD losses (thesis, Table 3.2; official code: 1, or 1e-3 in its example)"""
     bank: Annotated[int, Ge(1)] = 1_300_000
-    """maximum number of normal patches kept per scale, though at least one from each image (our choice)"""
+    """maximum number of patches in the memory bank of each scale, but at least one per image (our choice)"""
 
 
 def position_corners(count, size, patch):
-    """Draw top left pixels (count, 2) of patches and of a neighbour of each, and the neighbours' directions (count,).
+    """Draw top-left pixels (count, 2) of patches and of one neighbour each, and the neighbours' directions (count,).
 
-    A neighbour is shifted by 3/4 K to almost K along each axis in which its position differs."""
+    Along each axis of its direction, the neighbour is shifted by 3/4 K to almost K pixels."""
     first = torch.randint(size - patch + 1, (count, 2))
     label = torch.randint(len(DIRECTIONS), (count,))
     offset = 3 * patch // 4 + torch.randint(patch // 4, (count, 2))
@@ -110,26 +111,26 @@ def position_corners(count, size, patch):
 
 
 def jittered_corners(count, size, patch):
-    """Draw top left pixels (count, 2) of patches, and the same shifted by up to K/32 per axis, but not by (0, 0)."""
+    """Draw top-left pixels (count, 2) of patches and of copies shifted by up to K/32 per axis, but not by (0, 0)."""
     first = torch.randint(size - patch + 1, (count, 2))
     reach = patch // 32
     side = 2 * reach + 1
     move = torch.randint(side**2 - 1, (count,))
-    move += move >= side**2 // 2  # skips the middle one of the side^2 moves, (0, 0)
+    move += move >= side**2 // 2  # skip (0, 0), the middle one of the side^2 moves
     move = torch.stack([move // side, move % side], dim=1) - reach
     return first, (first + move).clamp(0, size - patch)
 
 
 def crop(image, corner, size):
-    """Crop the patch at this top left pixel (B, 2) from each image (B, C, H, W): (B, C, size, size)."""
+    """Crop from each image (B, C, H, W) the patch with top-left pixel `corner` (B, 2): (B, C, size, size)."""
     y, x = (corner[:, axis, None] + torch.arange(size) for axis in (0, 1))  # (B, size)
     return image[torch.arange(len(image))[:, None, None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
 
 
 def draw(image, patch):
-    """Draw one pair of each kind per image (B, 3, H, W) at one scale: patches (4B, 3, K, K), directions (B,).
+    """Draw a position pair and an SVDD pair from each image (B, 3, H, W): patches (4B, 3, K, K), directions (B,).
 
-    The patches: first and second of the position pairs, with noise; then first and second of the SVDD pairs."""
+    Patches are ordered: first and second of the position pairs, with noise, then first and second of the SVDD pairs."""
     *position, label = position_corners(len(image), image.shape[-1], patch)
     jittered = jittered_corners(len(image), image.shape[-1], patch)
     position, jittered = (torch.cat([crop(image, c, patch) for c in corners]) for corners in (position, jittered))
@@ -144,7 +145,7 @@ def quadrants(patch):
 
 
 class PositionClassifier(nn.Sequential):
-    """The embedding of a patch minus that of its neighbour (B, D) -> logits of the eight directions (B, 8)."""
+    """A patch's embedding minus that of its neighbour (B, D) -> logits (B, 8) of the eight directions."""
 
     def __init__(self):
         super().__init__(nn.Linear(DIM, 128), nn.LeakyReLU(0.1), nn.Linear(128, 128), nn.LeakyReLU(0.1),
@@ -159,7 +160,7 @@ class PatchSVDD(nn.Module):
             raise common.Error(f"--image-size {image_size}: give a multiple of 16, at least 80: 80, 96, 112, ...")
         widths = 3, 32, 64, 128, 128, 64, 32, 32, DIM
         convs = [nn.Conv2d(a, b, 3, 1 + (a == 3)) for a, b in zip(widths, widths[1:], strict=False)]
-        # 32x32 pixels -> 1x1, without padding and with a stride of 2 only in the first layer
+        # 32x32 pixels -> 1x1, without padding; only the first layer has stride 2
         self.small = nn.Sequential(*(layer for conv in convs[:-1] for layer in (conv, nn.LeakyReLU(0.1))), convs[-1],
                                    nn.Tanh())
         self.join1, self.join2 = nn.Conv2d(DIM, 128, 2), nn.Conv2d(128, DIM, 1)
@@ -174,12 +175,12 @@ class PatchSVDD(nn.Module):
         return super().load_state_dict(state, strict)
 
     def join(self, h, dilation=1):
-        """Combine embeddings (B, D, h, w) of quadrants, which are `dilation` cells apart, into those of patches."""
+        """Combine the embeddings (B, D, h, w) of quadrants `dilation` cells apart into those of 64x64 patches."""
         h = F.conv2d(h, self.join1.weight, self.join1.bias, dilation=dilation)
         return torch.tanh(self.join2(F.leaky_relu(h, 0.1)))
 
     def losses(self, patches64, label64, patches32, label32):
-        """Return the losses position 64, position 32, SVDD 64 and SVDD 32 for patches from `draw` at both scales."""
+        """Return four losses for patches from `draw` at both scales: position 64 and 32, SVDD 64 and 32."""
         parts = quadrants(patches64)
         h = self.small(torch.cat([parts, patches32]))  # (16B + 4B, D, 1, 1)
         h64 = self.join(h[: len(parts)].view(-1, 2, 2, DIM).permute(0, 3, 1, 2))  # (4B, D, 2, 2) -> (4B, D, 1, 1)
@@ -191,15 +192,15 @@ class PatchSVDD(nn.Module):
         return *position, *svdd
 
     def embed(self, image):
-        """Embed all patches of images (B, 3, H, W) as (B, D, h, w): of 64 pixels, 16 apart, and of 32 pixels, 4 apart.
+        """Embed all patches of images (B, 3, H, W), 64 pixels at stride 16 and 32 at stride 4, each as (B, D, h, w).
 
         For a whole image, cell (i, j) of the encoder's output is the embedding of the 32x32 patch at pixel (2i, 2j)."""
-        fine = torch.cat([self.small(x - self.mean)[..., ::2, ::2] for x in image.split(1)])  # one by one, for memory
+        fine = torch.cat([self.small(x - self.mean)[..., ::2, ::2] for x in image.split(1)])  # one by one: less memory
         return self.join(fine[..., ::4, ::4], dilation=2), fine  # quadrants are 32 pixels apart, cells 16
 
     @torch.no_grad()
     def fit_mean(self, batches):
-        """Compute the mean of the training images at each pixel. It is subtracted from all images."""
+        """Compute the mean of the training images at each pixel, which is subtracted from all images."""
         total, count = 0, 0
         for image in batches:
             total, count = total + image.sum(dim=0), count + len(image)
@@ -207,7 +208,7 @@ class PatchSVDD(nn.Module):
 
     @torch.no_grad()
     def fit(self, train, batch_size, device, limit):
-        """Fill the banks with embeddings of training patches. The same patches are chosen each time."""
+        """Fill the banks with embeddings of training patches. Every call chooses the same patches."""
         chance, banks = torch.Generator().manual_seed(0), ([], [])
         keep = max(1, limit // len(train))  # patches per image
         for image in train.batches(batch_size, device):
@@ -221,13 +222,13 @@ class PatchSVDD(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the product of the maps at two scales, and the score (B,), its maximum."""
+        """Return the anomaly map (B, H, W), the product of the maps at both scales, and the score (B,), its maximum."""
         self.eval()
         anomaly_map = torch.cat([self.localize(x) for x in image.split(1)])  # one by one: rounding depends on the batch
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
 
     def localize(self, image):
-        """Return the map (1, H, W) of one image. Rounding matters where its patches almost equal some in the bank."""
+        """Return the map (1, H, W) of one image. Rounding matters for patches that almost equal one in the bank."""
         anomaly_map = 1
         for (k, stride), h, bank in zip(STRIDES.items(), self.embed(image), (self.bank64, self.bank32), strict=True):
             distance = nearest(h[0].flatten(1).T, bank).view(1, *h.shape[2:])  # (1, D, h, w) -> (1, h, w)
@@ -238,8 +239,8 @@ class PatchSVDD(nn.Module):
 def nearest(points, bank, rows=8192):
     """Return the distance (n,) from each of the points (n, D) to the nearest row of the bank (K, D).
 
-    The row is found by matrix products, |a|^2 - 2ab + |b|^2. These lose digits where a and b almost coincide, so the
-    distance to that row is then computed from the difference."""
+    Matrix products, |a|^2 - 2ab + |b|^2, find the nearest row. They lose precision where a and b almost coincide, so
+    the distance itself is computed from the difference."""
     middle = bank.mean(dim=0)  # subtracted to reduce cancellation error
     best = torch.full((len(points),), torch.inf, device=points.device)  # squared distance minus |a|^2
     index = torch.zeros(len(points), dtype=torch.long, device=points.device)
@@ -254,7 +255,7 @@ def nearest(points, bank, rows=8192):
 def spread(distance, size, patch, stride):
     """Average, at each pixel, the distances of the patches that cover it: (B, h, w) -> (B, size, size).
 
-    The axes are independent, so the mean is a matrix product along each of them."""
+    The mean is separable: one matrix product along each axis."""
     h = distance.shape[-1]
     offset = torch.arange(size)[:, None] - stride * torch.arange(h)
     covers = ((offset >= 0) & (offset < patch)).to(distance)  # (size, h)

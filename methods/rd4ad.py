@@ -1,33 +1,34 @@
 """RD4AD (Deng, Li: Anomaly Detection via Reverse Distillation from One-Class Embedding, CVPR 2022, arXiv:2201.10703).
 
-A frozen, pretrained teacher E extracts features f_E^k at three layers. A bottleneck fuses them into one small embedding
-phi, from which the student, a decoder D built from blocks like the teacher's, must reproduce them: f_D^k. Bottleneck
-and student see only normal images and do not pass anomalies on, so a position is anomalous where the features differ.
-Map of a layer (Eq. 2): M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)).
+A frozen, pretrained teacher E extracts features f_E^k at three layers. A bottleneck fuses them into a small embedding
+phi, from which the student, a decoder D with blocks like the teacher's, learns to reproduce these features as f_D^k.
+Bottleneck and student are trained on normal images only and do not pass anomalies on, so the features differ where the
+image is anomalous. The anomaly map of layer k is M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)) (Eq. 2).
 
     image -> teacher E:  f_E^1  f_E^2  f_E^3 --> one-class bottleneck --> phi
                            |      |      |                                 |
              student D:  f_D^1  f_D^2  f_D^3 <-----------------------------'    M^k compares f_E^k with f_D^k
 
 Settings: thesis, Table 3.6: wide_resnet50_2, Adam with learning rate 0.005 and betas 0.5 and 0.99 (official code: 0.5
-and 0.999). Epochs, batch size and image size are those of hq-deng/RD4AD (6554076).
-Differences from the paper: the loss takes the cosine of a layer's whole map as one vector, as in the official code, not
-the mean over positions; users of the paper's form report lower accuracy (issue 22 of the official code).
-Differences from hq-deng/RD4AD:
+and 0.999). Epochs, batch size and image size are those of the official code, hq-deng/RD4AD (6554076).
+Differences from the paper: the loss treats a layer's whole feature map as one vector, as in the official code, instead
+of averaging over positions; users report lower accuracy with the paper's form (issue 22 of the official code).
+Differences from the official code:
 - The best epoch is chosen on valid; the official code evaluates every tenth epoch on the test set and keeps the last.
-- The teacher runs without gradients and without its last stage, which is not used; the bottleneck lacks a layer that
-  is never called (official name: conv4).
+- The teacher runs without gradients and without its last stage, which is not used. The bottleneck omits a layer that
+  the official code never calls (conv4).
 
-Differences from the thesis' benchmark: its configuration multiplies the layers' maps (--combine product); the official
-code adds them.
-The version for mobilenet_v2 is our own and is not published. The bottleneck fuses features as in the paper; its blocks
-and the decoder's are inverted residuals (2 with 24, 3 with 32 and 3 with 96 channels, as in the encoder), with a
-convolution as shortcut where the grid changes, as in ResNets. They end without ReLU, since the features are signed.
+Differences from the thesis' benchmark: layer maps are added, as in the official code; the benchmark's configuration
+multiplies them (--combine product).
+The version for mobilenet_v2 is our own. The bottleneck fuses features as in the paper. Its blocks and the decoder's are
+inverted residuals; the decoder has as many as the teacher (3 with 96, 3 with 32 and 2 with 24 channels). Where the grid
+changes, the shortcut is a convolution, as in ResNets. The blocks end without ReLU, since the teacher's features can be
+negative.
 
 Parameters of bottleneck, decoder and frozen teacher: wide_resnet50_2 58,885,120, 24,917,504 and 24,862,528 (as in the
 official code), resnet18 11,680,000, 3,703,168 and 2,782,784, mobilenet_v2 1,545,984, 696,544 and 542,528.
-Cost, measured on one CPU thread with mobilenet_v2, 128 pixels and batches of 8: 38 s for 3 epochs of 200 images with
-three validations (--eval-every 1), 20 ms to score an image, 1.2 GiB. The default settings were not timed.
+Cost on one CPU thread, with mobilenet_v2, 128 pixels and batches of 8: 38 s for 3 epochs of 200 images with three
+validations (--eval-every 1), 20 ms to score an image, 1.2 GiB of memory. The default settings were not timed.
 """
 
 import sys
@@ -43,8 +44,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers with strides 4, 8 and 16; their numbers of channels and the embedding's (stride 32); the kind of block; the
-# numbers of blocks in bottleneck and decoder, coarsest stage first (official code; it does not mirror the teacher).
+# Layers with strides 4, 8 and 16; their channels and those of the embedding (stride 32); the type of block; numbers of
+# blocks in bottleneck and decoder, coarsest stage first (official code; the decoder does not mirror the teacher).
 BACKBONES = {
     "resnet18": (["layer1", "layer2", "layer3"], (64, 128, 256, 512), "basic", (2, 2, 2, 2)),
     "resnet50": (["layer1", "layer2", "layer3"], (256, 512, 1024, 2048), "bottleneck", (3, 3, 4, 6)),
@@ -57,39 +58,39 @@ BETAS = (0.5, 0.99)  # thesis, Table 3.6
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels, a multiple of 32 (official code)"""
+    """images are resized to this width and height in pixels (official code); a multiple of 32"""
     batch_size: Annotated[int, Ge(1)] = 16
     """images per batch (official code)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 200
     """passes over the normal training images (official code)"""
     lr: Annotated[float, Gt(0)] = 0.005
@@ -101,11 +102,11 @@ class Args:
     weights: str = "imagenet"
     """backbone weights: imagenet (torchvision), none (untrained), auto (imagenet if available, else none) or a FILE"""
     combine: Literal["sum", "product"] = "sum"
-    """how to combine the maps of the layers: sum (official code) or product (the thesis' benchmark)"""
+    """how to combine the layer maps: sum (official code) or product (the thesis' benchmark)"""
 
 
 def conv(inputs, outputs, kernel, resize=None, groups=1):
-    """Return a convolution; resize: "down" halves the grid, "up" doubles it by a transposed 2x2 convolution."""
+    """Return a convolution. resize: "down" halves the grid, "up" doubles it with a transposed 2x2 convolution."""
     if resize == "up":
         return nn.ConvTranspose2d(inputs, outputs, 2, 2, groups=groups, bias=False)
     return nn.Conv2d(inputs, outputs, kernel, 2 if resize else 1, kernel // 2, groups=groups, bias=False)
@@ -120,7 +121,7 @@ def with_norm(convs, activation=nn.ReLU):
 
 
 class Block(nn.Module):
-    """A residual block like the teacher's, which may also halve or double the grid."""
+    """A residual block like the teacher's, which can also halve or double the grid."""
 
     def __init__(self, kind, inputs, outputs, resize=None):
         super().__init__()
@@ -178,7 +179,7 @@ class RD4AD(nn.Module):
     def __init__(self, backbone, weights, combine):
         super().__init__()
         if backbone not in BACKBONES:
-            raise common.Error(f"--backbone {backbone}: choose {', '.join(BACKBONES)}; others need a decoder")
+            raise common.Error(f"--backbone {backbone}: choose {', '.join(BACKBONES)}; others need a new decoder")
         layers, channels, kind, blocks = BACKBONES[backbone]
         self.combine = combine
         self.teacher = common.feature_extractor(backbone, layers, weights)
@@ -209,7 +210,7 @@ class RD4AD(nn.Module):
 
 
 def distillation_loss(target, pred):
-    """Return 1 - cos of teacher and student, with each layer as one vector, summed over layers, averaged over images.
+    """Return 1 - cos of teacher and student, each layer taken as one vector, summed over layers, averaged over images.
 
     target, pred: lists of (B, C, h, w)."""
     return sum(1 - F.cosine_similarity(e.flatten(1), d.flatten(1)).mean() for e, d in zip(target, pred, strict=True))

@@ -1,23 +1,23 @@
 """SimpleNet (Zhikang Liu, Zhou, Xu, Wang, CVPR 2023, arXiv:2303.15140).
 
-A linear layer, the adaptor, adapts the patch features of a frozen CNN to the images at hand. Gaussian noise turns
-adapted features into anomalous ones, and a small discriminator learns to tell the two apart. The negative output of
-the discriminator is the anomaly score of a patch.
+A linear layer, the adaptor, adapts the patch features of a frozen CNN to the target images. Gaussian noise added to
+adapted features makes synthetic anomalous ones, and a small discriminator learns to tell the two apart. The anomaly
+score of a patch is the negative output of the discriminator.
 
 Settings: the thesis (3.4.1) uses "the original hyper-parameters", i.e. those of the official code (DonaldRR/SimpleNet,
-run.sh: noise 0.015, margin 0.5, 40 x 4 passes, batches of 8), and the epoch that is best on valid.
+run.sh: noise 0.015, margin 0.5, 40 x 4 passes, batches of 8), and keeps the best epoch on valid.
 Differences from the paper: features are pooled as in the official code (see `pool`), whereas the paper averages each
 channel's 3x3 neighbourhood.
 Differences from the official code: every tenth epoch is evaluated on valid to choose the best, not every fourth on
-test; images are resized to 256 pixels, not to 329 and cropped to 288 (lesions may lie at the border); features are not
-upsampled to the size of the image, since nothing uses that, and the network stops after its third stage.
-The noise of 0.015 presumes the scale of wide_resnet50_2's features. With backbones that have no published settings, it
-is a multiple of the standard deviation of the first batch's features. resnet18 and mobilenet_v2, which are too narrow
-for 1,536 pooled values, use the 3x3 mean of each channel.
+test; images are resized to 256 pixels and not cropped, since lesions may lie at the border (official code: resized to
+329, cropped to 288); two unused computations are omitted: the upsampling of features to the image size and the last
+stage of the CNN.
+The noise of 0.015 suits the scale of wide_resnet50_2's features. For backbones without published settings, it is half
+the standard deviation of the features in the first batch. resnet18 and mobilenet_v2 have too few channels for 1,536
+pooled values, so they use the 3x3 mean of each channel.
 
 Parameters: adaptor 2,360,832, discriminator 1,576,960 (and 24,862,528 frozen ones in wide_resnet50_2).
-Cost of the default settings, measured on one busy CPU thread: 1.1 s per training image, 0.65 s per test image, 1.6 GiB
-of memory.
+Cost of the default settings on one busy CPU thread: 1.1 s per training image, 0.65 s per test image, 1.6 GiB of memory.
 """
 
 import sys
@@ -33,57 +33,57 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers with strides 8 and 16, and the number of values per position after pooling.
+# Layers with strides 8 and 16, and their numbers of pooled values per position.
 LAYERS = {
-    "wide_resnet50_2": (["layer2", "layer3"], [768, 768]),  # run.sh pools each layer to 1,536, then both to 1,536
+    "wide_resnet50_2": (["layer2", "layer3"], [768, 768]),  # as in run.sh: 1,536 per layer, then 1,536 in all
     "resnet50": (["layer2", "layer3"], [768, 768]),
-    "resnet18": (["layer2", "layer3"], [128, 256]),  # our choice, like the next: no published setting
+    "resnet18": (["layer2", "layer3"], [128, 256]),  # these two are our choice: no published setting
     "mobilenet_v2": (["features.6", "features.13"], [32, 96]),
 }
-NOISE = 0.015  # standard deviation of the noise with wide_resnet50_2 (run.sh: noise_std)
-RELATIVE_NOISE = 0.5  # other backbones: relative to their features' deviation (our choice, made on valid)
+NOISE = 0.015  # standard deviation of the noise for wide_resnet50_2 (run.sh: noise_std)
+RELATIVE_NOISE = 0.5  # for other backbones, relative to the features' standard deviation (our choice, tuned on valid)
 MARGIN = 0.5  # th in the paper (run.sh: dsc_margin)
-HIDDEN = 1024  # units of the discriminator (run.sh: dsc_hidden)
+HIDDEN = 1024  # hidden units of the discriminator (run.sh: dsc_hidden)
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (run.sh)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 160
-    """passes over the normal training images (run.sh: 40 meta epochs of 4 passes)"""
+    """passes over the normal training images (run.sh: 40 meta epochs of 4 passes each)"""
     lr: Annotated[float, Gt(0)] = 2e-4
     """Adam's learning rate for the discriminator (official code)"""
     lr_adaptor: Annotated[float, Gt(0)] = 1e-4
@@ -97,14 +97,14 @@ class Args:
     cache_features: Annotated[float, Ge(0)] = 16
     """maximum disk space in GiB for cached features of the training images; 0: recompute them in each epoch"""
     noise: Annotated[float | None, Ge(0)] = None
-    """standard deviation of the noise; None: 0.015 with wide_resnet50_2 (run.sh), else half that of the features"""
+    """standard deviation of the noise; None: 0.015 for wide_resnet50_2 (run.sh), else half that of the features"""
 
 
 def pool(feature, width):
-    """Average the 9C values in the 3x3 neighbourhood of each position to `width`: (B, C, h, w) -> (B, width, h, w).
+    """Pool the 9C values in the 3x3 neighbourhood of each position to `width` means: (B, C, h, w) -> (B, width, h, w).
 
-    As in the official code, the values are ordered by channel, row and column, and each mean takes 9C / width of them:
-    9 are one channel's 3x3 neighbourhood, while 6 or 12 may include values of two channels."""
+    As in the official code, values are ordered by channel, row and column, and each mean is over 9C / width of them.
+    Nine values are one channel's 3x3 neighbourhood; six or twelve may come from two channels."""
     neighbourhoods = F.unfold(feature, 3, padding=1)  # (B, 9C, h*w)
     return neighbourhoods.unflatten(1, (width, -1)).mean(2).unflatten(2, feature.shape[-2:])
 
@@ -132,16 +132,16 @@ class SimpleNet(nn.Module):
         return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
 
     def loss(self, features, noise):
-        """Return the truncated l1 loss (paper, Eq. 6) of features (n, D): zero where both kinds keep the margin."""
+        """Return the truncated l1 loss (paper, Eq. 6) of features (n, D), zero for outputs beyond the margin."""
         normal = self.adaptor(features)  # q
         anomalous = normal + noise * torch.randn_like(normal)  # q-; both pass gradients to the adaptor
-        answers = self.discriminator(torch.cat([normal, anomalous]))  # one batch, with joint statistics
+        answers = self.discriminator(torch.cat([normal, anomalous]))  # one batch: both share batch norm's statistics
         d_normal, d_anomalous = answers.chunk(2)
         return F.relu(MARGIN - d_normal).mean() + F.relu(MARGIN + d_anomalous).mean()
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), -D(q) smoothed, and the score (B,), the maximum of -D(q)."""
+        """Return the anomaly map (B, H, W), the smoothed -D(q), and the score (B,), the maximum of -D(q)."""
         self.eval()
         features = self.features(image)
         q = self.adaptor(features.flatten(0, 2))  # (B*h*w, D)

@@ -1,28 +1,28 @@
 """STFPM (Wang, Han, Ding, Huang: Student-Teacher Feature Pyramid Matching, BMVC 2021, arXiv:2103.04257).
 
 A student network starts from random weights and learns, on normal images only, to reproduce the features of a frozen,
-pretrained teacher of the same architecture at three layers. It fails on anomalies, which it has never seen: a position
-is anomalous where student and teacher differ at all three layers.
+pretrained teacher of the same architecture at three layers. The student has never seen anomalies and fails on them: a
+position is anomalous where student and teacher differ at all three layers.
 
-Settings: thesis, Table 3.6: SGD with learning rate 0.4, momentum 0.9 and weight decay 1e-4, with resnet18 (the default
-here) and wide_resnet50_2; its single row of results does not say which of the two was used. Epochs, batch size and
-image size are those of gdwang08/STFPM (2598a5e). For STFPM, the thesis cites Yamada and Hotta (arXiv:2111.15376), its
-reference [69], but its benchmark ran the method implemented here.
-Differences from the paper: the squared difference is not halved, as in the official code, which uses the same learning
-rate.
-Differences from gdwang08/STFPM:
+Settings: thesis, Table 3.6: SGD with learning rate 0.4, momentum 0.9 and weight decay 1e-4; resnet18 (the default here)
+or wide_resnet50_2 (the thesis has a single row of results and does not say which of the two produced it). Epochs, batch
+size and image size are those of the official code, gdwang08/STFPM (2598a5e). For STFPM, the thesis cites Yamada and
+Hotta (arXiv:2111.15376, its reference [69]), but its benchmark ran the method implemented here.
+Differences from the paper: the squared difference is not halved. The official code does not halve it either, at the
+same learning rate.
+Differences from the official code:
 - The best epoch is chosen on valid, which contains anomalies, and all training images are used for training. The
-  official code holds out a fifth of them and keeps the epoch with the smallest anomaly map on these.
-- Each layer's map is enlarged to the size of the image before the maps are multiplied, as in anomalib and the thesis'
-  benchmark. The official code multiplies the maps on the stride-4 grid and enlarges the product.
+  official code holds out a fifth of them and keeps the epoch with the lowest mean anomaly map on these images.
+- Each layer's map is upsampled to the image size before the maps are multiplied, as in anomalib and the thesis'
+  benchmark. The official code multiplies the maps on the stride-4 grid and upsamples the product.
 
 Differences from anomalib, which the thesis' benchmark used: its loss is half the sum over the batch, ours is the mean.
-With batches of B images, it equals our loss with a learning rate B/2 times as high (32 images: --lr 6.4) and a weight
-decay B/2 times as low.
+With batches of B images, training with its loss equals training with ours at a learning rate B/2 times as high (--lr
+6.4 for 32 images) and a weight decay B/2 times as low.
 
 Parameters (as many again in the frozen teacher): resnet18 2,782,784, wide_resnet50_2 24,862,528, mobilenet_v2 542,528.
-Cost, measured on one CPU thread with mobilenet_v2, 128 pixels and batches of 8: 37 s for 4 epochs of 200 images with
-one validation, 20 ms to score an image, 1.1 GiB of memory. The default settings were not timed.
+Cost on one CPU thread, with mobilenet_v2, 128 pixels and batches of 8: 37 s for 4 epochs of 200 images with one
+validation, 20 ms to score an image, 1.1 GiB of memory. The default settings were not timed.
 """
 
 import sys
@@ -38,7 +38,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-LAYERS = {  # with strides 4, 8 and 16
+LAYERS = {  # strides 4, 8 and 16
     "resnet18": ["layer1", "layer2", "layer3"],
     "resnet50": ["layer1", "layer2", "layer3"],
     "wide_resnet50_2": ["layer1", "layer2", "layer3"],
@@ -50,39 +50,39 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # thesis, Table 3.6
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (official code)"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images per batch (official code)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 100
     """passes over the normal training images (official code)"""
     lr: Annotated[float, Gt(0)] = 0.4
@@ -97,21 +97,21 @@ class Args:
 
 class STFPM(nn.Module):
     def __init__(self, backbone, weights):
-        from torchvision.models import get_model  # imported here: torchvision takes seconds
+        from torchvision.models import get_model  # imported here, since it takes seconds
         from torchvision.models.feature_extraction import create_feature_extractor
 
         super().__init__()
         if backbone not in LAYERS:
             raise common.Error(f"--backbone {backbone}: choose {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.teacher = common.feature_extractor(backbone, LAYERS[backbone], weights)
-        # Note: an untrained teacher is drawn with seed 0; a student drawn with the same seed would equal it.
+        # An untrained teacher is drawn with seed 0. Without this line, the student of a run with seed 0 would equal it.
         torch.manual_seed(torch.initial_seed() + 1)
         self.student = create_feature_extractor(get_model(backbone, weights=None), LAYERS[backbone])
 
     def forward(self, image):
         """Return |t - s|^2 in [0, 4] at each position, for normalised features t and s: one (B, h, w) per layer.
 
-        2 - 2 cos is equal in theory, but loses all its digits where t and s are almost the same."""
+        2 - 2 cos is mathematically equal, but loses all precision where t and s are almost equal."""
         image = common.normalize(image)
         with torch.no_grad():
             target = self.teacher(image)
@@ -120,7 +120,7 @@ class STFPM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the product of the enlarged layer maps, and the score (B,), its maximum."""
+        """Return the anomaly map (B, H, W), the product of upsampled layer maps, and the score (B,), its maximum."""
         self.eval()
         layer_maps = [F.interpolate(d[:, None], image.shape[-2:], mode="bilinear")[:, 0] for d in self(image)]
         anomaly_map = torch.stack(layer_maps).prod(dim=0)

@@ -1,36 +1,38 @@
 """UTRAD (Chen, You, Zhang, Xi, Le, Neural Networks 147:53-62, 2022; not on arXiv).
 
-The features of a pretrained CNN are the tokens of a U-shaped transformer autoencoder. Attention runs within groups of
-4x4 tokens, then between the groups, and each skip connection of the U is squeezed through a bottleneck, so that it
-cannot simply copy the tokens. Trained on normal images, the autoencoder fails to reconstruct anomalies. Its error at
-each position is divided by the error that a second head expects there.
+The features of a pretrained CNN are the tokens of a U-shaped transformer autoencoder. Attention acts within groups of
+4x4 tokens, then between the groups. Each skip connection of the U passes through a bottleneck, so that it cannot simply
+copy the tokens. The autoencoder is trained on normal images and fails to reconstruct anomalies. The anomaly score of a
+position is its reconstruction error divided by the expected error, which a second head predicts.
 
     64x64 --> encoder --> 16x16 --> encoder --> 4x4 --> encoder --> 1 token    each group of 4x4 becomes one token
                  | skip                | skip              | skip     |        through a bottleneck
     64x64 <-- decoder <-- 16x16 <-- decoder <-- 4x4 <-- decoder <-----+        each token becomes a group of 4x4
 
-Settings: thesis, Table 3.6 (ReLU, batches of 8, Adam with learning rate 1e-4). Where the thesis is silent, we follow
-BMAD's code (DorisBao/BMAD, the thesis' benchmark): 150 epochs, no augmentation. Structure, initialisation and score are
-those of the official code, gordon-chenmo/UTRAD.
+Settings: thesis, Table 3.6 (ReLU, batches of 8, Adam with learning rate 1e-4). The thesis gives neither epochs nor
+augmentation, so we follow the code of its benchmark (DorisBao/BMAD): 150 epochs, no augmentation. Architecture,
+initialisation and score are those of the official code, gordon-chenmo/UTRAD.
 Differences from the official code:
-- ReLU, as in the thesis (BMAD's code and official code: `--activation gelu`).
-- Batches of 8 instead of 2, and no padding, rotation or cropping in training, as in BMAD's code.
-- Images are resized to a square, not by their short side, since the grid of tokens must be square.
+- The activation is ReLU, as in the thesis (official and BMAD's code: `--activation gelu`).
+- As in BMAD's code, batches have 8 images instead of 2, and training images are not padded, rotated or cropped.
+- Images are resized to a square, since the token grid must be square (official code: their short side is resized).
 - The best epoch is chosen on valid (thesis, 3.4.1; official code: the one with the lowest training loss).
-- |std|, which divides the error, is at least 1e-6; in the official code, nothing keeps it from being zero.
-- At sizes other than 256, tokens are grouped 4x4 as long as the grid is divisible by 4, and the rest forms the last
-  group (2x2 at 128 pixels). The scales of the score follow from the group sizes.
-- On a GPU, the transformer runs in bfloat16 (autocast), since its dense layers make up almost all of the cost.
+- The expected error |std| is at least 1e-6 when it divides the error; in the official code, it can be zero.
+- At image sizes other than 256, tokens are grouped 4x4 as long as the grid is divisible by 4, and the remaining tokens
+  form the last group (2x2 at 128 pixels). The scales of the score follow from the group sizes.
+- On a GPU, the transformer runs in bfloat16 (autocast), since its dense layers dominate the cost.
 
-Kept as in the official code, though it looks accidental: both position tables are random codes that are never trained,
-one norm serves the encoders of all levels and another one the decoders, and the layers of a level start with equal
-attention weights.
+We keep three details of the official code that look accidental. Both position embeddings are random and never trained.
+The encoders of all levels share one final norm, and the decoders another. The layers of an encoder or decoder start
+with the same input projections in attention.
 
-Parameters: 91.719 M as published, 2.122 M of them fixed position codes, and 2.783 M frozen ones in resnet18.
-In short runs, dividing by the expected error hurts until it is learned (loss_std). With 800 steps of `--width 64
---layers 1 --batch-size 2 --lr 3e-3` on the phantom at 64 pixels, pixel AUROC is 0.74, or 0.87 with the error alone.
-Cost: 275 GFLOP per image at 256 pixels (counted), three times that in training. With 200 phantom images, 128 pixels,
-mobilenet_v2, `--width 128 --layers 1`, on one busy CPU thread: 176 s for 4 epochs, 81 ms to score an image, 1.5 GiB.
+Parameters: 91.719 M as published, 2.122 M of them fixed position embeddings; another 2.783 M are frozen in resnet18.
+In short runs, dividing by the expected error hurts, since the second head has not learned it yet (see loss_std in
+log.csv). After 800 steps of `--width 64 --layers 1 --batch-size 2 --lr 3e-3` on the phantom at 64 pixels, pixel AUROC
+is 0.74, or 0.87 without the division.
+Cost: 275 GFLOP to score an image of 256 pixels (counted); training takes three times as many. On one busy CPU thread,
+with 200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`: 176 s for 4 epochs, 81 ms to score an
+image, 1.5 GiB of memory.
 """
 
 import sys
@@ -48,53 +50,53 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# The layers with strides 4, 8 and 16; together they have 448 and 152 channels, respectively.
+# Layers with strides 4, 8 and 16, in total 448 (resnet18) and 152 (mobilenet_v2) channels.
 LAYERS = {
     "resnet18": ["layer1", "layer2", "layer3"],
     "mobilenet_v2": ["features.3", "features.6", "features.13"],  # our choice: no published setting
 }
 SIDE = 4  # tokens along a group's side
 HEADS, DROPOUT = 8, 0.1
-BETAS = (0.5, 0.999)  # Adam's
+BETAS = (0.5, 0.999)  # of Adam
 MIN_STD = 1e-6
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels (thesis, 4.3.3); a multiple of 16"""
+    """images are resized to this width and height in pixels (the thesis' benchmark); a multiple of 16"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch (thesis, Table 3.6)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """with --checkpoint: score this image, folder of images, NIfTI volume, DICOM series or folder of scans"""
+    """with --checkpoint: path to the image, image folder, NIfTI volume, DICOM series or scan folder to score"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 150
     """passes over the normal training images (BMAD's code, official code)"""
     lr: Annotated[float, Gt(0)] = 1e-4
@@ -110,13 +112,13 @@ class Args:
     activation: Literal["relu", "gelu"] = "relu"
     """activation in the transformers (thesis, Table 3.6; BMAD's code and official code: gelu)"""
     width: Annotated[int, Ge(1)] = 512
-    """d, number of channels of a token; the feed-forward layers have four times as many (official code)"""
+    """d, channels per token; the feed-forward layers have four times as many (official code)"""
     layers: Annotated[int, Ge(1)] = 4
     """number of transformer layers in each encoder and decoder (official code)"""
 
 
 class Level(nn.Module):
-    """One level of the U: P x P groups of S x S tokens with d channels; each group is a sequence."""
+    """One level of the U: P x P groups of S x S tokens with d channels. Each group is a sequence."""
 
     def __init__(self, side, width, layers, activation, encoder_norm, decoder_norm):
         super().__init__()
@@ -132,16 +134,16 @@ class Level(nn.Module):
         self.side = side
 
     def down(self, x):
-        """Encode: tokens (B, P*S, P*S, d) -> one token per group (B, P, P, d), skip connection (B*P*P, S*S, d)."""
+        """Encode: tokens (B, P*S, P*S, d) -> one token per group (B, P, P, d) and skip connection (B*P*P, S*S, d)."""
         b, h, w, d = x.shape
         s = self.side
         x = x.view(b, h // s, s, w // s, s, d).transpose(2, 3).reshape(-1, s * s, d)
         x = F.dropout(x + self.position, DROPOUT, self.training)
-        x = self.encoder(F.pad(x, (0, 0, 1, 0)))  # the first token, zero at the input, summarises the group
+        x = self.encoder(F.pad(x, (0, 0, 1, 0)))  # the added first token summarises the group
         return x[:, 0].view(b, h // s, w // s, d), self.bottleneck(x[:, 1:])
 
     def up(self, x, skip):
-        """Decode: tokens (B, P, P, d), skip connection (B*P*P, S*S, d) -> tokens (B, P*S, P*S, d)."""
+        """Decode: tokens (B, P, P, d) and skip connection (B*P*P, S*S, d) -> tokens (B, P*S, P*S, d)."""
         b, p, q, d = x.shape
         s = self.side
         memory = torch.cat([x.reshape(-1, 1, d), skip], dim=1)  # (B*P*P, 1 + S*S, d)
@@ -150,7 +152,7 @@ class Level(nn.Module):
 
 
 class UTRAD(nn.Module):
-    """Shapes: C feature channels on a grid of h x h tokens, 64 x 64 at 256 pixels."""
+    """Shapes: C feature channels, h x h tokens (64 x 64 for images of 256 pixels)."""
 
     def __init__(self, backbone, weights, image_size, width, layers, activation):
         super().__init__()
@@ -166,8 +168,8 @@ class UTRAD(nn.Module):
         while rest % SIDE == 0:
             sides, rest = [*sides, SIDE], rest // SIDE
         sides += [rest] * (rest > 1)
-        self.scales = [1, *accumulate(sides, mul)]  # 1, 4, 16, 64: sides of token, group, group of groups, image
-        norms = nn.LayerNorm(width), nn.LayerNorm(width)  # one for encoders, one for decoders, shared by all levels
+        self.scales = [1, *accumulate(sides, mul)]  # side lengths in tokens: 1, 4, 16, 64 at 256 pixels
+        norms = nn.LayerNorm(width), nn.LayerNorm(width)  # one for all encoders, one for all decoders
         self.embed = nn.Conv2d(channels, width, 1, bias=False)
         self.register_buffer("position", torch.randn(width, grid, grid))  # a buffer, since it is never trained
         self.levels = nn.ModuleList(Level(side, width, layers, activation, *norms) for side in sides)
@@ -190,7 +192,7 @@ class UTRAD(nn.Module):
         return torch.cat([first, *(F.interpolate(f, first.shape[-2:]) for f in deeper)], dim=1)  # by nearest neighbour
 
     def forward(self, features):
-        """F (B, C, h, h) -> reconstruction (B, C, h, h) and, up to its sign, the expected error (B, 1, h, h)."""
+        """F (B, C, h, h) -> reconstruction (B, C, h, h) and, up to its sign, expected error (B, 1, h, h)."""
         with torch.autocast("cuda", torch.bfloat16, enabled=features.is_cuda):
             x = F.dropout(self.embed(features) + self.position, DROPOUT, self.training)
             x, skips = x.permute(0, 2, 3, 1).contiguous(), []  # (B, h, h, d)
@@ -199,12 +201,12 @@ class UTRAD(nn.Module):
                 skips.append(skip)
             for level in reversed(self.levels):
                 x = level.up(x, skips.pop())
-        x = x.permute(0, 3, 1, 2)  # float32 again, since the last layer is a norm
-        return self.recon(x), self.std(x.detach())  # detached, or the tokens would learn predictable errors
+        x = x.permute(0, 3, 1, 2)  # float32 again: autocast runs the final norm in float32
+        return self.recon(x), self.std(x.detach())  # detached, or the model would learn to err predictably
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), error / expected error at four scales, and the score (B,), its maximum."""
+        """Return the anomaly map (B, H, W), the mean of `ratio` over scales, and the score (B,), its maximum."""
         self.eval()
         features = self.features(image)
         recon, std = self(features)
@@ -227,7 +229,7 @@ def build_model(args):
 if __name__ == "__main__":
     args = common.command_line(Args, __doc__)
     run = common.Run(__file__, args)
-    torch.use_deterministic_algorithms(True, warn_only=run.device.type != "cuda")  # otherwise attention varies on a GPU
+    torch.use_deterministic_algorithms(True, warn_only=run.device.type != "cuda")  # otherwise attention varies on GPUs
     train, valid, test = common.load_benchmark(args)
     model = build_model(args).to(run.device)
     if not args.checkpoint:

@@ -1,21 +1,21 @@
 """WinCLIP (Jeong, Zou, Kim, Zhang, Ravichandran, Dabeer, CVPR 2023, arXiv:2303.14814), zero-shot and with K images.
 
-CLIP has learned from captions what normal and anomalous things look like. Its image encoder looks at small windows of
-the image, 2x2 and 3x3 patches, one at a time. A window is anomalous if its feature is closer to the mean of sentences
-about the anomalous state than to that of sentences about the normal state. With `--shots K` (the paper's WinCLIP+), it
-is also compared with all windows of K normal images. Nothing is trained.
+CLIP has learned from image captions what normal and anomalous objects look like. Its image encoder processes small
+windows of 2x2 or 3x3 patches, one at a time. A window is anomalous if its feature is closer to the mean feature of
+sentences about the anomalous state than to that of sentences about the normal state. With `--shots K` (the paper's
+WinCLIP+), each window is also compared with all windows of K normal images. Nothing is trained.
 
 Settings: windows, temperature and combination of scores are those of anomalib 2.7 and zqhang/Accurate-WinCLIP-pytorch,
-which agree (there is no official code, and the thesis gives no shots, prompts or sizes). Without shots, all seeds give
+which agree. There is no official code, and the thesis gives no shots, prompts or sizes. Without shots, all seeds give
 the same scores.
 Differences from the paper: sentences are medical instead of industrial; `--findings named` adds knowledge of the test
 classes, which the paper does not use and the thesis does not mention.
-Differences from anomalib 2.7: sentences are normalised before they are averaged, and all states have the same weight,
-however many sentences they have. anomalib's windows are correct only with an open_clip from before mid-2024; with later
-versions, each token attends to other windows instead of its own, and all windows get the same feature.
+Differences from anomalib 2.7: text features are normalised before they are averaged, and all states have the same
+weight, regardless of their number of sentences. anomalib's windows are correct only with open_clip versions from before
+mid-2024; with later ones, each token attends to other windows instead of its own, and all windows get the same feature.
 
-Cost of the default settings, measured on one busy CPU thread: 20 s for the sentences, 8 s per reference image and per
-scored image; 2.0 GiB of memory with four images per batch.
+Cost of the default settings on one busy CPU thread: 20 s for the sentences, 8 s per reference image and per scored
+image; 2.0 GiB of memory with four images per batch.
 """
 
 import re
@@ -34,46 +34,46 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 SCALES = (2, 3)  # k, for windows of k x k patches with stride 1
-TAU = 0.07  # temperature of the softmax over the two classes; that of trained CLIP is 0.01
+TAU = 0.07  # temperature of the softmax over the two classes; trained CLIP has 0.01
 FLOOR = 1e-6  # minimum score, since harmonic means divide by scores
 
 
 @dataclass
 class Args:
     data: str = "phantom"
-    """benchmark (brain, liver, resc, oct2017, chest, histo, phantom) or a folder in a supported layout"""
+    """benchmark name (brain, liver, resc, oct2017, chest, histo, phantom) or path to a folder in a supported layout"""
     root: str = "data"
     """folder with the prepared benchmarks and the cache of decoded images"""
     out: str = "runs"
-    """results are written to <out>/<data>/<method>/seed<k>"""
+    """output folder; results go to <out>/<data>/<method>/seed<k>"""
     seed: Annotated[int, Interval(ge=0, lt=2**32)] = 0
-    """seed for PyTorch's random numbers"""
+    """random seed for PyTorch"""
     device: str = "auto"
-    """device to run on: auto, cpu, cuda, cuda:1, mps"""
+    """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (our choice; the thesis' benchmark: 224)"""
     batch_size: Annotated[int, Ge(1)] = 8
     """images per batch; affects only speed and memory"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
-    """pixel value of white in 16-bit images; use 4095 for 12-bit data"""
+    """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
-    """fraction of the training images that is held out to set thresholds if valid has no normal images"""
+    """fraction of training images to hold out for setting thresholds if valid has no normal images"""
     limit: Annotated[int | None, Ge(1)] = None
-    """use at most this many images per split and class, for quick tests"""
+    """maximum number of images per split and class, for quick tests"""
     maps: Annotated[int, Ge(-1)] = 50
-    """number of test images for which pictures are saved; 0: none, -1: all"""
+    """number of test images to save heat maps for; 0: none, -1: all"""
     overwrite: bool = False
     """discard an existing run and start over"""
     checkpoint: str | None = None
-    """path to a model.pt: skip training and evaluate this model on --data"""
+    """path to a model.pt to evaluate on --data instead of training a model"""
     predict: str | None = None
-    """score this image, image folder, NIfTI volume, DICOM series or scan folder, zero-shot or with --checkpoint"""
+    """path to the image, image folder, NIfTI volume, DICOM series or scan folder to score; needs no --checkpoint"""
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
     """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
-    """with --predict: also save each anomaly map in float32, at the original size of its image"""
+    """with --predict: also save each anomaly map as float32, at the image's original size"""
     model: str = "ViT-B-16-plus-240"
     """CLIP model: one of open_clip's with a ViT as image encoder, or tiny, which has no published weights"""
     clip_weights: str = "laion400m_e32"
@@ -96,7 +96,7 @@ class Args:
 
 
 class WinCLIP(nn.Module):
-    """Shapes: P = h * w patches; n windows of k x k patches; D, W: width of CLIP's joint space and image encoder."""
+    """Shapes: P = h * w patches; n windows of k x k patches; D, W: widths of CLIP's joint space and image encoder."""
 
     def __init__(self, args):
         super().__init__()
@@ -105,7 +105,7 @@ class WinCLIP(nn.Module):
         self.grid, patches = encoder.grid_size, encoder.grid_size[0] * encoder.grid_size[1]
         if min(self.grid) < max(SCALES):
             raise common.Error(f"--clip-size {args.clip_size}: windows need {max(SCALES)} x {max(SCALES)} patches")
-        self.register_buffer("text", torch.zeros(2, encoder.output_dim))  # of normal and anomalous class
+        self.register_buffer("text", torch.zeros(2, encoder.output_dim))  # normal, anomalous
         self.register_buffer("memory1", torch.zeros(args.shots * patches, encoder.ln_post.normalized_shape[0]))
         number = torch.arange(1, patches + 1.0).view(1, 1, *self.grid)
         for k in SCALES:
@@ -115,7 +115,7 @@ class WinCLIP(nn.Module):
 
     @torch.inference_mode()
     def set_classes(self, classes):
-        """Set the text features from `sentences`, averaged over the sentences of each state, then over states."""
+        """Set each class's text feature: the mean over each state's sentences, then over states (see `sentences`)."""
         for i, states in enumerate(classes):
             means = [encode_text(self.clip, texts).mean(dim=0) for texts in states]  # (D,) each
             self.text[i] = F.normalize(torch.stack(means).mean(dim=0), dim=0)
@@ -138,7 +138,7 @@ class WinCLIP(nn.Module):
         features = {1: F.normalize(whole[:, 1:], dim=-1)}  # not projected, since they are not compared with text
         for k in SCALES:
             window = self.get_buffer(f"window{k}")  # (n, 1 + k * k)
-            # each window is its own sequence, whose patches keep the position embeddings of their places in the image
+            # each window is a sequence of its own; its patches keep their position embeddings from the whole image
             x = encoder.transformer(tokens[:, window].flatten(0, 1))[:, 0]  # (B * n, 1 + k * k, W) -> (B * n, W)
             x = F.normalize(encoder.ln_post(x) @ encoder.proj, dim=-1)
             features[k] = x.unflatten(0, (len(image), len(window)))
@@ -153,7 +153,7 @@ class WinCLIP(nn.Module):
         return ((1 - (feature @ self.get_buffer(f"memory{k}").T).amax(dim=-1)) / 2).clamp(min=FLOOR)  # (B, n, K*n)
 
     def on_patches(self, score, k):
-        """Return for each patch the harmonic mean over the windows that cover it: (B, n) -> (B, h, w)."""
+        """Return the harmonic mean over the windows that cover each patch: (B, n) -> (B, h, w)."""
         def total(x):
             return F.fold(x[:, None].expand(-1, k * k, -1), self.grid, k)[:, 0]  # (B, n) -> (B, h, w)
 
@@ -164,7 +164,7 @@ class WinCLIP(nn.Module):
         """Return the anomaly map (B, H, W) and the score (B,); with shots, those of WinCLIP+."""
         self.eval()
         whole, features = self.features(image)
-        score = self.text_score(whole)  # (B,); also the third scale of the map, where it is constant over the image
+        score = self.text_score(whole)  # (B,); also the third scale of the map, constant over the image
         windows = sum(1 / self.on_patches(self.text_score(features[k]), k) for k in SCALES)
         anomaly_map = (len(SCALES) + 1) / (windows + 1 / score[:, None, None])  # (B, h, w), harmonic mean over scales
         if self.shots:
@@ -188,7 +188,7 @@ def build_model(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences
-# What the sentences are about, in our own words: the kind of image, names of the organ, possible findings.
+# Our own words for the sentences: the type of image, names of the organ, possible findings.
 WORDS = {
     "brain": ("axial FLAIR MRI slice", ["brain", "head"], ["tumor", "glioma", "edema", "lesion", "mass"]),
     "liver": ("axial abdominal CT slice", ["liver", "liver parenchyma"],
@@ -210,7 +210,7 @@ ANOMALOUS = ["abnormal {o}", "diseased {o}", "{o} with {f}", "{o} showing {f}", 
 TEMPLATES = ["{m} of the {s}", "a {m} of a {s}", "an image of the {s}", "a medical image of a {s}",
              "a close-up {m} of the {s}", "a low-contrast {m} of the {s}", "a bright {m} of the {s}",
              "a noisy {m} of the {s}"]
-# Those of the paper, for `--prompts original`; {a} stands for "a" and "the".
+# The paper's sentences, for `--prompts original`; {a} stands for "a" and "the".
 PAPER_NORMAL = ["{o}", "perfect {o}", "flawless {o}", "unblemished {o}", "{o} without flaw", "{o} without defect",
                 "{o} without damage"]
 PAPER_ANOMALOUS = ["damaged {o}", "{o} with flaw", "{o} with defect", "{o} with damage"]
@@ -221,13 +221,13 @@ PAPER_TEMPLATES = ["a cropped photo of {a} {s}.", "a close-up photo of {a} {s}."
 
 
 def benchmark_words(data):
-    """Return the key of WORDS that matches the name of the --data folder, otherwise generic."""
+    """Return the key of WORDS that matches the name of the folder `data`, or generic if none does."""
     name = Path(data).resolve().name.lower()
     return next((key for key, folders in common.NAMES.items() if name in folders), "generic")
 
 
 def own_sentences(file):
-    """Read `sentences` from a text file. Each class has a single state."""
+    """Return the sentences of a text file as `sentences` does, with one state per class."""
     try:
         lines = [line.partition(":") for line in Path(file).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
@@ -239,7 +239,7 @@ def own_sentences(file):
 
 
 def sentences(words, prompts, findings, organ=None):
-    """Return a list of states, each a list of sentences, for the normal and for the anomalous class."""
+    """Return the states of the normal and of the anomalous class, each state as a list of sentences."""
     modality, organs, names = WORDS[words]
     organs = [organ] if organ else organs
     names = names if findings in ("none", "named") else [name.strip() for name in findings.split(",")]
@@ -263,7 +263,7 @@ if __name__ == "__main__":
     model = build_model(args).to(run.device)
     if not args.checkpoint:
         if args.shots and args.shots > len(train):
-            raise common.Error(f"--shots {args.shots}: there are {len(train)} normal training images")
+            raise common.Error(f"--shots {args.shots}: there are only {len(train)} normal training images")
         words = benchmark_words(args.predict or args.data) if args.words == "auto" else args.words
         classes = own_sentences(args.sentences) if args.sentences else sentences(
             words, args.prompts, args.findings, args.organ)

@@ -197,6 +197,12 @@ def test_damaged_files_are_listed_at_the_end_and_the_rest_is_scored(trained, pha
     assert "0001.png" in json.loads((folder / "predict.json").read_text())["damaged"][0]
 
 
+def test_masks_are_not_scored_and_raw_maps_need_no_pictures(trained, phantom, tmp_path):
+    done, folder = predict(trained, phantom / "phantom/test", tmp_path / "out", "--maps", 0, "--save-maps", "npy")
+    assert "6 masks in" in done.stdout and len(rows_of(folder / "scores.csv")) == 12, done.stderr
+    assert not (folder / "maps").exists() and len(list((folder / "raw").iterdir())) == 12
+
+
 @pytest.mark.parametrize("layout", ["train/good", "."])
 def test_normal_images_alone_train_a_model_that_decides(layout, phantom, tmp_path):
     shutil.copytree(phantom / "phantom/train/good/img", tmp_path / "mine" / layout)

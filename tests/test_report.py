@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -698,6 +699,39 @@ def test_damaged_run_folders_end_with_one_line_that_names_the_file(file, text, t
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and str(target) in done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"x"}  # nothing half-written
+
+
+@pytest.mark.parametrize("damage", [
+    lambda r: r.pop("seed"),
+    lambda r: r.update(epoch="2"),
+    lambda r: r["decision"].update(image="x"),
+    lambda r: r["decision"].update(normal_scores={}),
+    lambda r: r["counts"]["train"].update(normal="x"),
+    lambda r: r.update(check=dict(summary=5)),
+])
+def test_values_of_another_type_end_with_one_line(damage, tmp_path):
+    target = make_run(tmp_path, "x", "padim") / "results.json"
+    results = json.loads(target.read_text())
+    damage(results)
+    target.write_text(json.dumps(results))
+    done = run_here("report.py", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(target) in done.stderr, done.stderr
+
+
+def test_a_copied_seed_is_not_another_seed_and_a_link_to_nothing_is_none(tmp_path):
+    folder = make_run(tmp_path, "x", "padim")
+    (folder.parent / "seed2").symlink_to(tmp_path / "nowhere")
+    assert run_here("report.py", tmp_path).returncode == 0
+    shutil.copytree(folder, folder.parent / "seed1")
+    done = run_here("report.py", tmp_path)
+    assert done.returncode == 2 and "its seed is 0; was the folder renamed or copied?" in done.stderr
+
+
+def test_runs_on_other_files_are_marked_and_not_compared(tmp_path):
+    for method in ("padim", "stfpm", "cfa"):
+        make_run(tmp_path, "x", method, images="fedcba9876543210" if method == "cfa" else "0123456789abcdef")
+    marks = {r["method"]: r["marks"] for r in read_all(tmp_path)[2]}
+    assert [method for method in marks if "f" in marks[method]] == ["cfa"]
 
 
 def test_a_benchmark_that_is_called_report_is_not_replaced(tmp_path):

@@ -45,6 +45,7 @@ def run_all(copy, *words, **variables):
     *(("", dict(SEEDS=value), "SEEDS=") for value in ("x", "-1", "0 1x")),
     *(("", dict(METHODS=value), "METHODS") for value in ("nothing", "padim *", "padim,stfpm")),
     *(("", dict(SLURM_ARRAY_TASK_ID=value), f"SLURM_ARRAY_TASK_ID={value}") for value in ("abc", "0")),
+    pytest.param("", dict(DATA="phantom", SEEDS=" "), "METHODS or SEEDS is blank", marks=pytest.mark.slow),
     pytest.param("", dict(DATA="nowhere"), "DATA: there is no benchmark nowhere", marks=pytest.mark.slow),
     pytest.param("", dict(DATA="phantom", SLURM_ARRAY_TASK_ID="22"), "the list has 21 lines", marks=pytest.mark.slow),
 ])

@@ -1,13 +1,14 @@
 """Scans for --predict: NIfTI volumes and DICOM series, found, read as slices, and answered in their own form."""
 
 import gzip
+import shutil
 
 import nibabel
 import numpy as np
 import pydicom
 import pytest
 import volumes
-from conftest import files_of, write_nifti
+from conftest import files_of, run_here, write_nifti
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_windowing
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -185,6 +186,21 @@ def test_a_folder_of_volumes_and_series_gives_each_of_them_a_name_of_its_own(tmp
         tmp_path / "patient/one", tmp_path / "patient/mixed", tmp_path / "patient/mixed" / scout[-6:]}
     assert capsys.readouterr().err == ("note: 1 files that hold no images are skipped, e.g. "
                                        f"{tmp_path}/patient/one/report\n")
+
+
+def test_the_same_scan_has_the_same_number_in_every_folder_and_another_scan_another(tmp_path):
+    for i, name in enumerate(("a/b", "a/c", "new/a")):
+        write_nifti(tmp_path / f"{name}.nii.gz", np.random.default_rng(i).random((12, 10, 3)))
+    shutil.copytree(tmp_path / "a", tmp_path / "new", dirs_exist_ok=True)
+    (tmp_path / "new/b.nii.gz").rename(tmp_path / "new/z.nii.gz")
+    for source, to in (("a", "1"), ("new", "2"), ("new", "1")):
+        done = run_here("datasets/volumes.py", "--scans", tmp_path / source, "--to", tmp_path / to)
+    patients = [{common.patient(folder / "0000.png"): folder.name[15:] for folder in sorted((tmp_path / to).iterdir())}
+                for to in ("1", "2")]
+    assert [sorted(names.values()) for names in patients] == [["a", "b", "c"], ["a", "c", "z"]]
+    assert len({*patients[0], *patients[1]}) == 3
+    assert done.returncode == 1 and "z.nii.gz has the same slices as " in done.stderr
+    assert done.stdout.startswith("6 slices of 2 scans")
 
 
 def test_a_dicom_file_without_suffix_is_a_scan_of_its_own_and_a_folder_of_images_none(tmp_path):
