@@ -7,6 +7,7 @@ score means more anomalous."""
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
@@ -49,11 +50,17 @@ def command_line(Args, description):
     """Parse the script's arguments. After this, an `Error` ends the program with one line on stderr and exit code 2.
     Notebooks and tests do not call this function and see the exception itself."""
     def in_one_line(kind, error, traceback):
+        if issubclass(kind, BrokenPipeError):  # the reader has gone, as with `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+            raise SystemExit(141)
         if issubclass(kind, KeyboardInterrupt):
             print("interrupted; run the same command again to resume from the last evaluation, if any", file=sys.stderr)
             raise SystemExit(130)
         if issubclass(kind, Error):
             print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            print(f"error: cannot write: {error}; free some space or choose another folder", file=sys.stderr)
             raise SystemExit(2)
         sys.__excepthook__(kind, error, traceback)
 
@@ -69,6 +76,8 @@ def command_line(Args, description):
             raise
         text = box.getvalue().split("├")[0].partition("\n")[2]  # the text inside tyro's frame, without its title
         raise Error(" ".join(re.sub("[│╰╯─]", " ", text).split())) from None
+    if any(not word or re.fullmatch("--[a-z-]+=", word) for word in sys.argv[1:]):
+        raise Error("an argument is empty; give a value, or leave the flag out")
     check_ranges(args)
     return args
 
@@ -264,7 +273,7 @@ def list_benchmark(args):
     scans = {entry: patient(entry[0]) or entry[0] for entry in entries["train"]}
     names = list(dict.fromkeys(scans.values()))
     if len(names) > 1 and args.holdout and all(label for _, label, _ in entries["valid"]):
-        chosen = set(spread(names, max(1, round(args.holdout * len(names)))))
+        chosen = set(spread(names, min(max(1, round(args.holdout * len(names))), len(names) - 1)))
         held = [entry for entry, scan in scans.items() if scan in chosen]
         entries["train"] = [entry for entry, scan in scans.items() if scan not in chosen]
         entries["valid"] = held + entries["valid"]
@@ -449,7 +458,7 @@ def load_benchmark(args):
           + ("masks" if test and test.has_masks else "no masks")
           + f"; LIMITED to {args.limit} per class" * bool(args.limit), flush=True)
     if held:
-        valid.source = f"{held} training images held out"
+        valid.source = f"{len(valid) - valid.labels.sum()} training images held out"
         print(f"{valid.source} for the thresholds (--holdout {args.holdout})")
     if not valid or not valid.labels.any():
         print("NOTE: the last epoch is kept; to choose the best, valid needs both normal and anomalous images")
@@ -681,14 +690,17 @@ class PixelMetrics:
 
 
 @torch.no_grad()
-def score(model, image):
+def score(model, image, batch_size=1):
     """Score images (B, 3, H, W) in [0, 1]. Returns float32 arrays: anomaly maps (B, H, W) or None, and scores (B,).
 
-    Raises `Error` if an image is outside [0, 1] or a score is not finite."""
+    batch_size: fewer images are filled up to this number, because rounding depends on the size of a batch. Raises
+    `Error` if an image is outside [0, 1] or a score is not finite."""
     if image.ndim != 4 or image.shape[1] != 3 or not (image.min() >= 0 and image.max() <= 1):
         raise Error(f"images {tuple(image.shape)} with values {float(image.min())} to {float(image.max())}: expected "
                     "(B, 3, H, W) in [0, 1]; divide 8-bit images by 255")
-    maps, scores = (None if part is None else part.float().cpu().numpy() for part in model.predict(image))
+    n = len(image)
+    image = torch.cat([image, *[image[-1:]] * (batch_size - n)])
+    maps, scores = (None if part is None else part[:n].float().cpu().numpy() for part in model.predict(image))
     if not np.isfinite(scores).all():
         raise Error("a score is not finite: training diverged; lower --lr")
     return maps, scores
@@ -704,9 +716,7 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
     scores, seconds, done = [], 0.0, 0
     for image in split.batches(batch_size, device):
         n, started = len(image), time.perf_counter()
-        if done and n < batch_size:  # fill the batch up: in a smaller one, scores are rounded differently
-            image = torch.cat([image, image[-1:].expand(batch_size - n, -1, -1, -1)])
-        maps, new = (None if part is None else part[:n] for part in score(model, image))
+        maps, new = score(model, image, batch_size)
         seconds += time.perf_counter() - started
         scores.append(new)
         if maps is not None:
@@ -726,6 +736,14 @@ PLACES = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", "ch
 # With --checkpoint, all arguments but these and the path of --weights come from the checkpoint.
 FREE = PLACES | {"batch_size", "limit", "specificity", "scan_score"}
 
+
+
+def read_check(file):
+    """Read the record of datasets/check.py; None if the file does not exist or is damaged."""
+    with suppress(OSError, ValueError, AttributeError):
+        record = json.loads(file.read_text())
+        if [type(record.get(key)) for key in ("summary", "checked", "findings")] == [str, str, list]:
+            return record
 
 
 def read_results(file):
@@ -773,7 +791,10 @@ class Run:
             for field in dataclasses.fields(args):
                 moved = field.name.endswith("weights") and getattr(args, field.name) != field.default
                 if field.name not in FREE and field.name in kept["args"] and not moved:
-                    setattr(args, field.name, kept["args"][field.name])
+                    given, value = getattr(args, field.name), kept["args"][field.name]
+                    if given not in (field.default, value):
+                        print(f"NOTE: --{field.name.replace('_', '-')} is {value}, from the checkpoint, not {given}")
+                    setattr(args, field.name, value)
             check_ranges(args)
         elif args.predict and not zero_shot:
             raise Error("--predict needs a trained model: give --checkpoint FILE, the model.pt of a run")
@@ -789,11 +810,16 @@ class Run:
         torch.use_deterministic_algorithms(True, warn_only=True)
         if args.predict:  # a folder for each input and model
             asked, model = Path(args.predict).resolve(), sha256(args.checkpoint) if args.checkpoint else args
+            if not asked.exists() or Path(args.out, "x").resolve().is_relative_to(asked):
+                why = f"contains --out {args.out}; give another --out" if asked.exists() else "does not exist"
+                raise Error(f"--predict {args.predict} {why}")
             of_both = hashlib.sha256(f"{asked} {model}".encode(errors="surrogateescape")).hexdigest()
             data, self.images = f"{plain(asked.name)}-{of_both[:8]}", None
         else:
             data = Path(args.data).resolve().name if Path(args.data).is_dir() else args.data
             self.images = list_benchmark(args)[2]
+            if data in ("report", "ablation"):
+                raise Error(f"--data {args.data}: {args.out}/{data} has another use; rename the folder")
         self.folder = folder = Path(args.out) / data / method / f"seed{args.seed}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -802,9 +828,10 @@ class Run:
         except OSError as e:
             reason = "another process is using it" if isinstance(e, BlockingIOError) else e.strerror
             raise Error(f"cannot write {folder}: {reason}; choose another --out") from None
-        if not args.overwrite and (folder / "results.json").exists():
-            if args.checkpoint:
-                raise Error(f"{folder} holds a finished run; give another --out or --overwrite")
+        if args.checkpoint and not args.overwrite:
+            if held := [name for name in ("results.json", "model.pt", "resume.pt") if (folder / name).exists()]:
+                raise Error(f"{folder} holds {held[0]} of another run; give another --out or --overwrite")
+        elif not args.overwrite and (folder / "results.json").exists():
             self._belongs_to(read_results(folder / "results.json"))
             print(f"{folder} already holds this run, finished; nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
@@ -817,9 +844,7 @@ class Run:
         for old in folder.iterdir() if kept is None else ():
             remove(old)
         print(f"{method} on {data}, seed {args.seed}, {self.device}: {folder}", flush=True)
-        self.check = None
-        with suppress(OSError, ValueError):  # datasets/check.py has not been run
-            self.check = json.loads((Path(args.root) / ".cache" / f"{self.images}.check.json").read_text())
+        self.check = read_check(Path(args.root) / ".cache" / f"{self.images}.check.json")
         if not args.predict:
             print("datasets/check.py:", self.check["summary"] if self.check else "not run on these files", flush=True)
         self.kept = kept  # the content of --checkpoint, or of resume.pt after an interruption, or None
@@ -928,17 +953,17 @@ def finish(run, model, splits):
     model.to(run.device)
     for name in [w["name"] for w in kept["weights"] if not w["trained"]]:
         print(f"NOTE: {name} has UNTRAINED weights; the results are meaningless")
-    sys.path.insert(0, str(Path(__file__).with_name("datasets")))
+    extra = Path(__file__).with_name("datasets")
+    sys.path.insert(0, str(extra))
     if args.predict:
-        try:
-            from predict import predict
+        if not all((extra / f"{name}.py").exists() for name in ("decisions", "predict", "volumes")):
+            raise Error(f"--predict needs decisions.py, predict.py and volumes.py in {extra}; copy them there")
+        from predict import predict
 
-            return predict(run, model, kept)
-        except ImportError as e:
-            raise Error(f"--predict needs decisions.py, predict.py and volumes.py in datasets/ ({e}); copy them") from e
-    try:
+        return predict(run, model, kept)
+    if (extra / "decisions.py").exists():
         import decisions
-    except ImportError:
+    else:
         decisions = None
         print("NOTE: without datasets/decisions.py there are no thresholds and no pictures")
     for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
@@ -957,11 +982,15 @@ def finish(run, model, splits):
         write_csv(folder / "scores.csv", [dict(path=p, label=int(y), score=float(s)) for p, y, s in rows])
         if decisions:
             metrics |= decisions.write(run, test, result, decision)
-    packages = ("torch", "torchvision", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow")
+    versions = dict(python=platform.python_version())
+    for package in ("torch", "torchvision", "open_clip_torch", "numpy", "scipy", "scikit-learn", "pillow"):
+        with suppress(PackageNotFoundError):  # a copied script may not need it
+            versions[package] = version(package)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # GiB
     on_gpu = run.device.type == "cuda"
     commit = subprocess.run(["git", "-C", run.script.parent, "describe", "--always", "--dirty", "--abbrev=40"],
                             capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    trained_by = {"batch_size"} if hasattr(args, "epochs") else set()  # else it does not change the result
     results = dict(
         format=FORMAT, method=run.script.stem, data=folder.parts[-3], seed=args.seed, metrics=metrics,
         images=run.images, counts={name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum()))
@@ -973,10 +1002,9 @@ def finish(run, model, splits):
                         trained=sum(p.numel() for p in model.parameters() if p.requires_grad)),
         args=dataclasses.asdict(args), command=" ".join(sys.argv[1:]),
         changed={f.name: getattr(args, f.name) for f in dataclasses.fields(args)
-                 if f.name not in FREE - {"batch_size"} | {"seed"} and getattr(args, f.name) != f.default},
-        versions=dict(python=platform.python_version(), **{p: version(p) for p in packages}),
-        device=torch.cuda.get_device_name() if on_gpu else str(run.device), threads=torch.get_num_threads(),
-        commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                 if f.name not in FREE - trained_by | {"seed"} and getattr(args, f.name) != f.default},
+        versions=versions, device=torch.cuda.get_device_name() if on_gpu else str(run.device),
+        threads=torch.get_num_threads(), commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     if not args.checkpoint:
         with atomic(folder / "model.pt") as tmp, open(tmp, "wb") as f:

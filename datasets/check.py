@@ -255,8 +255,7 @@ if __name__ == "__main__":
     entries = sum((classes if args.limit else listed).values(), [])
     record = Path(args.root) / ".cache" / f"{common.fingerprint(entries, base)}.check.json"
 
-    if record.exists():
-        kept = json.loads(record.read_text())
+    if kept := common.read_check(record):
         print(*kept["findings"], f"checked {kept['checked']}: {record}", f"{base}: {kept['summary']}", sep="\n")
         raise SystemExit(int("errors: none" not in kept["summary"]))
 

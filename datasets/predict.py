@@ -127,7 +127,7 @@ def scored(run, model, arrays):
     """Yield (map (S, S) or None, score) for each image, uint8 (3, S, S)."""
     for start in range(0, len(arrays), run.args.batch_size):
         image = torch.from_numpy(np.stack(arrays[start : start + run.args.batch_size])).to(run.device).float() / 255
-        maps, scores = common.score(model, image)
+        maps, scores = common.score(model, image, run.args.batch_size)
         yield from zip([None] * len(image) if maps is None else maps, scores.tolist(), strict=True)
 
 

@@ -335,6 +335,24 @@ def test_a_damaged_decoded_cache_is_made_again(harm, tmp_path):
     assert common.load_benchmark(ask)[0].images[:].tolist() == before
 
 
+@pytest.mark.parametrize("error, status", [
+    (OSError(28, "No space left on device"), 2), (BrokenPipeError(), 141), (common.Error("x"), 2)])
+def test_a_full_disk_and_a_reader_that_has_gone_are_no_tracebacks(error, status, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["padim.py"])
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    common.command_line(load_script("methods/padim.py").Args, "")
+    with pytest.raises(SystemExit) as end:
+        sys.excepthook(type(error), error, None)
+    assert end.value.code == status and capsys.readouterr().err.count("\n") == (status == 2)
+
+
+def test_a_benchmark_named_report_is_refused(tmp_path):
+    build(tmp_path / "report", "train/good", "valid/{cls}", "test/{cls}")
+    with pytest.raises(common.Error, match="rename the folder"):
+        common.Run("padim.py", load_script("methods/padim.py").Args(data=str(tmp_path / "report"), root=str(tmp_path)))
+
+
 def test_a_run_is_told_what_check_py_said_of_exactly_these_files(tmp_path, capsys):
     build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
     given = dict(data=str(tmp_path / "b"), root=str(tmp_path), out=str(tmp_path / "out"))
@@ -350,7 +368,10 @@ def test_a_run_is_told_what_check_py_said_of_exactly_these_files(tmp_path, capsy
     images = common.list_benchmark(arguments(tmp_path, given["data"]))[2]
     record = tmp_path / f".cache/{images}.check.json"
     record.parent.mkdir(exist_ok=True)
-    record.write_text('{"summary": "1 error"}')
+    for damaged in ("[", '{"summary": null}'):
+        record.write_text(damaged)
+        assert said()[0] is None
+    record.write_text('{"summary": "1 error", "checked": "today", "findings": []}')
     check, out = said()
     assert check["summary"] == "1 error" and "check.py: 1 error" in out
     record.write_text("{")

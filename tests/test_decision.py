@@ -123,11 +123,11 @@ def trained(phantom, tmp_path_factory):
     return once(tmp_path_factory, "decision", make) / "phantom/padim/seed0/model.pt"
 
 
-def predict(model, what, out, *flags):
+def predict(model, what, out, *flags, method="padim"):
     """(the finished process, its folder)."""
-    done = run_here("methods/padim.py", "--checkpoint", model, "--predict", what, "--out", out, "--device", "cpu",
+    done = run_here(f"methods/{method}.py", "--checkpoint", model, "--predict", what, "--out", out, "--device", "cpu",
                     *flags)
-    return done, next(out.glob("*/padim/seed0"))
+    return done, max(out.glob(f"*/{method}/seed*"), key=os.path.getmtime)
 
 
 def test_one_image_alone_is_scored_decided_and_shown_as_among_others(trained, phantom, tmp_path):
@@ -195,6 +195,40 @@ def test_damaged_files_are_listed_at_the_end_and_the_rest_is_scored(trained, pha
     assert done.returncode == 1 and "not scored: " in done.stderr and "0001.png" in done.stderr
     assert [row["path"] for row in rows_of(folder / "scores.csv")] == [f"000{i}.png" for i in (0, 2, 3, 4, 5)]
     assert "0001.png" in json.loads((folder / "predict.json").read_text())["damaged"][0]
+
+
+def test_one_image_alone_scores_exactly_as_in_the_run_whatever_its_batch(tmp_path, phantom):
+    run = ["--root", phantom, "--out", tmp_path, "--maps", 0, "--batch-size", 8, "--epochs", 1, *PADIM]
+    done = run_here("methods/stfpm.py", *run)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "phantom/stfpm/seed0"
+    for row in rows_of(folder / "scores.csv")[:3]:
+        _, found = predict(folder / "model.pt", phantom / "phantom" / row["path"], tmp_path / "out", method="stfpm")
+        assert rows_of(found / "scores.csv")[0]["score"] == row["score"]
+
+
+def test_places_of_predict_that_cannot_be_used_are_one_line_and_flags_of_the_checkpoint_win_aloud(trained, phantom,
+                                                                                                  tmp_path):
+    image = phantom / "phantom/test/good/img/0000.png"
+    shutil.copytree(image.parent, tmp_path / "new")
+    for what, out, words in ((tmp_path / "none", tmp_path / "out", "does not exist"),
+                             (tmp_path / "new", tmp_path / "new/out", "contains --out")):
+        done = run_here("methods/padim.py", "--checkpoint", trained, "--predict", what, "--out", out)
+        assert done.returncode == 2 and words in done.stderr and not out.exists(), done.stderr
+    done, _ = predict(trained, image, tmp_path / "out", "--image-size", 32, "--seed", 3)
+    assert "NOTE: --image-size is 64, from the checkpoint, not 32" in done.stdout
+    done = run_here("methods/padim.py", "--checkpoint", trained, "--predict", "")
+    assert done.returncode == 2 and "an argument is empty" in done.stderr
+
+
+def test_a_checkpoint_is_not_evaluated_in_the_folder_of_an_unfinished_run(trained, phantom, tmp_path):
+    folder = tmp_path / "phantom/padim/seed0"
+    folder.mkdir(parents=True)
+    for name in ("model.pt", "resume.pt"):
+        shutil.copy(trained, folder / name)
+    done = run_here("methods/padim.py", "--checkpoint", folder / "model.pt", "--root", phantom, "--out", tmp_path)
+    assert done.returncode == 2 and "holds model.pt of another run" in done.stderr
+    assert {file.name for file in folder.iterdir()} == {"model.pt", "resume.pt"}
 
 
 def test_masks_are_not_scored_and_raw_maps_need_no_pictures(trained, phantom, tmp_path):
