@@ -802,20 +802,22 @@ class Run:
         except OSError as e:
             reason = "another process is using it" if isinstance(e, BlockingIOError) else e.strerror
             raise Error(f"cannot write {folder}: {reason}; choose another --out") from None
-        if not args.overwrite and (folder / "results.json").exists():
-            if args.checkpoint:
-                raise Error(f"{folder} holds a finished run; give another --out or --overwrite")
-            self._belongs_to(read_results(folder / "results.json"))
+        finished, interrupted = folder / "results.json", folder / "resume.pt"
+        if args.overwrite or not (finished.exists() or interrupted.exists()):
+            for old in sorted(folder.iterdir(), key=lambda old: old != finished):  # results.json first
+                if not (args.checkpoint and old.samefile(args.checkpoint)):
+                    remove(old)
+        elif args.checkpoint:
+            raise Error(f"{folder} holds another run; give another --out or --overwrite")
+        elif finished.exists():
+            self._belongs_to(read_results(finished))
             print(f"{folder} already holds this run, finished; nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
-        if not args.overwrite and not args.checkpoint and (folder / "resume.pt").exists():
-            more = "first_stage", "history", "best", "stateful", "random"
-            kept = read_checkpoint(folder / "resume.pt", method, more)
+        else:
+            kept = read_checkpoint(interrupted, method, ("first_stage", "history", "best", "stateful", "random"))
             self._belongs_to(kept)
             if kept["threads"] != torch.get_num_threads():
                 print(f"NOTE: {torch.get_num_threads()} threads now, {kept['threads']} before: results can differ")
-        for old in folder.iterdir() if kept is None else ():
-            remove(old)
         print(f"{method} on {data}, seed {args.seed}, {self.device}: {folder}", flush=True)
         self.check = None
         with suppress(OSError, ValueError):  # datasets/check.py has not been run
@@ -941,8 +943,8 @@ def finish(run, model, splits):
     except ImportError:
         decisions = None
         print("NOTE: without datasets/decisions.py there are no thresholds and no pictures")
-    for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
-        remove(folder / old)  # a run without results.json is not finished
+    for old in ("maps", "browser", "curves.csv", "lesions.csv"):
+        remove(folder / old)  # written before an interruption
     on_valid = evaluate(model, valid or train, args.batch_size, run.device)
     if decisions:
         seen = decisions.on_valid(model, valid, on_valid)
@@ -978,9 +980,8 @@ def finish(run, model, splits):
         device=torch.cuda.get_device_name() if on_gpu else str(run.device), threads=torch.get_num_threads(),
         commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
-    if not args.checkpoint:
-        with atomic(folder / "model.pt") as tmp, open(tmp, "wb") as f:
-            torch.save(kept, f)
+    with atomic(folder / "model.pt") as tmp, open(tmp, "wb") as f:
+        torch.save(kept, f)
     shutil.copyfile(run.script, folder / run.script.name)
     with atomic(folder / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1))

@@ -1,8 +1,8 @@
 """From a score to a decision: thresholds from normal validation images, and pictures of anomaly maps.
 
-`common.finish` calls `decide_from`, then `pictures` for the test images, then `write`. A copied method script does not
-need this file: without it, a run has no thresholds, no pictures, and no curves.csv, lesions.csv and browser/, which
-report.py reads."""
+`common.finish` calls `on_valid` and `decide`, then `pictures` for the test images, then `write`. A copied method script
+does not need this file: without it, a run has no thresholds, no pictures, and no curves.csv, lesions.csv and browser/,
+which report.py reads."""
 
 import math
 
@@ -48,7 +48,7 @@ def on_valid(model, valid, result):
 
 
 def decide(seen, args):
-    """Compute thresholds from the result of `calibrate`: image, pixel and scan at args.specificity, image_f1 (best F1).
+    """Compute thresholds from the result of `on_valid`: image, pixel and scan at args.specificity, image_f1 (best F1).
 
     Images and scans are anomalous above their threshold, pixels at or above theirs. None means no decision."""
     from sklearn.metrics import precision_recall_curve

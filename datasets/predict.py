@@ -27,8 +27,6 @@ def predict(run, model, kept):
     kept: the content of the model's model.pt."""
     args, folder, asked = run.args, run.folder, Path(run.args.predict)
     decision = decisions.decide(kept.get("seen", decisions.NOTHING_SEEN), args)
-    for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
-        common.remove(folder / old)
     files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)
     others = [p for p in asked.rglob("*.*") if p.suffix in (".nii", ".gz", ".dcm")] if files and asked.is_dir() else []
     if others:

@@ -277,7 +277,7 @@ def test_predict_writes_the_map_of_a_nifti_volume_onto_the_volume(axes, phantom,
     volume = np.random.default_rng(0).uniform(0, 300, (40, 32, 6)).astype(np.float32)  # right, front, up
     write_nifti(tmp_path / "case.nii.gz", volume, axes)
     pictures = []
-    monkeypatch.setattr(common, "save_picture", lambda file, image, *rest: pictures.append(image))
+    monkeypatch.setattr("decisions.save_picture", lambda file, image, *rest: pictures.append(image))
     run_here("padim", *arguments, "--checkpoint", tmp_path / "phantom/padim/seed0/model.pt", "--predict",
              tmp_path / "case.nii.gz")
     folder, = tmp_path.glob("case_nii_gz-*/padim/seed0")
