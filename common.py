@@ -675,7 +675,8 @@ class PixelMetrics:
         self.curve, inside = (fpr, tpr, pro), fpr <= 0.3
         x, y = np.append(fpr[inside], 0.3), np.append(pro[inside], np.interp(0.3, fpr, pro))
         return dict(pixel_auroc=float(np.sum(hits * (self.n - fp / 2 - fp_above / 2)) / tp[-1] / self.n),
-                    pixel_ap=float(np.sum(hits * tp / (tp + fp)) / tp[-1]), aupro=float(np.trapezoid(y, x) / 0.3),
+                    pixel_ap=float(np.sum(hits * tp / (tp + fp)) / tp[-1]),
+                    aupro=min(1.0, float(np.trapezoid(y, x) / 0.3)),  # rounding
                     dice=dice(np.nextafter(middle, np.float32(np.inf))),  # above the middle, not at it
                     dice_valid=None if self.threshold is None else dice(np.float32(self.threshold)))
 
@@ -720,11 +721,12 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
-FORMAT = 3  # of model.pt, resume.pt and results.json; raised whenever their content changes
-# A run resumes if all arguments but these are the same, and its images, too (`data` can be spelled in several ways).
-PLACES = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", "checkpoint", "predict", "cache_features"}
+FORMAT = 4  # of model.pt, resume.pt and results.json; raised whenever their content changes
+# Arguments that do not change the scores of a run. Its images are compared themselves, since --data has many spellings.
+NO_EFFECT = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", "checkpoint", "predict",
+             "cache_features"}
 # With --checkpoint, all arguments but these and the path of --weights come from the checkpoint.
-FREE = PLACES | {"batch_size", "limit", "specificity", "scan_score"}
+FREE = NO_EFFECT | {"batch_size", "limit", "specificity", "scan_score"}
 
 
 
@@ -832,7 +834,7 @@ class Run:
         """Raise `Error` if an earlier run in this folder had other arguments or images."""
         asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # as lists
         other = [f"--{k.replace('_', '-')} {theirs.get(k)}, not {asked[k]}" for k in asked
-                 if k not in PLACES and asked[k] != theirs.get(k)]
+                 if k not in NO_EFFECT and asked[k] != theirs.get(k)]
         if kept["images"] != self.images:  # they include the folder
             other.append(f"other images: --data {self.args.data} is another folder, or its files have changed")
         if other:
