@@ -684,7 +684,8 @@ class PixelMetrics:
         self.curve, inside = (fpr, tpr, pro), fpr <= 0.3
         x, y = np.append(fpr[inside], 0.3), np.append(pro[inside], np.interp(0.3, fpr, pro))
         return dict(pixel_auroc=float(np.sum(hits * (self.n - fp / 2 - fp_above / 2)) / tp[-1] / self.n),
-                    pixel_ap=float(np.sum(hits * tp / (tp + fp)) / tp[-1]), aupro=float(np.trapezoid(y, x) / 0.3),
+                    pixel_ap=float(np.sum(hits * tp / (tp + fp)) / tp[-1]),
+                    aupro=min(1.0, float(np.trapezoid(y, x) / 0.3)),  # rounding
                     dice=dice(np.nextafter(middle, np.float32(np.inf))),  # above the middle, not at it
                     dice_valid=None if self.threshold is None else dice(np.float32(self.threshold)))
 
@@ -730,11 +731,12 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
-FORMAT = 3  # of model.pt, resume.pt and results.json; raised whenever their content changes
-# A run resumes if all arguments but these are the same, and its images, too (`data` can be spelled in several ways).
-PLACES = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", "checkpoint", "predict", "cache_features"}
+FORMAT = 4  # of model.pt, resume.pt and results.json; raised whenever their content changes
+# Arguments that do not change the scores of a run. Its images are compared themselves, since --data has many spellings.
+NO_EFFECT = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", "checkpoint", "predict",
+             "cache_features"}
 # With --checkpoint, all arguments but these and the path of --weights come from the checkpoint.
-FREE = PLACES | {"batch_size", "limit", "specificity", "scan_score"}
+FREE = NO_EFFECT | {"batch_size", "limit", "specificity", "scan_score"}
 
 
 
@@ -828,21 +830,22 @@ class Run:
         except OSError as e:
             reason = "another process is using it" if isinstance(e, BlockingIOError) else e.strerror
             raise Error(f"cannot write {folder}: {reason}; choose another --out") from None
-        if args.checkpoint and not args.overwrite:
-            if held := [name for name in ("results.json", "model.pt", "resume.pt") if (folder / name).exists()]:
-                raise Error(f"{folder} holds {held[0]} of another run; give another --out or --overwrite")
-        elif not args.overwrite and (folder / "results.json").exists():
-            self._belongs_to(read_results(folder / "results.json"))
+        finished, interrupted = folder / "results.json", folder / "resume.pt"
+        if args.overwrite or not (finished.exists() or interrupted.exists()):
+            for old in sorted(folder.iterdir(), key=lambda old: old != finished):  # results.json first
+                if not (args.checkpoint and old.samefile(args.checkpoint)):
+                    remove(old)
+        elif args.checkpoint:
+            raise Error(f"{folder} holds another run; give another --out or --overwrite")
+        elif finished.exists():
+            self._belongs_to(read_results(finished))
             print(f"{folder} already holds this run, finished; nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
-        if not args.overwrite and not args.checkpoint and (folder / "resume.pt").exists():
-            more = "first_stage", "history", "best", "stateful", "random"
-            kept = read_checkpoint(folder / "resume.pt", method, more)
+        else:
+            kept = read_checkpoint(interrupted, method, ("first_stage", "history", "best", "stateful", "random"))
             self._belongs_to(kept)
             if kept["threads"] != torch.get_num_threads():
                 print(f"NOTE: {torch.get_num_threads()} threads now, {kept['threads']} before: results can differ")
-        for old in folder.iterdir() if kept is None else ():
-            remove(old)
         print(f"{method} on {data}, seed {args.seed}, {self.device}: {folder}", flush=True)
         self.check = read_check(Path(args.root) / ".cache" / f"{self.images}.check.json")
         if not args.predict:
@@ -855,7 +858,7 @@ class Run:
         """Raise `Error` if an earlier run in this folder had other arguments or images."""
         asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # as lists
         other = [f"--{k.replace('_', '-')} {theirs.get(k)}, not {asked[k]}" for k in asked
-                 if k not in PLACES and asked[k] != theirs.get(k)]
+                 if k not in NO_EFFECT and asked[k] != theirs.get(k)]
         if kept["images"] != self.images:  # they include the folder
             other.append(f"other images: --data {self.args.data} is another folder, or its files have changed")
         if other:
@@ -966,8 +969,8 @@ def finish(run, model, splits):
     else:
         decisions = None
         print("NOTE: without datasets/decisions.py there are no thresholds and no pictures")
-    for old in ("results.json", "maps", "browser", "curves.csv", "lesions.csv"):
-        remove(folder / old)  # a run without results.json is not finished
+    for old in ("maps", "browser", "curves.csv", "lesions.csv"):
+        remove(folder / old)  # written before an interruption
     on_valid = evaluate(model, valid or train, args.batch_size, run.device)
     if decisions:
         seen = decisions.on_valid(model, valid, on_valid)
@@ -1006,9 +1009,8 @@ def finish(run, model, splits):
         versions=versions, device=torch.cuda.get_device_name() if on_gpu else str(run.device),
         threads=torch.get_num_threads(), commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
-    if not args.checkpoint:
-        with atomic(folder / "model.pt") as tmp, open(tmp, "wb") as f:
-            torch.save(kept, f)
+    with atomic(folder / "model.pt") as tmp, open(tmp, "wb") as f:
+        torch.save(kept, f)
     shutil.copyfile(run.script, folder / run.script.name)
     with atomic(folder / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1))

@@ -27,8 +27,6 @@ def predict(run, model, kept):
     kept: the content of model.pt."""
     args, folder, asked = run.args, run.folder, Path(run.args.predict)
     decision = decisions.decide(kept.get("seen", decisions.NOTHING_SEEN), args)
-    for old in ("maps", "masks", "raw", "scores.csv", "scans.csv"):
-        common.remove(folder / old)
     if args.checkpoint and "seen" not in kept:
         print(f"NOTE: {args.checkpoint} has no thresholds: its run was not finished, or lacked datasets/decisions.py")
     files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)

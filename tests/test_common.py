@@ -146,6 +146,12 @@ def test_perfect_maps_score_one_and_constant_maps_one_half():
     assert constant["aupro"] == pytest.approx(0.15)  # the diagonal's area up to 0.3, divided by 0.3
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_rounding_takes_no_metric_of_perfect_maps_above_one(seed):
+    masks = np.random.default_rng(seed).random((3, 20, 20)) < 0.15
+    assert all(value is None or value <= 1 for value in streamed(masks.astype(np.float32), masks).values())
+
+
 def test_increasing_functions_and_batch_size_change_nothing():
     masks, signal = blobs(0)
     maps = signal.astype(np.float32)
