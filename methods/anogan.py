@@ -7,10 +7,11 @@ that remains between the two images and between their discriminator features.
 Settings: the search follows the paper (500 steps, lambda = 0.1). We know of no official code, so everything else
 follows LeeDoYup/AnoGAN-tf (carpedm20's DCGAN in TensorFlow 1): networks, 64x64 pixels, Adam with learning rate 2e-4 and
 beta1 = 0.5, batches of 64, 25 epochs, and two generator steps for each discriminator step. The learning rate of the
-search is our choice: with LeeDoYup's 1e-3, 500 steps do not converge; with 0.05, as in the help of LeeDoYup's flag,
-rounding errors change scores by 1% of their range. The thesis mentions the method but reports no results for it.
-Differences from the paper: images have three channels, and there is no anomaly map, since images of 64x64 pixels are
-too small to locate lesions.
+search is our choice: with LeeDoYup's 1e-3, 500 steps do not converge; with 0.05, the value in the help text of
+LeeDoYup's flag, rounding errors change scores by 1% of their range. The thesis mentions the method but reports no
+results for it.
+Differences from the paper: images have three channels, and there is no anomaly map, since 64x64 pixels are too few to
+locate lesions.
 Differences from LeeDoYup/AnoGAN-tf:
 - The search takes 500 steps, as in the paper (LeeDoYup: 100). The score is the loss after the last step (LeeDoYup:
   before it).
@@ -25,7 +26,7 @@ Differences from LeeDoYup/AnoGAN-tf:
   incomplete last batch is used, and the best epoch is chosen on valid.
 
 Parameters at 64x64 pixels: generator 5,135,363, discriminator 4,316,545.
-Cost on one thread of a busy CPU: with 200 images of 32x32 pixels and width 16, 10 epochs take 14 s and 0.8 GiB of
+Cost on one thread of a busy CPU: with `--width 16` and 200 images of 32x32 pixels, 10 epochs take 14 s and 0.8 GiB of
 memory; 50 search steps in batches of 16 take 58 ms per image. The default settings were not timed; their 500 search
 steps need about 0.4 TFLOP per image.
 """
@@ -80,7 +81,7 @@ class Args:
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
+    """score of a scan: its highest slice score (max) or the mean of its five highest slice scores (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 25
@@ -144,7 +145,7 @@ class AnoGAN(nn.Module):
     def __init__(self, image_size, latent=100, width=64, steps=500, search_lr=5e-3, feature_weight=0.1):
         super().__init__()
         if image_size < 16 or image_size & (image_size - 1):
-            raise common.Error(f"--image-size {image_size}: give a power of two, at least 16: 16, 32, 64, ...")
+            raise common.Error(f"--image-size {image_size}: give a power of two, at least 16 (16, 32, 64, ...)")
         self.steps, self.search_lr, self.feature_weight = steps, search_lr, feature_weight
         self.generator = Generator(image_size, latent, width).apply(init_weights)
         self.discriminator = Discriminator(image_size, width).apply(init_weights)
@@ -173,17 +174,17 @@ class AnoGAN(nn.Module):
             return z.detach(), self.residual(z, x, features)
 
     def predict(self, image):
-        """Return None (no anomaly map) and the anomaly score (B,), the residual after the search."""
+        """Return None, since there is no anomaly map, and the score (B,; the residual after the search)."""
         return None, self.search(2 * image - 1)[1]
 
 
 def discriminator_loss(real, fake):
-    """Return the cross-entropy between the logits (B,) of real and generated images and their labels."""
+    """Return the cross-entropy loss of the logits (B,) of real images (label 1) and generated images (label 0)."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log sigmoid(real) - log(1 - sigmoid(fake))
 
 
 def generator_loss(fake):
-    """Return the cross-entropy between the logits (B,) of generated images and the label of real images."""
+    """Return the cross-entropy loss of the logits (B,) of generated images, labelled as real (1)."""
     return F.softplus(-fake).mean()
 
 

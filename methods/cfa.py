@@ -1,21 +1,21 @@
 """CFA (Lee, Lee, Song, IEEE Access 2022, arXiv:2206.04325).
 
-A learned 1x1 convolution, the descriptor, adapts the features of a pretrained CNN to the normal images. It attracts
-each patch to small hyperspheres around its nearest centres in a memory bank and repels it from the next nearest
-centres. The memory bank holds the mean output of the untrained descriptor at each position and is never updated. The
-anomaly score of a patch is its distance to the nearest centre, reduced if other centres are almost as close. Repulsion
-is zero until the learned radius r exceeds the distance to a centre by a margin. During training, r grows, because a
-larger r reduces the attraction.
+A learned 1x1 convolution, the descriptor, adapts the features of a pretrained CNN to the normal images. The loss
+attracts each patch to small hyperspheres around its nearest centres in a memory bank and repels it from the next
+nearest centres. The memory bank holds the mean output of the untrained descriptor at each position and is never
+updated. The anomaly score of a patch is its distance to the nearest centre, reduced if other centres are almost as
+close. Repulsion is zero until the learned radius r exceeds the distance to a centre by a margin. During training, r
+grows, because a larger r reduces the attraction.
 
 Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: wide_resnet50_2, 3 nearest neighbours, 3 hard
 negatives, radius 1e-5, learning rate 1e-3, weight decay 5e-4. Everything else follows the official
 code (sungwool/CFA_for_anomaly_localization): layers 1 to 3, AdamW with AMSGrad (the thesis says Adam), batches of 4, 30
-epochs, nu 1e-3, alpha 0.1, no k-means on the memory bank and no narrower descriptor (compression ratios gamma_c =
-gamma_d = 1 in the paper). With wide_resnet50_2, the descriptor and the radius have 3,216,640 trained parameters.
+epochs, nu 1e-3, alpha 0.1, no k-means on the memory bank and no narrower descriptor (the paper's compression ratios
+gamma_c and gamma_d are 1). With wide_resnet50_2, the descriptor and the radius have 3,216,640 trained parameters.
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the
 border (the paper crops from 256 to 224 pixels; the thesis' benchmark, BMAD, resizes to 224).
-Differences from the official code, which affect neither loss nor score: each training image has the same weight in the
-memory bank (official code: each batch), the best epoch is chosen on valid (official code: on test), and the anomaly map
+Differences from the official code, whose loss and score we keep: each training image has the same weight in the memory
+bank (official code: each batch), the best epoch is chosen on valid (official code: on test), and the anomaly map
 is mirrored at its border before smoothing, as in SciPy.
 Differences from anomalib and from BMAD's code, which produced the thesis' results: both keep the radius fixed, so that
 repulsion is always zero (as with --no-learn-radius). Anomalib fills the memory bank while the CNN's batch norm is in
@@ -77,7 +77,7 @@ class Args:
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
+    """score of a scan: its highest slice score (max) or the mean of its five highest slice scores (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 30
@@ -97,7 +97,7 @@ class Args:
     neighbors: Annotated[int, Ge(1)] = 3
     """K, number of nearest centres that attract a patch and determine its score (thesis, Table 3.4)"""
     hard_negatives: Annotated[int, Ge(1)] = 3
-    """J, number of the next nearest centres, which repel a patch (thesis, Table 3.4)"""
+    """J, number of next-nearest centres that repel a patch (thesis, Table 3.4)"""
     radius: Annotated[float, Gt(0)] = 1e-5
     """r, initial radius of the hyperspheres (thesis, Table 3.4)"""
     learn_radius: bool = True
@@ -132,7 +132,7 @@ class CFA(nn.Module):
         channels, grid = [c for _, c, _, _ in shapes], shapes[0][2:]
         if neighbors + hard_negatives > grid.numel():
             raise common.Error(f"--neighbors {neighbors} --hard-negatives {hard_negatives}: there are only "
-                               f"{grid.numel()} centres at {image_size} pixels; lower one of them")
+                               f"{grid.numel()} centres at {image_size} pixels; lower one of the two")
         self.descriptor = Descriptor(channels, grid)
         self.register_buffer("memory_bank", torch.zeros(grid.numel(), sum(channels)))  # C in the paper, (P, D)
         self.radius = nn.Parameter(torch.tensor(radius), requires_grad=learn_radius)
@@ -154,7 +154,7 @@ class CFA(nn.Module):
         self.memory_bank.copy_(mean.flatten(1).T)
 
     def distances(self, features, k):
-        """Return the squared distances |phi - c|^2 of each patch to its k nearest centres, ascending: (B, P, k)."""
+        """Return the squared distances |phi - c|^2 from each patch to its k nearest centres, ascending: (B, P, k)."""
         squared = []
         for patches in self.descriptor(features).flatten(2).mT:  # (P, D); one image at a time: it has P * P distances
             with torch.no_grad():
@@ -173,7 +173,7 @@ class CFA(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the smoothed patch scores, and the image score (B,), its maximum."""
+        """Return the anomaly map (B, H, W; the smoothed patch scores) and its maximum, the image score (B,)."""
         self.eval()
         distance = self.distances(self.features(image), self.neighbors).sqrt()  # (B, P, K), not squared
         patch_score = distance[..., 0] * F.softmin(distance, dim=2)[..., 0]  # lower if other centres are as close

@@ -1,12 +1,12 @@
 """CFLOW-AD (Gudovskiy, Ishizaka, Kozuka, WACV 2022, arXiv:2107.12571).
 
 At each of three layers of a pretrained CNN, a normalizing flow learns the likelihood of normal feature vectors, given a
-code of their position in the image. Feature vectors of lesions have a low likelihood. The anomaly maps of all layers
+code for their position in the image. Feature vectors of lesions have a low likelihood. The anomaly maps of all layers
 are enlarged to the size of the image and added.
 
 Settings: thesis, Table 3.3: wide_resnet50_2, Adam with learning rate 1e-4, positional codes of length 128, clamp 1.9.
-Where the thesis is silent, we follow the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks, each
-with a random rotation of the channels, batches of 32 images, 256 feature vectors per step, 200 epochs with warm-up and
+Where the thesis is silent, we follow the official code (gudovskiy/cflow-ad): layers 2 to 4, 8 coupling blocks (each
+with a random rotation of the channels), batches of 32 images, 256 feature vectors per step, 200 epochs with warm-up and
 a cosine schedule, and random image rotations of up to 5 degrees. With wide_resnet50_2, the flows have 81,647,616
 trained parameters.
 Differences from the paper: images of all data sets are resized to 256 pixels.
@@ -17,7 +17,7 @@ Differences from the official code:
 - Each step updates the flow of one layer only. In the official code, with the PyTorch version that it uses, Adam's
   momentum also moves the other flows.
 - The CNN uses zero padding, as in its pretraining (official code: reflection).
-- The random channel rotations are drawn by QR decomposition, since SciPy is very slow in 2,048 dimensions.
+- The random channel rotations come from QR decomposition, since SciPy (official code) is very slow in 2,048 dimensions.
 
 Differences from anomalib and from BMAD's code, which produced the thesis' results: both divide likelihoods by the
 maximum of each batch, so scores from different batches are not comparable. They permute channels instead of rotating
@@ -25,7 +25,7 @@ them, use 64 vectors per step (--fiber-batch 64) and a constant learning rate (-
 images (--augment-degrees 0).
 
 Cost on one CPU thread: mobilenet_v2 at 128x128 pixels takes 50 ms per training image, 18 ms per test image and 0.9 GiB;
-wide_resnet50_2 at 256x256 pixels takes 1.3 s per test image, and 9 s to draw the rotations (176 MB of the checkpoint).
+wide_resnet50_2 at 256x256 pixels takes 1.3 s per test image, plus 9 s to draw rotations (176 MB in the checkpoint).
 """
 
 import math
@@ -84,7 +84,7 @@ class Args:
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
+    """score of a scan: its highest slice score (max) or the mean of its five highest slice scores (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 200
@@ -154,7 +154,7 @@ class Flow(nn.ModuleList):
         return x, log_det
 
     def log_likelihood(self, x, code):
-        """Return log p(x | code) / C for x (..., C): the log-density of z under N(0, I) plus log |det dz/dx|."""
+        """Return log p(x | code) / C for x (..., C), where log p = log N(z; 0, I) + log |det dz/dx|."""
         z, log_det = self(x, code)
         channels = x.shape[-1]
         return (log_det - z.square().sum(-1) / 2) / channels - math.log(2 * math.pi) / 2
@@ -212,7 +212,7 @@ class CFlow(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the sum of 1 - relative likelihood, and the score (B,), its maximum."""
+        """Return the anomaly map (B, H, W; the sum of 1 - relative likelihood) and its maximum, the score (B,)."""
         self.eval()
         anomaly_map = torch.zeros_like(image[:, :1])  # (B, 1, H, W)
         for l, log_p in enumerate(self.log_likelihoods(self.features(image))):
@@ -227,7 +227,7 @@ def build_model(args):
 
 
 def learning_rate(lr, step, steps):
-    """Return the rate at `step` of `steps`: a warm-up from lr / 10, then a cosine to lr / 1,000 in 25 stages."""
+    """Return the rate at `step` of `steps`: a warm-up from lr / 10 (2 of 25 stages), then a cosine to lr / 1,000."""
     def cosine(stage):
         return lr / 1000 + (lr - lr / 1000) * (1 + math.cos(math.pi * stage / 25)) / 2
 

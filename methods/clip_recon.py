@@ -1,9 +1,9 @@
 """clip_recon (Bao, MSc thesis, University of Alberta 2024, chapter 4: language-enhanced reconstruction with CLIP).
 
-CLIP's image encoder gives each patch of an image a feature at four depths. CLIP's text encoder must reproduce these
-features from learned "blank" words. Each patch location has its own words, which an adapter shifts according to the
-patch's deepest feature. Both encoders are frozen; words and adapter are trained on normal images. A patch is anomalous
-if the two encoders disagree.
+CLIP's image encoder gives each patch of an image one feature at each of four depths. CLIP's text encoder must reproduce
+these features from learned "blank" words. Each patch location has its own words, which an adapter shifts according to
+the patch's deepest feature. Both encoders are frozen; the words and the adapter are trained on normal images. A patch
+is anomalous if the two encoders disagree.
 
     image -> augmentation -> image encoder -> features f^1 ... f^4 -------------> M^k = 1 - cos(f^k, p^k)
                                                              | adapter: pi_i         ^
@@ -17,31 +17,31 @@ Settings: thesis, 4.3.3; there is no public code. Where the thesis is silent, th
 CVPR 2022, arXiv:2203.05557), which conditions its prompt on the image as this method does on the patch. The map and the
 loss follow RD4AD (arXiv:2201.10703). As in AnoVL (Deng et al., 2023, arXiv:2308.15939), we use blocks 3, 6, 9 and 12
 and apply CLIP's own final norm and projection to each of them.
-Decisions where the thesis is ambiguous, with flags for other likely readings (also --blocks, --join, --smooth-sigma):
+Decisions where the thesis is ambiguous; flags give other likely readings (see also --blocks, --join, --smooth-sigma):
 - The image side is not trained. If it were, both sides would collapse to the same constant.
-- The text is read at EOT, after SOS and the words, as in CoOp's code (`--frame bare`: at the last word). It is not
-  padded to 77 tokens: attention is causal, so padding would change nothing.
-- The loss minimises 1 - cos, although the text says that it minimises the similarity. It does so at each position
-  (`--loss layer`: over each layer as one long vector, as in RD4AD's code). The sum over channels in Eq. 4.4 is omitted,
-  since the cosine already sums over them.
-- The "augmentation" (4.2.3) is deterministic and applied in both training and testing. Its sum of two images is halved
-  to stay in [0, 1] (`--da-sum saturate`: clipped at 1).
-- Figure 4.7 shows combinations of modules only as a picture. We assume that `prompts` (see --modules) has no adapter
-  (pi = 0) and that `adapter` keeps the words at their initial values: Eq. 4.2 always has a T_i, and 4.2.1 calls the
-  prompt blank, not absent.
+- The text feature is read at EOT (after SOS and the words), as in CoOp's code (`--frame bare`: at the last word).
+  The text is not padded to 77 tokens: attention is causal, so padding would change nothing.
+- The loss minimises 1 - cos, although the thesis says that it minimises the similarity. The cosine is taken at each
+  position (`--loss layer`: over each layer as one long vector, as in RD4AD's code). The sum over channels in Eq. 4.4 is
+  omitted, since the cosine already sums over them.
+- The "augmentation" (4.2.3) is deterministic and applied in both training and testing. It adds two images and halves
+  the sum to stay in [0, 1] (`--da-sum saturate`: clips it at 1).
+- The text of the thesis does not define the module combinations of Figure 4.7. We assume that `prompts` (see --modules)
+  has no adapter (pi = 0) and that `adapter` keeps the words at their initial values: Eq. 4.2 always contains T_i, and
+  4.2.1 calls the prompt blank, not absent.
 - The thesis does not say how a ResNet replaces CLIP's image encoder (Table 4.1). Here, the ResNet's stages are pooled
-  to the ViT's grid, normalised over channels and projected to the width of the text by a frozen orthonormal matrix. A
-  learned projection with frozen targets would be just as plausible.
+  to the ViT's grid, normalised over channels and projected to the text features' width by a frozen orthonormal matrix.
+  A learned projection with frozen targets would be just as plausible.
 - We use batches of 8 and AdamW's defaults without a schedule. The best epoch is chosen on valid, as in chapter 3.
 - CLIP was trained at 240 pixels. Its position embeddings are interpolated to 256, as in open_clip.
 
 On a GPU, both encoders and the adapter run in bfloat16; cosines, loss and updates use float32. The published adapter
-has 16 times fewer hidden units than inputs, so pi_i may vary so little that p^k is the same for all images. With a
-reduction of 0.25 (--adapter-reduction), it has four times more hidden units than inputs; see tests/README.md.
+has 16 times fewer hidden units than inputs, so pi_i may vary so little that p^k is the same for all images. With
+`--adapter-reduction 0.25`, it has four times as many hidden units as inputs; see tests/README.md.
 
 Trained parameters: words 2,621,440, adapter 51,880. Cost of the default settings on one CPU thread: 17 s per training
 image (image encoder 0.9 s, text encoder 8.0 s forward and 7.9 s backward), 8 s to score an image; 1.8 GiB of memory,
-plus more for each image in a training batch.
+and more in training (see --batch-size).
 """
 
 import sys
@@ -81,7 +81,7 @@ class Args:
     image_size: Annotated[int, Ge(16)] = 256
     """images are resized to this width and height in pixels (thesis, 4.3.3)"""
     batch_size: Annotated[int, Ge(1)] = 8
-    """images per batch (our choice: the thesis is silent); in training, each needs 1.3 GiB of memory on a CPU"""
+    """images per batch (our choice: the thesis is silent); in training, each image needs 1.3 GiB of memory on a CPU"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
     """pixel value that represents white in 16-bit images; use 4095 for 12-bit data"""
     holdout: Annotated[float, Interval(ge=0, lt=1)] = 0.1
@@ -99,7 +99,7 @@ class Args:
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
+    """score of a scan: its highest slice score (max) or the mean of its five highest slice scores (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map as float32, at the image's original size"""
     epochs: Annotated[int, Ge(1)] = 400
@@ -109,7 +109,7 @@ class Args:
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     model: str = "ViT-B-16-plus-240"
-    """CLIP model: one of open_clip's with a ViT as image encoder, or tiny, which has no published weights"""
+    """CLIP model: the open_clip name of a model whose image encoder is a ViT, or tiny (no published weights)"""
     clip_weights: str = "laion400m_e32"
     """CLIP weights: an open_clip TAG, none (untrained), auto (laion400m_e32 if available, else none) or a FILE"""
     backbone: str = "clip"
@@ -134,7 +134,7 @@ class Args:
     loss: Literal["position", "layer"] = "position"
     """position: 1 - cos averaged over positions (Eq. 4.5); layer: 1 - cos of each layer as one vector (RD4AD's code)"""
     adapter_reduction: Annotated[float, Gt(0)] = 16
-    """ratio of the adapter's input width to its hidden width (thesis, 4.2.2); 0.25: hidden layer four times wider"""
+    """ratio of the adapter's input width to its hidden width (thesis, 4.2.2); 0.25: hidden layer four times as wide"""
     da_levels: Annotated[int, Ge(0)] = 3
     """K, number of pyramid levels in the augmentation (our choice: the thesis is silent); 0: no augmentation"""
     da_sum: Literal["half", "saturate"] = "half"
@@ -176,7 +176,7 @@ class ClipRecon(nn.Module):
 
     @torch.no_grad()
     def image_features(self, image):
-        """Return the frozen features [(B, P, D)] of all four layers, f^1 to f^4; the last entry is f^last."""
+        """Return the frozen features [(B, P, D)]: f^1 to f^4, then f^last if it is not already f^4."""
         if self.args.da_levels:
             image = enhance(image, self.args.da_levels, self.args.da_sum)
         with torch.autocast("cuda", torch.bfloat16, enabled=image.is_cuda):
@@ -195,7 +195,7 @@ class ClipRecon(nn.Module):
         return words
 
     def distances(self, features, where=slice(None), whole=False):
-        """Return M^k (Eq. 4.3), (B, P) in [0, 2] per layer, from `image_features` at the locations `where`.
+        """Return M^k (Eq. 4.3) for each layer k: (B, P), in [0, 2], from `image_features` at the locations `where`.
 
         whole: treat each layer as one vector over all positions, and return 1 - cos (B,) per layer."""
         features = [f[:, where] for f in features]
@@ -211,7 +211,7 @@ class ClipRecon(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map S (B, H, W), the sum of all upsampled M^k, and the score (B,), its maximum."""
+        """Return the anomaly map S (B, H, W; the sum of all upsampled M^k) and its maximum, the score (B,)."""
         self.eval()
         total = sum(self.distances(self.image_features(image))).unflatten(1, self.grid)  # sum first: Psi is linear
         # corners are not aligned, unlike in RD4AD, so that a patch's value lies at its centre
@@ -244,7 +244,7 @@ def image_features(clip, image, blocks):
 
 
 class CNNEncoder(nn.Module):
-    """A frozen CNN that replaces CLIP's image encoder: four stages, resized to the same grid, (B, P, D) each."""
+    """A frozen CNN that replaces CLIP's image encoder. Its four stages are resized to the ViT's grid: [(B, P, D)]."""
 
     def __init__(self, backbone, weights, grid, width):
         super().__init__()
@@ -304,7 +304,7 @@ def enhance(image, levels, how="half"):
 def build_model(args):
     longest = 75 - (args.join == "append")  # CLIP reads 77 tokens, including SOS and EOT
     for allowed, rule in [
-            (args.backbone in ["clip", *STAGES], f"--backbone: choose clip, {', '.join(STAGES)}, or add it to STAGES"),
+            (args.backbone in ["clip", *STAGES], f"--backbone: choose clip, {', '.join(STAGES)}, or extend STAGES"),
             (args.layers, "--layers: give one or more of 1 2 3 4"),
             (args.prompt_tokens <= longest, f"--prompt-tokens: give at most {longest} with --join {args.join}"),
             (4 * args.smooth_sigma <= args.image_size, "--smooth-sigma: give at most a quarter of --image-size"),

@@ -6,7 +6,7 @@ Nothing is trained or random.
 
 Settings: the thesis does not state the sentences, sizes or model for this method, nor where its standard deviations
 come from. We use WinCLIP's model, so that only the methods differ, and the temperature of trained CLIP.
-Differences from the paper: the paper has no anomaly map. We apply the norm and projection of the class token to the
+Differences from the paper: the paper has no anomaly map. We apply the class token's layer norm and projection to the
 patch tokens of the last block, as AnoVL and VAND do before they train or change anything. `--prompts ensemble` averages
 the medical sentences of winclip.py for each class.
 Note: CLIP was trained only through its class token, and its patch tokens often contradict the text. A pixel AUROC
@@ -67,15 +67,15 @@ class Args:
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
+    """score of a scan: its highest slice score (max) or the mean of its five highest slice scores (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map as float32, at the image's original size"""
     model: str = "ViT-B-16-plus-240"
-    """CLIP model: one of open_clip's with a ViT as image encoder, or tiny, which has no published weights"""
+    """CLIP model: the open_clip name of a model whose image encoder is a ViT, or tiny (no published weights)"""
     clip_weights: str = "laion400m_e32"
     """CLIP weights: an open_clip TAG, none (untrained), auto (laion400m_e32 if available, else none) or a FILE"""
     clip_size: Annotated[int, Ge(16)] = 240
-    """images are resized again for CLIP, to this width and height in pixels; 240: the model's own 15 x 15 patches"""
+    """images are resized again for CLIP, to this width and height in pixels; 240: 15 x 15 patches, as in training"""
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
     """what the sentences are about (see WORDS); auto: the benchmark given by --data, or generic for other folders"""
     prompts: Literal["plain", "ensemble"] = "plain"
@@ -83,8 +83,8 @@ class Args:
     organ: str | None = None
     """what the images show, in your own words, such as "knee", instead of the organ in WORDS"""
     findings: str = "none"
-    """findings that ensemble sentences mention; none: only normal and abnormal; named: those in WORDS, such as tumor
-    or drusen (uses knowledge of the disease); or your own, separated by commas. Plain sentences mention no findings"""
+    """findings in ensemble sentences (never in plain sentences); none: the organ is only called normal or abnormal;
+    named: those in WORDS, such as tumor or drusen (uses knowledge of the disease); or your own, separated by commas"""
     sentences: str | None = None
     """use the sentences in this text FILE instead, one per line, each after "normal:" or "anomalous:\""""
 
@@ -95,7 +95,7 @@ class ZeroShot(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.clip, self.size = common.load_clip(args.model, args.clip_weights, args.clip_size), args.clip_size
-        self.register_buffer("text", torch.zeros(2, self.clip.visual.output_dim))  # of normal and anomalous class
+        self.register_buffer("text", torch.zeros(2, self.clip.visual.output_dim))  # normal, anomalous
 
     @torch.inference_mode()
     def set_classes(self, classes):
@@ -122,7 +122,7 @@ class ZeroShot(nn.Module):
 
 
 def encode_text(clip, sentences):
-    """Return the text features (n, D) of n sentences, with unit length."""
+    """Return the unit-length text features (n, D) of n sentences."""
     import open_clip  # imported here: it would delay --help by a second
 
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)
@@ -167,7 +167,7 @@ def benchmark_words(data):
 
 
 def own_sentences(file):
-    """Return the sentences of a text file as `sentences` does, with one state per class."""
+    """Return a text file's sentences in the form that `sentences` returns, with one state per class."""
     try:
         lines = [line.partition(":") for line in Path(file).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:

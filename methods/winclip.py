@@ -71,15 +71,15 @@ class Args:
     specificity: Annotated[float, Interval(gt=0, lt=1)] = 0.95
     """fraction of normal images that should score below the decision threshold"""
     scan_score: Literal["max", "top5"] = "max"
-    """score of a scan: the maximum over its slices (max) or the mean of the five highest (top5)"""
+    """score of a scan: its highest slice score (max) or the mean of its five highest slice scores (top5)"""
     save_maps: Literal["no", "npy", "tiff"] = "no"
     """with --predict: also save each anomaly map as float32, at the image's original size"""
     model: str = "ViT-B-16-plus-240"
-    """CLIP model: one of open_clip's with a ViT as image encoder, or tiny, which has no published weights"""
+    """CLIP model: the open_clip name of a model whose image encoder is a ViT, or tiny (no published weights)"""
     clip_weights: str = "laion400m_e32"
     """CLIP weights: an open_clip TAG, none (untrained), auto (laion400m_e32 if available, else none) or a FILE"""
     clip_size: Annotated[int, Ge(16)] = 240
-    """images are resized again for CLIP, to this width and height in pixels; 240: the model's own 15 x 15 patches"""
+    """images are resized again for CLIP, to this width and height in pixels; 240: 15 x 15 patches, as in training"""
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
     """what the sentences are about (see WORDS); auto: the benchmark given by --data, or generic for other folders"""
     prompts: Literal["medical", "original"] = "medical"
@@ -176,7 +176,7 @@ class WinCLIP(nn.Module):
 
 
 def encode_text(clip, sentences):
-    """Return the text features (n, D) of n sentences, with unit length."""
+    """Return the unit-length text features (n, D) of n sentences."""
     import open_clip  # imported here: it would delay --help by a second
 
     tokens = open_clip.tokenize(sentences, clip.context_length).to(clip.positional_embedding.device)  # (n, 77)
@@ -227,7 +227,7 @@ def benchmark_words(data):
 
 
 def own_sentences(file):
-    """Return the sentences of a text file as `sentences` does, with one state per class."""
+    """Return a text file's sentences in the form that `sentences` returns, with one state per class."""
     try:
         lines = [line.partition(":") for line in Path(file).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
