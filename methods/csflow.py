@@ -1,21 +1,21 @@
 """CS-Flow (Rudolph, Wehrbein, Rosenhahn, Wandt, WACV 2022, arXiv:2110.02855).
 
-A normalizing flow maps deep features of normal images at three scales to a standard normal distribution. It maps
-anomalous features far from the origin. In each coupling block, one half of the channels predicts a scale and a shift
-for the other half, and neighbouring scales exchange information:
+A normalizing flow maps deep features of normal images at three scales to a standard normal distribution. Anomalous
+features land far from the origin. In each coupling block, one half of the channels predicts a scale and a shift for the
+other half, and neighbouring scales exchange information:
 
     image      -> CNN -> x_0 -> conv -> y_0 -> conv(y_0) + up(y_1)                up: upsample by 2, convolve
     image, 1/2 -> CNN -> x_1 -> conv -> y_1 -> conv(y_1) + up(y_2) + down(y_0)    down: convolve with stride 2
     image, 1/4 -> CNN -> x_2 -> conv -> y_2 -> conv(y_2) + down(y_1)
 
 Settings: thesis, Table 3.3 (clamp 3, gradients clamped to 1, Adam with learning rate 2e-4 and weight decay 1e-5).
-Everything else follows the official code (marco-rudolph/cs-flow), except that batches of 64, 300 epochs and 256x256
-pixels are from BMAD's code (official code: 16, 240 and 768x768).
+Everything else follows the official code (marco-rudolph/cs-flow), except for the batch size of 64, the 300 epochs and
+the image size of 256x256 pixels, which are from BMAD's code (official code: 16, 240 and 768x768).
 Differences from the official code: torchvision's EfficientNet-B5 has the same weights as efficientnet_pytorch's but
-pads symmetrically; the best epoch is chosen on valid (official code: the last one). The anomaly map is the official
-one, with 8x8 values at 256x256 pixels.
-Differences from anomalib 2.7: its loss multiplies the log-determinant by the batch size, Adam's betas are (0.5, 0.9),
-all scales share the same permutation, and the map is the product of three scales.
+pads symmetrically; the best epoch is chosen on valid (official code: the last one). The anomaly map is the same as in
+the official code, with 8x8 values for an image of 256x256 pixels.
+anomalib 2.7 differs: its loss multiplies the log-determinant by the batch size, its Adam has betas of (0.5, 0.9), all
+its scales share the same permutation, and its map is the product of the maps at the three scales.
 
 Parameters: 275,227,288 in the flow (mobilenet_v2: 289,711,640). Cached features take 0.1 MB per image of 256x256
 pixels. Training starts slowly, because gamma starts at 0 and Adam's eps is large: 100 steps at 2e-4 hardly change the
@@ -60,7 +60,7 @@ class Args:
     device: str = "auto"
     """device to run on: auto (a GPU if available), cpu, cuda, cuda:1, mps"""
     image_size: Annotated[int, Ge(16)] = 256
-    """images are resized to this width and height in pixels, a multiple of 128 (BMAD's code)"""
+    """images are resized to this width and height in pixels (BMAD's code); a multiple of 128"""
     batch_size: Annotated[int, Ge(1)] = 64
     """images per batch (BMAD's code)"""
     white: Annotated[int, Interval(ge=1, le=65535)] = 65535
@@ -139,7 +139,7 @@ class Coupling(nn.Module):
 
 
 def affine(x, r):
-    """Return exp(s) x + t for each scale, where (s, t) are the two halves of r, and log |det| (B,), the sum of s."""
+    """Return exp(s) x + t for each scale and log |det| (B,; the sum of all s). The halves of r are s and t."""
     y, log_det = [], 0
     for v, halves in zip(x, r, strict=True):
         s, t = halves.chunk(2, dim=1)
@@ -159,7 +159,7 @@ class CrossScaleFlow(nn.Module):
             self.register_buffer(f"order{k}", torch.from_numpy(order))  # (3, C)
 
     def forward(self, x):
-        """Map features at three scales to z, with the same shapes, and log |det dz/dx| (B,)."""
+        """Map features x at three scales to z (same shapes). Return z and log |det dz/dx| (B,)."""
         log_det = 0
         for k, coupling in enumerate(self.couplings):
             order = self.get_buffer(f"order{k}")
@@ -194,7 +194,7 @@ class CSFlow(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), mean z^2 at scale 0, and the score (B,), mean z^2 / 2 over all scales."""
+        """Return the anomaly map (B, H, W; mean z^2 at scale 0) and the score (B,; mean z^2 / 2 over all scales)."""
         self.eval()
         z, _ = self.flow(self.features(image))  # scores ignore the log-determinant (official code)
         anomaly_map = F.interpolate(z[0].square().mean(1, keepdim=True), image.shape[-2:], mode="bilinear")[:, 0]

@@ -7,24 +7,24 @@ embeddings of the normal training images; the anomaly score of an image is its M
 Settings: thesis, Table 3.5 (ResNet-18, frozen for the first 20 epochs; SGD with learning rate 0.03; batches of 64).
 There is no official code. Where the thesis is silent, we follow BMAD's code (DorisBao/BMAD, the thesis' benchmark), a
 copy of the unofficial Runinho/pytorch-cutpaste: ImageNet weights for the backbone, PyTorch's default initialisation for
-the head, 3-way classification, a head with 512, 512 and 128 units, and 256 epochs of ONE step with 192 images.
-Differences from the paper: the paper trains from scratch for 256 epochs of 256 steps (with --freeze-epochs 0
-and --weights none --steps-per-epoch 256), translates images at random and does not shrink the covariance.
+the head, 3-way classification, a head with 512, 512 and 128 units, and 256 epochs of ONE step (3 x 64 images).
+Differences from the paper: the paper trains from scratch for 256 epochs of 256 steps (here: --weights none
+--freeze-epochs 0 --steps-per-epoch 256), translates images at random and does not shrink the covariance.
 Differences from Runinho's code:
 - All training images are used (Runinho: only the first 3,000 files).
 - Images are floats and are not rounded to 256 levels after each operation.
 - A Gaussian is fitted before each validation, and the best epoch is chosen on valid (thesis, 3.4.1; Runinho: the last
   step).
 - The cosine schedule lowers the learning rate from the second step on (Runinho: from the third).
-- Scars lie fully inside the image (Runinho swaps their width and height when drawing the position).
+- Scars lie fully inside the image (Runinho swaps their width and height when choosing the position).
 
-As in the published method, a black patch pasted onto black changes nothing, so its label is wrong; results.json records
+As in the published method, a black patch pasted onto black changes nothing, so the label is wrong; results.json records
 the fraction of such images. Images get a score but no anomaly map (thesis: NA).
 Parameters: 11.18 M (ResNet-18) + 0.59 M (head, used only in training).
 
 Cost on one CPU thread with mobilenet_v2 at 128 pixels: 25 s for 60 steps with 12 images (36 with the pasted copies) and
 four validations, each with a fit to 200 images; 13 ms to score an image; 2.0 GiB of memory. With the published settings
-on an H100, a step with 64 images takes 0.05 s, and their augmentation takes 0.34 s.
+on an H100, a step with 64 images takes 0.05 s, plus 0.34 s for their augmentation.
 """
 
 import math
@@ -125,7 +125,7 @@ def cut(image, height, width):
 
 
 def paste(image, patch, mask):
-    """Return a copy of the image with the patch (3, h, w) pasted at a random position where mask (1, h, w) is true."""
+    """Copy the image and paste, at a random position, the pixels of patch (3, h, w) where mask (1, h, w) is true."""
     _, height, width = patch.shape
     top, left = corner(image, height, width)
     image = image.clone()
@@ -180,11 +180,11 @@ class CutPaste(nn.Module):
         self.register_buffer("whiten", torch.eye(width))
 
     def forward(self, image):
-        """Return g(x) of the paper, the logits of normal, CutPaste and scar (B, 3)."""
+        """Return the paper's g(x): logits (B, 3) for normal, CutPaste and scar."""
         return self.head(self.backbone(common.normalize(image)))
 
     def embed(self, image):
-        """Return f(x) of the paper, embeddings (B, D) of unit length (Runinho)."""
+        """Return the paper's f(x): embeddings (B, D), scaled to unit length (Runinho)."""
         return F.normalize(self.backbone(common.normalize(image)))
 
     @torch.no_grad()
@@ -207,7 +207,7 @@ class CutPaste(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return None (no anomaly map) and the score (B,), the Mahalanobis distance (same order as -log p, Eq. 2)."""
+        """Return None (no anomaly map) and the score (B,; the Mahalanobis distance, monotonic in -log p, Eq. 2)."""
         self.eval()
         # (f - mu)^T Sigma^-1 (f - mu) = |L^-1 (f - mu)|^2
         return None, ((self.embed(image) - self.mean) @ self.whiten.T).norm(dim=1)
@@ -242,7 +242,7 @@ if __name__ == "__main__":
             losses = []
             for step in range((epoch - 1) * args.steps_per_epoch, epoch * args.steps_per_epoch):
                 image, label = three_way(batch_of(train, step, args, run.device))
-                loss = F.cross_entropy(model(image), label)  # paper, Eq. 1, with three classes (2.2)
+                loss = F.cross_entropy(model(image), label)  # paper, Eq. 1, with three classes (Sec. 2.2)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

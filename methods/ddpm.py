@@ -6,8 +6,8 @@ differs from the test image where the test image is anomalous. White noise does 
 a 1/f-like spectrum does. AnoDDPM therefore uses simplex noise.
 
 For its "DDPM", the thesis cites another method (Wolleb et al., MICCAI 2022), which needs healthy and diseased images to
-train both its diffusion model and the classifier that guides it. These benchmarks have only normal training images, and
-training on the anomalous images in valid would leak labels. Without the classifier, the method's DDIM encoding and
+train both its diffusion model and the classifier that guides it. The benchmarks have only normal training images, and
+training on the anomalous images in valid would leak labels. Without the classifier, that method's DDIM encoding and
 decoding return the image unchanged, lesion included. The thesis does not explain how it obtained its results. AnoDDPM
 needs no labels; `--noise gauss` gives the reconstruction of plain DDPM.
 
@@ -22,10 +22,10 @@ Differences from the official code:
   all, as with --sample-steps 0). All images get the same noise, so a score depends only on the image and the seed.
 - Training uses batches of 8 (official code: single images), in bfloat16 on a GPU. The averaged weights forget their
   initial values (see `average`).
-- Training images are not randomly shifted or rotated. The score is the maximum of the map, as for the thesis' other
-  methods; the official code scores only single pixels.
+- Training images are not randomly shifted or rotated. The score of an image is the maximum of its map, as for the
+  thesis' other methods; the official code scores pixels only, not images.
 - Denoising steps add noise with the posterior variance (DDPM, Eq. 7), not beta. Both suit the full chain, but in a
-  shortened chain, noise of variance beta is more than the last step, at t = 0, can remove.
+  shortened chain, noise of variance beta is too much for the last step (t = 0) to remove.
 - Attention has two heads, both in training and in testing (official code: two in training, one in testing).
 - The last weights are kept, as in the official code; with --choose-on-valid, the best epoch is chosen on valid, as in
   the other methods here.
@@ -53,9 +53,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 STEPS, BETAS = 1000, (1e-4, 0.02)  # T; first and last beta of the linear schedule (DDPM, Sec. 4)
-TRAINED_STEPS = 800  # training draws t below this (official code: sample_distance)
+TRAINED_STEPS = 800  # t is below this value in training (official code: sample_distance)
 BLOCKS, HEADS = 2, 2  # residual blocks per level, attention heads (official code)
-OCTAVES, PERIOD, PERSISTENCE = 6, 64, 0.8  # periods 64, 32, ... 2 pixels; each is 0.8 times as strong as the previous
+OCTAVES, PERIOD, PERSISTENCE = 6, 64, 0.8  # periods 64, 32, ... 2 pixels; each octave has 0.8 of the previous amplitude
 AVERAGE = 0.9999  # decay of the averaged weights (official code)
 
 
@@ -112,23 +112,24 @@ class Args:
     multipliers: Annotated[tuple[int, ...], Ge(1)] = (1, 1, 2, 2, 4, 4)
     """channels of each level as multiples of --base-channels; each level halves the size (official code)"""
     attention: Annotated[tuple[int, ...], Ge(1)] = (32, 16, 8)
-    """sizes, in pixels, of the levels with attention (official code)"""
+    """feature map sizes, in pixels, at which the U-Net uses attention (official code)"""
     noise_level: Annotated[int, Interval(ge=1, le=1000)] = 250
     """lambda, the step (of 1000) up to which test images are noised (official code: 200 or 250)"""
     sample_steps: Annotated[int, Ge(0)] = 50
-    """number of evenly spaced denoising steps; 0: one for each step of --noise-level (official code)"""
+    """number of evenly spaced denoising steps; 0: as many as --noise-level (official code)"""
     repeats: Annotated[int, Ge(1)] = 1
     """number of reconstructions averaged for each image (official code: 1 for the results, 5 for the figures)"""
     sigma: Annotated[int, Ge(0)] = 0
     """standard deviation in pixels of the Gaussian filter that smooths the map; 0: no filter"""
     score: Literal["max", "top"] = "max"
-    """score of an image: the maximum of its map (max) or the mean of its highest 1% (top), which is more stable"""
+    """score of an image: the maximum of its map (max) or the mean of the map's highest 1% (top; more stable)"""
 
 
 # --------------------------------------------------------------------------------------------------------------- noise
 def smooth_noise(t, channels, size, generator=None):
     """Return slices of 3-D Perlin noise at t (b,), summed over octaves: (b, channels, size, size), mean 0, deviation 1.
-    Each lattice corner has a random gradient; a pixel is the sum of gradient times offset, weighted by `fade`."""
+    Lattice corners have random gradients; a pixel is the sum of gradient times offset over the corners of its cell,
+    weighted by `fade`."""
     n, total = len(t) * channels, 0
     for octave in range(OCTAVES):
         period = PERIOD / 2**octave  # in pixels and in steps of t
@@ -183,19 +184,19 @@ class Diffusion(nn.Module):
         return left.view(-1, 1, 1, 1) * x_0 + added.view(-1, 1, 1, 1) * noise
 
     def step_back(self, x_t, i, epsilon, noise):
-        """Denoise x_t from the i-th visited step to the previous one, given the predicted noise epsilon."""
+        """Denoise x_t from visited step i to visited step i - 1, given the predicted noise epsilon."""
         x_0 = (x_t - self.sqrt_one_minus_alpha_bar[self.t[i]] * epsilon) / self.sqrt_alpha_bar[self.t[i]]  # Eq. 15
         return self.weight_x_0[i] * x_0.clamp(-1, 1) + self.weight_x_t[i] * x_t + self.sigma[i] * noise  # Eq. 6, 7
 
 
 # ------------------------------------------------------------------------------------------------------------- network
 def norm(channels):
-    """Return a group norm, with 32 groups at the published widths. One-channel groups would erase the time step."""
+    """Return a group norm with 32 groups at the published widths. Groups of one channel would erase the time step."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def zero(layer):
-    """Set all weights of a layer to 0, so that its block initially is the identity."""
+    """Set all weights of a layer to 0, so that its block is initially the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -320,14 +321,14 @@ class AnoDDPM(nn.Module):
 
     @torch.no_grad()
     def average(self, unet, step):
-        """Update the averaged weights after step `step`. They average about the last ninth of all steps, but at most
-        10,000. With a constant decay, the initial weights would still have weight 1 / e after 10,000 steps."""
+        """Update the averaged weights after step `step`. The average covers about the last ninth of the steps, but at
+        most 10,000. With a constant decay, the initial values would still have weight 1 / e after 10,000 steps."""
         decay = min(AVERAGE, step / (9 + step))
         for mean, p in zip(self.unet.parameters(), unet.parameters(), strict=True):
             mean.lerp_(p, 1 - decay)
 
     def reconstruct(self, x_0, fields):
-        """Noise x_0 (B, C, H, W) to --noise-level and denoise it, with the noise fields (steps, C, H, W)."""
+        """Noise x_0 (B, C, H, W) to --noise-level and denoise it, using the noise fields (steps, C, H, W)."""
         x = self.diffusion.q_sample(x_0, self.diffusion.t[-1:], fields[0])
         for i, t in reversed(list(enumerate(self.diffusion.t))):
             x = self.diffusion.step_back(x, i, self.unet(x, t.expand(len(x))), fields[i])
@@ -335,7 +336,7 @@ class AnoDDPM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the squared error summed over channels, and the score (B,), see --score."""
+        """Return the anomaly map (B, H, W; the squared error summed over channels) and the score (B,; see --score)."""
         self.eval()
         x_0 = self.scaled(image)
         recon = torch.cat([sum(self.reconstruct(x, fields) for fields in self.fields) / len(self.fields)
@@ -362,11 +363,11 @@ def check(args):  # raises an Error if values are incompatible
     if args.base_channels < 8 or args.base_channels % 8:
         raise common.Error(f"--base-channels {args.base_channels}: give a multiple of 8, for norms and attention")
     if not 2 <= args.noise_level <= TRAINED_STEPS:
-        raise common.Error(f"--noise-level {args.noise_level}: give 2 to {TRAINED_STEPS}, the trained steps")
+        raise common.Error(f"--noise-level {args.noise_level}: give 2 to {TRAINED_STEPS}, the steps used in training")
     if args.sample_steps and not 2 <= args.sample_steps <= args.noise_level:
         raise common.Error(f"--sample-steps {args.sample_steps}: give 0, or 2 to {args.noise_level} (--noise-level)")
     if 4 * args.sigma >= size:
-        raise common.Error(f"--sigma {args.sigma}: give less than a quarter of --image-size, {size // 4}")
+        raise common.Error(f"--sigma {args.sigma}: give less than {size // 4}, a quarter of --image-size")
 
 
 def whole_training(images):
@@ -381,7 +382,7 @@ if __name__ == "__main__":
     model = build_model(args).to(run.device)
     if not args.checkpoint:
         if args.channels == 1 and not torch.equal(*train.batch([0])[0, :2]):  # red and green
-            raise common.Error(f"--channels 1: the images of {args.data} are coloured; use --channels 3")
+            raise common.Error(f"--channels 1: the images of {args.data} are in colour; use --channels 3")
         run.total = args.epochs or whole_training(len(train))
         learner = copy.deepcopy(model.unet)
         optimizer = torch.optim.AdamW(learner.parameters(), args.lr, weight_decay=0)

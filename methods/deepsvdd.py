@@ -14,7 +14,7 @@ Differences from the official code:
 - ImageNet scaling is used, as in the code behind the thesis' results; `--scaling gcn` gives the official scaling. With
   ImageNet scaling, the autoencoder's loss stays high, because its sigmoid cannot reach values outside [0, 1], but its
   features are useful nonetheless.
-- A coordinate of c that is exactly zero is also set to 0.1 (official code: it stays zero).
+- A coordinate of c that is exactly zero is set to 0.1, like other small ones (official code: it stays zero).
 - The best epoch is chosen on valid (thesis, 3.4.1; official code: the last one).
 - A last batch with a single image is dropped, since it has no batch statistics (official code: an error).
 
@@ -105,7 +105,7 @@ class Args:
 
 
 def contrast_normalize(image):
-    """Global contrast normalisation: subtract each image's mean, then divide by its mean absolute value."""
+    """Global contrast normalisation: subtract each image's mean, then divide by its mean absolute deviation."""
     image = image - image.mean(dim=(1, 2, 3), keepdim=True)
     scale = image.abs().mean(dim=(1, 2, 3), keepdim=True)
     return torch.where(scale > 1e-6, image / scale, 0)  # 0 for uniform images: do not amplify rounding errors
@@ -128,7 +128,7 @@ class Encoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """Pretrains `encoder`, which it initialises again, with a mirrored decoder that is discarded afterwards."""
+    """Reinitialises `encoder` and pretrains it together with a mirrored decoder, which is discarded afterwards."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -144,7 +144,7 @@ class Autoencoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight, nn.init.calculate_gain("leaky_relu"))
 
     def loss(self, image):
-        """Return the squared error of images (B, 3, 32, 32), summed over each image and averaged over the batch."""
+        """Return the squared reconstruction error of images (B, 3, 32, 32): sum per image, mean over the batch."""
         return (self.decoder(self.encoder(image)) - image).square().sum(dim=(1, 2, 3)).mean()
 
 
@@ -184,24 +184,24 @@ class DeepSVDD(nn.Module):
         return int(small.sum())
 
     def distance(self, image):
-        """Return ||phi(x) - c||^2 (B,) of prepared images."""
+        """Return ||phi(x) - c||^2 (B,) for prepared images."""
         return (self.encoder(image) - self.center).square().sum(dim=1)
 
     def loss(self, distance):
-        """Return the loss for squared distances (B,), without weight decay: paper, Eq. 4, or Eq. 3 (soft boundary)."""
+        """Return the loss, without weight decay, for squared distances (B,): paper, Eq. 4 (soft boundary: Eq. 3)."""
         if self.objective == "one-class":
             return distance.mean()
         return self.radius**2 + F.relu(distance - self.radius**2).mean() / self.nu
 
     def quantile(self, distance):
-        """Return R, the (1 - nu)-quantile of the distances in a batch, from squared distances (B,)."""
+        """Return R, the (1 - nu)-quantile of a batch's distances, given their squares (B,)."""
         return torch.quantile(distance.detach().sqrt(), 1 - self.nu)
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return None (no anomaly map) and the score (B,), |phi(x) - c|^2, minus R^2 with a soft boundary."""
+        """Return None (no anomaly map) and the score (B,): |phi(x) - c|^2, minus R^2 if the boundary is soft."""
         self.eval()
-        distance = [self.distance(self.prepare(x)) for x in image.split(1)]  # one by one: equal images, equal scores
+        distance = [self.distance(self.prepare(x)) for x in image.split(1)]  # one by one, so equal images score equally
         return None, torch.cat(distance) - self.radius**2
 
 

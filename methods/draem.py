@@ -1,21 +1,21 @@
 """DRAEM (Zavrtanik, Kristan, Skocaj, ICCV 2021, arXiv:2108.07610).
 
-Textures are blended into normal images inside random masks of Perlin noise. One network learns to restore the normal
-image. A second network receives the input and its restoration and learns to segment the blended texture. In a test
-image, this network segments the anomalous pixels.
+Textures are blended into normal images inside random masks made from Perlin noise. One network learns to restore the
+normal image. A second network receives the input and its restoration and learns to segment the blended texture. In a
+test image, the second network segments the anomalous pixels.
 
 Settings: thesis, Table 3.5 (Adam with learning rate 1e-4). Everything else follows the official code (VitjanZ/DRAEM):
 data pipeline, textures, widths, losses, initial weights, 700 epochs with batches of 8, and a learning rate that is
 multiplied by 0.2 after 80% and again after 90% of the epochs.
 Differences from the paper, all as in the official code: the schedule (paper: x 0.1 after 400 and 600 epochs), a
-texture opacity of at least 0.2 (paper: 0.1), ten texture augmentations (paper: seven) and rotations of up to 90
+texture opacity of at least 0.2 (paper: 0.1), ten texture augmentations (paper: seven) and image rotations of up to 90
 degrees (paper: 45).
 Differences from the official code: an epoch visits each image once (official code: draws with replacement); the best
 epoch is chosen on valid (official code: the last one); SSIM assumes a value range of 1 (official code: 2 if the
-restoration undershoots); torchvision augments textures as floats (official code: imgaug 0.4, 8 bits), so that
+restoration falls below -0.5); torchvision augments textures as floats (official code: imgaug 0.4, 8 bits), so that
 - brightness changes by one factor and one offset (official code: the lightness in one of six colour spaces);
 - saturation is multiplied by 0.8 to 1.2 (official code: shifted by up to 50 / 255, which adds colour to grey textures);
-- autocontrast maps minimum and maximum to 0 and 1 (official code: first clips 0 to 20% of the pixels at both ends).
+- autocontrast maps the minimum to 0 and the maximum to 1 (official code: first clips 0 to 20% of pixels at both ends).
 
 Differences from BMAD's code, which produced the thesis' results: textures are photographs (BMAD: --textures noise);
 images lie in [0, 1] (BMAD: scaled by ImageNet's statistics, while textures are in [0, 1]); the weights are initialised
@@ -23,7 +23,7 @@ as in the official code (BMAD: PyTorch's defaults, as in anomalib).
 
 Parameters: 69,048,579 (restoration) + 28,374,146 (segmentation), as in the official code.
 Cost on one CPU thread, with 200 images of 64x64 pixels, --width 16 and batches of 8: 10 s per epoch, 13 ms to score an
-image, 1.0 GiB. Published settings on an H100: 0.24 s per step of 8 images, 0.01 s to simulate their anomalies.
+image, 1.0 GiB. Published settings on an H100: 0.24 s per step of 8 images, plus 0.01 s to simulate anomalies.
 """
 
 import math
@@ -85,10 +85,10 @@ class Args:
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     textures: str = "dtd"
-    """textures to blend in: dtd (official code; 600 MB, downloaded by torchvision to <root>/dtd), a FOLDER of images,
-    images (the training images themselves) or noise (the Perlin noise of the mask; BMAD's code)"""
+    """textures to blend in: dtd (official code; 600 MB, downloaded by torchvision to <root>/dtd), images (the
+    training images themselves), noise (the Perlin noise of the mask; BMAD's code) or a FOLDER of images"""
     width: Annotated[int, Ge(2)] = 128
-    """first-layer channels of the restoring network (official code); half in the segmenting network; 16 suits a CPU"""
+    """first-layer channels of the restoring network (official code); the segmenting network has half; 16 suits a CPU"""
 
 
 # ---------------------------------------------------------------------------------------- networks (paper, 3.1 and 3.2)
@@ -104,7 +104,7 @@ def up(c_in, c_out):
 
 
 def restoring_network(w):
-    """An encoder down to 1/16 of the size and a decoder, without skip connections: (B, 3, H, W) -> (B, 3, H, W)."""
+    """Encoder (down to 1/16 of the size) and decoder without skip connections: (B, 3, H, W) -> (B, 3, H, W)."""
     pool = nn.MaxPool2d(2)
     return nn.Sequential(
         block(3, w, w), pool, block(w, 2 * w, 2 * w), pool, block(2 * w, 4 * w, 4 * w), pool,
@@ -114,7 +114,7 @@ def restoring_network(w):
 
 
 class SegmentingNetwork(nn.Module):
-    """U-Net down to 1/32 of the size: restoration and image (B, 6, H, W) -> logits (B, 2, H, W), channel 1: anomaly."""
+    """U-Net down to 1/32 of the size: restoration and image (B, 6, H, W) -> logits (B, 2, H, W; channel 1: anomaly)."""
 
     def __init__(self, w):
         super().__init__()
@@ -153,7 +153,7 @@ class DRAEM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the map M_o (B, H, W), anomaly probabilities, and the score (B,), the maximum of its 21x21 means."""
+        """Return the anomaly probabilities M_o (B, H, W) and the score (B,; the maximum of M_o's 21x21 means)."""
         self.eval()
         anomaly_map = self(image)[1].softmax(dim=1)[:, 1]
         # paper, Eq. 5; pixels outside the image count as zero (official code, test_DRAEM.py)
@@ -178,7 +178,8 @@ def ssim(recon, image):
 
 
 def focal_loss(logits, mask, smooth=1e-5):
-    """Return the mean of -(1 - p)^2 log p for the probability p of the true class: (B, 2, H, W), mask (B, 1, H, W)."""
+    """Return the mean of -(1 - p)^2 log p, where p is the predicted probability of the true class. Shapes: logits
+    (B, 2, H, W), mask (B, 1, H, W)."""
     anomalous = logits.softmax(dim=1)[:, 1:]
     p = torch.where(mask, anomalous, 1 - anomalous)
     p = (1 - smooth) * p + smooth * (1 - p) + smooth  # label smoothing of the official code, in closed form
@@ -233,8 +234,8 @@ def perlin(rows, columns, size, device):
 
 
 def simulate(image, textures):
-    """Return, for a normal image (3, H, W): the target I, the input I_a and the mask M_a (1, H, W) of its anomaly. Half
-    of the images get no anomaly. `textures` comes from `load_textures`."""
+    """For a normal image (3, H, W), return the target I, the input I_a and its anomaly mask M_a (1, H, W). Half of the
+    images get no anomaly. `textures` comes from `load_textures`."""
     size, device = image.shape[-1], image.device
     if uniform(0, 1) < 0.3:
         image = rotate(image)
@@ -254,7 +255,7 @@ def simulate(image, textures):
 
 
 def load_textures(args, train):
-    """Return the texture images as a `common.Split`, or None if the mask's noise serves as texture."""
+    """Return the texture images as a `common.Split`, or None if the mask's noise serves as the texture."""
     if args.textures in ("images", "noise"):
         return train if args.textures == "images" else None
     folder, count = (Path(args.textures), 1) if args.textures != "dtd" else (Path(args.root) / "dtd/dtd/images", 5640)
@@ -264,12 +265,12 @@ def load_textures(args, train):
         try:
             DTD(args.root, download=True)
         except Exception as e:  # no network, a broken download, a full disk
-            raise common.Error(f"DTD is not in {folder} and could not be downloaded ({e}); unpack {DTD._URL} in "
+            raise common.Error(f"DTD is not in {folder} and could not be downloaded ({e}); unpack {DTD._URL} into "
                                f"{folder.parents[1]}, or use --textures FOLDER, images or noise") from e
     entries = [(file, -1, None) for file in common.images_in(folder)]
     if len(entries) < count:  # no images, or DTD is incomplete
-        raise common.Error(f"--textures {args.textures}: {folder} has {len(entries)} images (DTD has 5640); remove it, "
-                           "or give another folder, images or noise")
+        raise common.Error(f"--textures {args.textures}: {folder} has {len(entries)} images (DTD has 5640); remove the "
+                           "folder, or use --textures with another FOLDER, images or noise")
     return common.Split("textures", entries, args.image_size, folder, Path(args.root) / ".cache")
 
 

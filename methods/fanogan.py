@@ -1,9 +1,9 @@
 """f-AnoGAN (Schlegl, Seeboeck, Waldstein, Langs, Schmidt-Erfurth, Medical Image Analysis 54, 2019; not on arXiv).
 
 A Wasserstein GAN learns to generate normal images from random codes z. The GAN is then frozen, and an encoder learns to
-map normal images to codes from which the generator reconstructs them. This training (izi_f: image to z to image)
-compares images and their critic features f with those of the reconstructions. Since the GAN cannot generate anomalies,
-the anomaly score is the residual of the image plus that of its features.
+map normal images to codes from which the generator reconstructs them. The encoder's loss (izi_f: image to z to image)
+is the residual between an image and its reconstruction plus that between their critic features f. Since the GAN cannot
+generate anomalies, this loss is high for anomalous images and also serves as the anomaly score.
 
 Settings: thesis, Table 3.5 (Adam with learning rate 2e-4, batches of 32, codes of length 100). The networks, the 200
 epochs of each stage and all other settings follow the code of BMAD (the thesis' benchmark), which adopted them from
@@ -16,11 +16,11 @@ Differences from A03ki/f-AnoGAN and BMAD's code:
 - The gradient penalty interpolates with one random weight per image (Gulrajani et al., 2017), not one per channel.
 - Higher scores mean more anomalous (BMAD's test prints 1 - AUROC), and test images are never flipped.
 - The encoder is saved at the best epoch on valid, not at the last epoch.
-- The generator step reuses the images of the preceding critic step. The other two implementations generate them again,
+- The generator step reuses the fake images of the preceding critic step. The other two implementations regenerate them,
   so the generator's running statistics count them twice.
 
 Parameters at 256 pixels: generator 53.2 M (53.0 M of them in its linear layer), critic 0.13 M, encoder 3.4 M.
-Cost on one busy CPU thread: 15 + 15 epochs on 200 images of 32 pixels take 43 s and 0.89 GiB of memory; scoring an
+Cost on one busy CPU thread: 15 + 15 epochs on 200 images of 32x32 pixels take 43 s and 0.89 GiB of memory; scoring an
 image takes 4 ms.
 """
 
@@ -91,7 +91,7 @@ class Args:
     kappa: Annotated[float, Ge(0)] = 1.0
     """weight of the feature residual in the encoder's loss and the anomaly score (paper)"""
     critic_norm: Literal["batch", "layer"] = "batch"
-    """normalisation in the critic: batch, with dropout (BMAD's code), or layer, without dropout (paper)"""
+    """normalisation in the critic: batch (with dropout; BMAD's code) or layer (without dropout; paper)"""
 
 
 def augment(image):
@@ -152,7 +152,7 @@ class FAnoGAN(nn.Module):
         self.encoder = nn.Sequential(trunk(), nn.Linear(128 * (image_size // 16) ** 2, latent), nn.Tanh())
 
     def residual(self, x):
-        """Return the izi_f residual (B,) of x (B, 3, H, W) in [-1, 1], both the encoder's loss and the score."""
+        """Return the izi_f residual (B,) of x (B, 3, H, W) in [-1, 1]. It is both the encoder's loss and the score."""
         recon = self.generator(self.encoder(x))
         with torch.no_grad():
             target = self.critic.features(x)
@@ -175,7 +175,7 @@ def gradient_penalty(critic, real, fake):
 
 
 def critic_loss(critic, real, fake):
-    """Return the WGAN-GP loss, which raises D on real images (B, 3, H, W), lowers it on fake ones and keeps slope 1."""
+    """Return the WGAN-GP loss. It pushes D up on real images (B, 3, H, W), down on fake ones and its slope to 1."""
     return -critic(real).mean() + critic(fake).mean() + PENALTY * gradient_penalty(critic, real, fake)
 
 

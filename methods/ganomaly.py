@@ -1,28 +1,29 @@
 """GANomaly (Akcay, Atapour-Abarghouei, Breckon, ACCV 2018, arXiv:1805.06725).
 
 An encoder and a decoder reconstruct the image, and a second encoder encodes the reconstruction. All three networks are
-trained on normal images only. The reconstruction must also match the image in the features of a discriminator. The two
-codes agree on normal images and differ on anomalous ones, so the distance between them is the anomaly score.
+trained on normal images only. The reconstruction must also match the image in the features of a discriminator. The
+codes of the image and its reconstruction agree for normal images and differ for anomalous ones, so the distance between
+the two codes is the anomaly score.
 
 Settings: thesis, Table 3.5 (Adam with learning rate 2e-4 and betas 0.5 and 0.999, loss weights 1, 50, 1). The batch
 size of 32 and the maximum of 100 epochs are from the code of BMAD (the thesis' benchmark). Losses, networks and
 initialisation follow the official code, samet-akcay/ganomaly.
-Differences from the paper: the anomaly score is the squared distance of the codes, as in the official code, not the L1
-distance.
+Differences from the paper: the anomaly score is the squared distance between the codes, as in the official code, not
+the L1 distance.
 Differences from the official code:
 - Images are resized to 256 pixels by default, not to 32. The networks grow with the image size (3.9 M weights at 32).
 - In testing, batch normalisation uses its running statistics. The official code uses the statistics of the test batch,
-  so a score depends on the other images; `--instance-stats` gives the official scores for batches of one image.
+  so its scores depend on the other images; `--instance-stats` gives the scores it computes for batches of one image.
 - The best epoch is chosen on valid, not on test, and scores are not rescaled by their range on test.
-- The discriminator returns logits instead of probabilities; its loss is equivalent.
+- The discriminator returns logits instead of probabilities; the loss is equivalent.
 
 Differences from BMAD's code and anomalib, which produced the thesis' results: the loss compares the discriminator's
 features, not its outputs; it compares codes by squared distance, not smooth L1; the first convolution is padded by 1,
-not 4; images are scaled to [-1, 1], the range of the decoder's tanh, instead of normalised by ImageNet's statistics;
-and initial weights are drawn from N(0, 0.02), which a bug prevents in both.
+not 4; images are scaled to [-1, 1] (the range of the decoder's tanh), not normalised with ImageNet's statistics; and
+initial weights are drawn from N(0, 0.02) (a bug prevents this in both).
 
 Parameters at 256 pixels: generator 144.0 M, discriminator 44.7 M (only for training); at 64 pixels: 10.7 M and 2.8 M.
-Cost on one busy CPU thread: 30 epochs on 200 images of 32 pixels take 58 s and 0.87 GiB of memory; scoring an image
+Cost on one busy CPU thread: 30 epochs on 200 images of 32x32 pixels take 58 s and 0.87 GiB of memory; scoring an image
 takes 3 ms.
 """
 
@@ -89,13 +90,13 @@ class Args:
     latent: Annotated[int, Ge(1)] = 100
     """length of the code z (official code: nz)"""
     features: Annotated[int, Ge(1)] = 64
-    """output channels of the first convolution, doubled by each of the next ones (official code: ngf)"""
+    """output channels of the first convolution; each later one doubles them (official code: ngf)"""
     instance_stats: bool = False
     """in testing, batch normalisation uses each image's own statistics instead of the running ones"""
 
 
 class BatchNorm(nn.BatchNorm2d):
-    instance_stats = False  # if true, evaluation uses the statistics of each single image
+    instance_stats = False  # if true, evaluation uses each image's own statistics
 
     def forward(self, x):
         if self.training or not self.instance_stats:
@@ -152,14 +153,14 @@ class Generator(nn.Module):
                 module.instance_stats = instance_stats
 
     def forward(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> reconstruction (B, 3, H, W), its code and the code of x (B, latent, 1, 1)."""
+        """x (B, 3, H, W) in [-1, 1] -> reconstruction (B, 3, H, W), its code and x's code (B, latent, 1, 1)."""
         z = self.encoder1(x)
         recon = self.decoder(z)
         return recon, self.encoder2(recon), z
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return None (no anomaly map) and the anomaly score (B,), the mean squared difference between the codes."""
+        """Return None (no anomaly map) and the anomaly score (B,; the mean squared difference between the codes)."""
         self.eval()
         _, z_recon, z = self(2 * image - 1)
         return None, (z - z_recon).square().mean(dim=(1, 2, 3))
@@ -173,7 +174,7 @@ class Discriminator(nn.Module):
         self.apply(initialize)
 
     def forward(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> features (B, C, 4, 4) and logits (B,), high for real images."""
+        """x (B, 3, H, W) in [-1, 1] -> features (B, C, 4, 4) and logits (B,; high for real images)."""
         f = self.features(x)
         return f, self.classifier(f).flatten()
 
@@ -186,7 +187,7 @@ def generator_losses(generator, discriminator, x):
 
 
 def discriminator_loss(discriminator, real, fake):
-    """Return the mean cross-entropy for images (B, 3, H, W), label 1, and reconstructions, label 0 (official code)."""
+    """Return the mean cross-entropy for images (B, 3, H, W; label 1) and reconstructions (label 0; official code)."""
     real, fake = discriminator(real)[1], discriminator(fake.detach())[1]  # logits (B,); the generator gets no gradient
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
