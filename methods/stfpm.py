@@ -104,7 +104,7 @@ class STFPM(nn.Module):
         if backbone not in LAYERS:
             raise common.Error(f"--backbone {backbone}: choose {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.teacher = common.feature_extractor(backbone, LAYERS[backbone], weights)
-        # An untrained teacher is initialised from seed 0. Without this line, its student would be identical with --seed 0.
+        # An untrained teacher starts from seed 0. Without this line, the student of a run with seed 0 would be a copy.
         torch.manual_seed(torch.initial_seed() + 1)
         self.student = create_feature_extractor(get_model(backbone, weights=None), LAYERS[backbone])
 
