@@ -1,26 +1,26 @@
 """MKD (Salehi, Sadjadi, Baselizadeh, Rohban, Rabiee, CVPR 2021, arXiv:2011.11108): multiresolution distillation.
 
 On normal images, a small cloner network learns to reproduce the features of a large pretrained source network at four
-depths, both in direction and in value. It fails on anomalous images, so the discrepancy between the features is the
-anomaly score. The anomaly map is the gradient of the discrepancy with respect to the pixels, computed by guided
-backpropagation through the cloner.
+depths, both in direction and in value. It fails on anomalous images, so the discrepancy between the two networks'
+features is the anomaly score. The anomaly map is the gradient of the discrepancy with respect to the pixels, computed
+by guided backpropagation through the cloner.
 
-Settings: thesis, Table 3.6: VGG-16, batches of 64, Adam with learning rate 1e-3, lambda 0.01. The 200 epochs are from
+Settings (thesis, Table 3.6): VGG-16, batches of 64, Adam with learning rate 1e-3, lambda 0.01. The 200 epochs are from
 BMAD's code, which produced the thesis' results (official code: 51 for MNIST to 601 for MVTec AD). The cloner is the
 smaller of the two in the official code.
-Differences from the official code (rohban-lab/Knowledge_Distillation_AD): images are normalised by ImageNet's
+Differences from the official code (rohban-lab/Knowledge_Distillation_AD): images are normalised with ImageNet
 statistics, as the source expects (official code: only for CIFAR-10; BMAD: always); the best epoch is chosen on valid
 (official code: the last one); images are resized to 256 pixels (official code: 128; BMAD: 224).
 The official code stretches each map to [0, 1], so the highest values of a normal image are as high as those of a
-lesion, and maps are not comparable across images. With `--map-norm none`, maps are not stretched and thus comparable,
-as in other methods. On the phantom (128 pixels, mobilenet_v2, 12 epochs, one seed), pixel AUROC was 0.80 with
-stretching and 0.72 without. Image scores are not affected.
-The networks for backbones other than VGG-16 are our choice: the source's features are taken after the blocks with
-strides 4 to 32, and the cloner's features have as many channels. Since mobilenet_v2's features can be negative, its
+lesion, and maps are not comparable across images. With `--map-norm none`, maps remain unstretched and are therefore
+comparable, as in other methods. On the phantom (128 pixels, mobilenet_v2, 12 epochs, one seed), pixel AUROC was 0.80
+with stretching and 0.72 without. Image scores are not affected.
+The design for backbones other than VGG-16 is our own: the source's features are taken after the blocks with strides 4
+to 32, and the cloner's features have the same numbers of channels. Since mobilenet_v2's features can be negative, its
 cloner has no ReLU before the pooling layers.
 
 Parameters: 343,984 in the cloner, 14,714,688 (frozen) in the convolutions of VGG-16.
-Cost of the default settings on one busy CPU thread: 1.0 s per training image, 1.6 s per test image including its map.
+Cost with default settings on one thread of a busy CPU: 1.0 s per training image, 1.6 s per test image with its map.
 """
 
 import sys
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 # Layers with strides 4, 8, 16 and 32, their channels, and whether a ReLU keeps their features from being negative.
-# Those of vgg16 are the max-pooling layers, as in the official code; the others are our choice.
+# For vgg16, they are the max-pooling layers, as in the official code; for the other networks, they are our choice.
 LAYERS = {
     "vgg16": (["features.9", "features.16", "features.23", "features.30"], [128, 256, 512, 512], True),
     "resnet18": (["layer1", "layer2", "layer3", "layer4"], [64, 128, 256, 512], True),
@@ -145,7 +145,7 @@ class MKD(nn.Module):
         self.source = common.feature_extractor(backbone, layers, weights)
         self.cloner = Cloner(widths, positive)
         self.value_weight, self.map_norm = value_weight, map_norm
-        self.scaled_by_image = map_norm == "image"  # then no pixel threshold fits all images
+        self.scaled_by_image = map_norm == "image"  # if so, no pixel threshold fits all images
 
     def loss(self, image):
         image = common.normalize(image)
@@ -154,7 +154,7 @@ class MKD(nn.Module):
         return discrepancy(self.cloner(image), target, self.value_weight).mean()
 
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the score's smoothed |gradient|, and the score (B,), the discrepancy."""
+        """Return the map (B, H, W) and score (B,). The score is the discrepancy, the map its smoothed |gradient|."""
         self.eval()
         parts = [self.localize(part) for part in image.split(1)]  # one by one: batch-dependent rounding may flip a ReLU
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))

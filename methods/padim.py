@@ -4,7 +4,7 @@ Three layers of a pretrained CNN describe each position of an image. At each pos
 features of all normal images, in a single pass and without training. The anomaly score of a position is the Mahalanobis
 distance of its features from this Gaussian.
 
-Settings: thesis (J. Bao, University of Alberta 2024), Table 3.4: 100 features with resnet18, 550 with wide_resnet50_2
+Settings (thesis: J. Bao, University of Alberta 2024, Table 3.4): 100 features with resnet18, 550 with wide_resnet50_2
 (the default here; the thesis has a single row of results and does not say which of the two produced it).
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
 paper crops from 256 to 224 pixels; the thesis' benchmark, BMAD, resizes to 224).
@@ -28,7 +28,7 @@ import common
 # Layers with strides 16, 8 and 4, and how many of their channels are drawn at random (thesis, Table 3.4).
 LAYERS = {
     "resnet18": (["layer3", "layer2", "layer1"], 100),
-    "resnet50": (["layer3", "layer2", "layer1"], 550),  # our choice, as for mobilenet_v2: no published setting
+    "resnet50": (["layer3", "layer2", "layer1"], 550),  # our choice, like mobilenet_v2's: no published setting
     "wide_resnet50_2": (["layer3", "layer2", "layer1"], 550),
     "mobilenet_v2": (["features.13", "features.6", "features.3"], 100),
 }
@@ -135,7 +135,7 @@ class PaDiM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the smoothed Mahalanobis distance, and the score (B,), its maximum."""
+        """Return the anomaly map (B, H, W; the smoothed Mahalanobis distance) and its maximum, the score (B,)."""
         self.eval()
         distance = []
         chunks = (x.split(CHUNK) for x in (self.embed(image), self.mean, self.whitening))

@@ -3,8 +3,8 @@
 A memory bank holds locally averaged mid-level CNN features of normal images, reduced to a coreset that covers them
 evenly. The anomaly score of a patch is its distance to the nearest patch in the bank. Nothing is trained.
 
-Settings: thesis, Table 3.4: the coreset has 10% of the patches, and 9 neighbours re-weight the image score; resnet18 or
-wide_resnet50_2 (the default here; the thesis has a single row of results and does not say which of the two produced
+Settings (thesis, Table 3.4): a coreset of 10% of the patches; 9 neighbours, which re-weight the image score; resnet18
+or wide_resnet50_2 (the default here; the thesis has a single row of results and does not say which of the two produced
 it). As in BMAD's code, which produced that row, features are 3x3 means of layers 2 and 3, concatenated (1,536
 channels).
 Differences from the paper: images are resized to 256 pixels and not cropped, since lesions may lie at the border (the
@@ -15,8 +15,8 @@ Differences from BMAD's code: the deeper layer is upsampled bilinearly, as in th
 neighbour, and each patch is collected once (in some configurations, BMAD collects every patch three times, once per
 epoch).
 For the 26,315 images of oct2017, the features of all patches would take 166 GB. Therefore, a first pass stores only
-random projections of them in half precision (6.9 GB), from which the coreset is chosen. After these are freed, a second
-pass stores the features of the chosen patches (16.6 GB). Projections and bank are kept in the device's memory.
+random projections of them in half precision (6.9 GB), from which the coreset is chosen. Once the projections are freed,
+a second pass stores the features of the chosen patches (16.6 GB). Both passes store their results in device memory.
 """
 
 import sys
@@ -135,7 +135,7 @@ class PatchCore(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the smoothed distances to the bank, and the re-weighted score (B,)."""
+        """Return the anomaly map (B, H, W; the smoothed distances to the bank) and the re-weighted score (B,)."""
         self.eval()
         bank, patches = self.memory_bank, self.embed(image)  # (K, D), (B, h, w, D)
         patch_score = nearest(patches.flatten(0, 2), bank).view(patches.shape[:3])  # (B, h, w)
@@ -155,11 +155,11 @@ def random_projection(dim):
 
 
 def greedy_coreset(points, count, batch=2048):
-    """Return the indices (count,) of a coreset of points (n, d) by farthest-first traversal (paper, Alg. 1).
+    """Return the indices (count,) of a coreset of points (n, d), chosen by farthest-first traversal (paper, Alg. 1).
 
-    The first pick is random. The paper updates all distances after each pick. Here, one pass over the points serves
-    many picks among the `batch` points that are farthest from all centres at its start. Since distances only decrease,
-    these picks equal the paper's until the farthest of these points is closer than the (batch + 1)-th was."""
+    The first pick is random. The paper updates all distances after each pick. Here, each pass over the points finds the
+    `batch` points that are farthest from all centres, and many picks are made among them. Distances only decrease, so
+    these picks equal the paper's until all `batch` points are closer than the next-farthest was in that pass."""
     n = len(points)
     chosen = torch.randint(n, (1,)).to(points.device)
     distance = torch.full((n,), torch.inf, device=points.device)  # from each point to its nearest centre
@@ -199,7 +199,7 @@ def nearest(points, centers, rows=None, columns=2048):
 
 
 def distances(points, bank):
-    """Return the distances (n, K) from a few points to the whole bank, part by part, since cdist copies its inputs."""
+    """Return the distances (n, K) from a few points to the bank, computed in chunks, since cdist copies its inputs."""
     return torch.cat([torch.cdist(points, part) for part in bank.split(8192)], dim=1)
 
 
@@ -215,5 +215,5 @@ if __name__ == "__main__":
     if not args.checkpoint:
         model.fit(train, args.batch_size, run.device)
         run.keep(model)
-        model.memory_bank = torch.zeros(0, device=run.device)  # frees memory: `finish` loads the bank from model.pt
+        model.memory_bank = torch.zeros(0, device=run.device)  # frees memory: `finish` loads the saved bank
     common.finish(run, model, (train, valid, test))

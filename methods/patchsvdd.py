@@ -1,19 +1,19 @@
 """PatchSVDD (Yi, Yoon: Patch SVDD, ACCV 2020, arXiv:2006.16067).
 
-A patch encoder is trained on normal images with two losses. The SVDD loss pulls the embeddings of almost identical
-patches together, so each patch has its neighbours, not one common point, as its SVDD centre. For the position loss, a
-classifier predicts from the embeddings of two adjacent patches in which of eight directions the second lies, which
-forces the encoder to represent their content. The anomaly score of a patch is its distance to the nearest normal patch,
-at two scales: 64 and 32 pixels.
+A patch encoder is trained on normal images with two losses. The SVDD loss pulls the embedding of each patch towards
+those of almost identical patches, not towards one centre common to all patches. For the position loss, a classifier
+predicts the direction (one of eight) between two adjacent patches from their embeddings, which forces the encoder to
+represent their content. The anomaly score of a patch is its distance to the nearest normal patch, at two scales: 64 and
+32 pixels.
 
 Settings: thesis, Table 3.2 (D = 64, lambda = 0.9). Everything else follows the official code,
 nuclearboy95/Anomaly-Detection-PatchSVDD-PyTorch (934d623), whose lambda is 1, or 0.001 in its example.
 Differences from the official code:
-- The same results take less computation: one pass over a whole image embeds all its patches, since the encoder has no
-  padding and halves the grid only once (21 times fewer operations), and the four losses share one pass.
+- The same results take less computation: since the encoder has no padding and halves the grid only once, one pass over
+  a whole image embeds all its patches (21 times fewer operations). The four losses also share one pass.
 - Nearest neighbours are exact at both scales (official code: a k-d tree at 64 pixels, the approximate NGT at 32).
 - The memory banks keep at most `--bank` patches per scale (0.33 GB), the same number from each image, drawn at random.
-  The official code keeps all, up to 1.3 million for an MVTec AD class; for 26,315 images, they would take 22 GB.
+  The official code keeps all patches, up to 1.3 million for an MVTec AD class; those of 26,315 images would take 22 GB.
 - The best epoch is chosen on valid. The official code evaluates on test in each of its 300 epochs, trains in 299 of
   them and keeps the last.
 - The last layer of the position classifiers has normalised columns and is frozen from the start. The official code
@@ -26,8 +26,8 @@ Parameters: encoder 360,832 (32 pixels) + 41,152 (64 pixels), position classifie
 Note: until the position task is learned, nothing keeps the embeddings of different patches apart. While the position
 losses in log.csv stay at ln 8 = 2.08 (chance), as in a run of 150 steps on the phantom, the embedding is meaningless.
 The published training takes 100,000 steps or more.
-Cost on one busy CPU thread, with 128 pixels and batches of 4: 71 s for 100 steps and the bank, 138 ms to score an image
-against 10,000 patches, 0.96 GiB of memory. The default settings were not timed; a step takes 219 GFLOP.
+Cost on one thread of a busy CPU, at 128 pixels with batches of 4: 71 s for 100 steps and filling the bank, 138 ms to
+score an image against 10,000 patches, 0.96 GiB of memory. The default settings were not timed; a step takes 219 GFLOP.
 """
 
 import sys
@@ -47,7 +47,7 @@ import common
 DIM = 64  # D, length of an embedding (thesis, Table 3.2)
 STRIDES = {64: 16, 32: 4}  # patch size K: stride of the test patches, in pixels (official code)
 DIRECTIONS = torch.tensor([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)])  # the 8 classes
-NOISE = 0.02  # standard deviation of the noise added to position patches, per channel and per value (official code)
+NOISE = 0.02  # standard deviation of noise added to position pairs: once per channel, once per value (official code)
 
 
 @dataclass
@@ -122,7 +122,7 @@ def jittered_corners(count, size, patch):
 
 
 def crop(image, corner, size):
-    """Crop from each image (B, C, H, W) the patch with top-left pixel `corner` (B, 2): (B, C, size, size)."""
+    """Crop each image (B, C, H, W) to the patch with top-left pixel `corner` (B, 2): (B, C, size, size)."""
     y, x = (corner[:, axis, None] + torch.arange(size) for axis in (0, 1))  # (B, size)
     return image[torch.arange(len(image))[:, None, None], :, y[:, :, None], x[:, None]].permute(0, 3, 1, 2)
 
@@ -130,7 +130,7 @@ def crop(image, corner, size):
 def draw(image, patch):
     """Draw a position pair and an SVDD pair from each image (B, 3, H, W): patches (4B, 3, K, K), directions (B,).
 
-    Patches are ordered: first and second of the position pairs, with noise, then first and second of the SVDD pairs."""
+    Order of patches: first and second of the position pairs (with noise), then first and second of the SVDD pairs."""
     *position, label = position_corners(len(image), image.shape[-1], patch)
     jittered = jittered_corners(len(image), image.shape[-1], patch)
     position, jittered = (torch.cat([crop(image, c, patch) for c in corners]) for corners in (position, jittered))
@@ -175,7 +175,7 @@ class PatchSVDD(nn.Module):
         return super().load_state_dict(state, strict)
 
     def join(self, h, dilation=1):
-        """Combine the embeddings (B, D, h, w) of quadrants `dilation` cells apart into those of 64x64 patches."""
+        """Combine the embeddings (B, D, h, w) of quadrants, `dilation` cells apart, into those of 64x64 patches."""
         h = F.conv2d(h, self.join1.weight, self.join1.bias, dilation=dilation)
         return torch.tanh(self.join2(F.leaky_relu(h, 0.1)))
 
@@ -192,7 +192,7 @@ class PatchSVDD(nn.Module):
         return *position, *svdd
 
     def embed(self, image):
-        """Embed all patches of images (B, 3, H, W), 64 pixels at stride 16 and 32 at stride 4, each as (B, D, h, w).
+        """(B, 3, H, W) -> embeddings (B, D, h, w) of 64-pixel patches at stride 16 and 32-pixel patches at stride 4.
 
         For a whole image, cell (i, j) of the encoder's output is the embedding of the 32x32 patch at pixel (2i, 2j)."""
         fine = torch.cat([self.small(x - self.mean)[..., ::2, ::2] for x in image.split(1)])  # one by one: less memory
@@ -222,7 +222,7 @@ class PatchSVDD(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the product of the maps at both scales, and the score (B,), its maximum."""
+        """Return the anomaly map (B, H, W; the product of both scales' maps) and its maximum, the score (B,)."""
         self.eval()
         anomaly_map = torch.cat([self.localize(x) for x in image.split(1)])  # one by one: rounding depends on the batch
         return anomaly_map, anomaly_map.amax(dim=(1, 2))
@@ -239,8 +239,8 @@ class PatchSVDD(nn.Module):
 def nearest(points, bank, rows=8192):
     """Return the distance (n,) from each of the points (n, D) to the nearest row of the bank (K, D).
 
-    Matrix products, |a|^2 - 2ab + |b|^2, find the nearest row. They lose precision where a and b almost coincide, so
-    the distance itself is computed from the difference."""
+    The nearest row is found by matrix products, as |a|^2 - 2ab + |b|^2, which loses precision where a and b almost
+    coincide. The distance itself is therefore computed from the difference."""
     middle = bank.mean(dim=0)  # subtracted to reduce cancellation error
     best = torch.full((len(points),), torch.inf, device=points.device)  # squared distance minus |a|^2
     index = torch.zeros(len(points), dtype=torch.long, device=points.device)
@@ -253,7 +253,7 @@ def nearest(points, bank, rows=8192):
 
 
 def spread(distance, size, patch, stride):
-    """Average, at each pixel, the distances of the patches that cover it: (B, h, w) -> (B, size, size).
+    """Return the mean distance of the patches that cover each pixel: (B, h, w) -> (B, size, size).
 
     The mean is separable: one matrix product along each axis."""
     h = distance.shape[-1]

@@ -2,14 +2,14 @@
 
 A frozen, pretrained teacher E extracts features f_E^k at three layers. A bottleneck fuses them into a small embedding
 phi, from which the student, a decoder D with blocks like the teacher's, learns to reproduce these features as f_D^k.
-Bottleneck and student are trained on normal images only and do not pass anomalies on, so the features differ where the
+The bottleneck and student, trained on normal images only, do not pass anomalies on, so the features differ where the
 image is anomalous. The anomaly map of layer k is M^k(h, w) = 1 - cos(f_E^k(h, w), f_D^k(h, w)) (Eq. 2).
 
     image -> teacher E:  f_E^1  f_E^2  f_E^3 --> one-class bottleneck --> phi
                            |      |      |                                 |
              student D:  f_D^1  f_D^2  f_D^3 <-----------------------------'    M^k compares f_E^k with f_D^k
 
-Settings: thesis, Table 3.6: wide_resnet50_2, Adam with learning rate 0.005 and betas 0.5 and 0.99 (official code: 0.5
+Settings (thesis, Table 3.6): wide_resnet50_2, Adam with learning rate 0.005 and betas 0.5 and 0.99 (official code: 0.5
 and 0.999). Epochs, batch size and image size are those of the official code, hq-deng/RD4AD (6554076).
 Differences from the paper: the loss treats a layer's whole feature map as one vector, as in the official code, instead
 of averaging over positions; users report lower accuracy with the paper's form (issue 22 of the official code).
@@ -26,7 +26,7 @@ changes, the shortcut is a convolution, as in ResNets. The blocks end without Re
 negative.
 
 Parameters of bottleneck, decoder and frozen teacher: wide_resnet50_2 58,885,120, 24,917,504 and 24,862,528 (as in the
-official code), resnet18 11,680,000, 3,703,168 and 2,782,784, mobilenet_v2 1,545,984, 696,544 and 542,528.
+official code); resnet18 11,680,000, 3,703,168 and 2,782,784; mobilenet_v2 1,545,984, 696,544 and 542,528.
 Cost on one CPU thread, with mobilenet_v2, 128 pixels and batches of 8: 38 s for 3 epochs of 200 images with three
 validations (--eval-every 1), 20 ms to score an image, 1.2 GiB of memory. The default settings were not timed.
 """
@@ -113,7 +113,7 @@ def conv(inputs, outputs, kernel, resize=None, groups=1):
 
 
 def with_norm(convs, activation=nn.ReLU):
-    """Return the convolutions, each followed by batch norm and all but the last by an activation."""
+    """Return the convolutions, each followed by batch norm and, except for the last, by an activation."""
     layers = []
     for c in convs:
         layers += [c, nn.BatchNorm2d(c.out_channels), activation(inplace=True)]
@@ -160,7 +160,7 @@ class OneClassBottleneck(nn.Module):
 
 
 class Decoder(nn.ModuleList):
-    """(B, C4, H/32, W/32) -> features for the teacher's three layers, from the finest to the coarsest."""
+    """(B, C4, H/32, W/32) -> reproductions of the teacher's three feature maps, from finest to coarsest."""
 
     def __init__(self, kind, channels, blocks):
         c1, c2, c3, c4 = channels
@@ -197,7 +197,7 @@ class RD4AD(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the combined and smoothed layer maps, and the score (B,), its maximum."""
+        """Return the anomaly map (B, H, W; the layer maps, combined and smoothed) and its maximum, the score (B,)."""
         self.eval()
         layer_maps = []
         for e, d in zip(*self(image), strict=True):
@@ -210,7 +210,7 @@ class RD4AD(nn.Module):
 
 
 def distillation_loss(target, pred):
-    """Return 1 - cos of teacher and student, each layer taken as one vector, summed over layers, averaged over images.
+    """Return 1 - cos between teacher and student (one vector per layer), summed over layers, averaged over images.
 
     target, pred: lists of (B, C, h, w)."""
     return sum(1 - F.cosine_similarity(e.flatten(1), d.flatten(1)).mean() for e, d in zip(target, pred, strict=True))
@@ -230,7 +230,7 @@ if __name__ == "__main__":
     if not args.checkpoint:
         optimizer = torch.optim.Adam([*model.bottleneck.parameters(), *model.decoder.parameters()], args.lr, BETAS)
         for epoch in run.epochs(model, optimizer):
-            model.train()  # affects only the batch norm of bottleneck and decoder: the teacher stays in eval mode
+            model.train()  # affects only the batch norm of the bottleneck and decoder: the teacher stays in eval mode
             losses = []
             for image in train.batches(args.batch_size, run.device, shuffle=(args.seed, epoch)):
                 loss = distillation_loss(*model(image))

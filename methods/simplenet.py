@@ -1,8 +1,8 @@
 """SimpleNet (Zhikang Liu, Zhou, Xu, Wang, CVPR 2023, arXiv:2303.15140).
 
-A linear layer, the adaptor, adapts the patch features of a frozen CNN to the target images. Gaussian noise added to
-adapted features makes synthetic anomalous ones, and a small discriminator learns to tell the two apart. The anomaly
-score of a patch is the negative output of the discriminator.
+A linear layer, the adaptor, adapts the patch features of a frozen CNN to the target images. Adding Gaussian noise to
+adapted features yields synthetic anomalous features, and a small discriminator learns to tell the two apart. The
+anomaly score of a patch is the negative output of the discriminator.
 
 Settings: the thesis (3.4.1) uses "the original hyper-parameters", i.e. those of the official code (DonaldRR/SimpleNet,
 run.sh: noise 0.015, margin 0.5, 40 x 4 passes, batches of 8), and keeps the best epoch on valid.
@@ -17,7 +17,7 @@ the standard deviation of the features in the first batch. resnet18 and mobilene
 pooled values, so they use the 3x3 mean of each channel.
 
 Parameters: adaptor 2,360,832, discriminator 1,576,960 (and 24,862,528 frozen ones in wide_resnet50_2).
-Cost of the default settings on one busy CPU thread: 1.1 s per training image, 0.65 s per test image, 1.6 GiB of memory.
+Cost with default settings on one thread of a busy CPU: 1.1 s per training image, 0.65 s per test image, 1.6 GiB of RAM.
 """
 
 import sys
@@ -35,7 +35,7 @@ import common
 
 # Layers with strides 8 and 16, and their numbers of pooled values per position.
 LAYERS = {
-    "wide_resnet50_2": (["layer2", "layer3"], [768, 768]),  # as in run.sh: 1,536 per layer, then 1,536 in all
+    "wide_resnet50_2": (["layer2", "layer3"], [768, 768]),  # as run.sh: pooled to 1,536 per layer, then to 1,536 in all
     "resnet50": (["layer2", "layer3"], [768, 768]),
     "resnet18": (["layer2", "layer3"], [128, 256]),  # these two are our choice: no published setting
     "mobilenet_v2": (["features.6", "features.13"], [32, 96]),
@@ -104,7 +104,7 @@ def pool(feature, width):
     """Pool the 9C values in the 3x3 neighbourhood of each position to `width` means: (B, C, h, w) -> (B, width, h, w).
 
     As in the official code, values are ordered by channel, row and column, and each mean is over 9C / width of them.
-    Nine values are one channel's 3x3 neighbourhood; six or twelve may come from two channels."""
+    Groups of nine values are one channel's 3x3 neighbourhood; groups of six or twelve may span two channels."""
     neighbourhoods = F.unfold(feature, 3, padding=1)  # (B, 9C, h*w)
     return neighbourhoods.unflatten(1, (width, -1)).mean(2).unflatten(2, feature.shape[-2:])
 
@@ -132,7 +132,7 @@ class SimpleNet(nn.Module):
         return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
 
     def loss(self, features, noise):
-        """Return the truncated l1 loss (paper, Eq. 6) of features (n, D), zero for outputs beyond the margin."""
+        """Return the truncated l1 loss (paper, Eq. 6) of features (n, D). It is zero for outputs beyond the margin."""
         normal = self.adaptor(features)  # q
         anomalous = normal + noise * torch.randn_like(normal)  # q-; both pass gradients to the adaptor
         answers = self.discriminator(torch.cat([normal, anomalous]))  # one batch: both share batch norm's statistics
@@ -141,7 +141,7 @@ class SimpleNet(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the smoothed -D(q), and the score (B,), the maximum of -D(q)."""
+        """Return the map (B, H, W) and score (B,). The map is the smoothed -D(q), the score the maximum of -D(q)."""
         self.eval()
         features = self.features(image)
         q = self.adaptor(features.flatten(0, 2))  # (B*h*w, D)

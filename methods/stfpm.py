@@ -2,23 +2,23 @@
 
 A student network starts from random weights and learns, on normal images only, to reproduce the features of a frozen,
 pretrained teacher of the same architecture at three layers. The student has never seen anomalies and fails on them: a
-position is anomalous where student and teacher differ at all three layers.
+position is anomalous if student and teacher differ at all three layers.
 
-Settings: thesis, Table 3.6: SGD with learning rate 0.4, momentum 0.9 and weight decay 1e-4; resnet18 (the default here)
-or wide_resnet50_2 (the thesis has a single row of results and does not say which of the two produced it). Epochs, batch
-size and image size are those of the official code, gdwang08/STFPM (2598a5e). For STFPM, the thesis cites Yamada and
-Hotta (arXiv:2111.15376, its reference [69]), but its benchmark ran the method implemented here.
-Differences from the paper: the squared difference is not halved. The official code does not halve it either, at the
-same learning rate.
+Settings (thesis, Table 3.6): SGD with learning rate 0.4, momentum 0.9 and weight decay 1e-4; resnet18 (the default
+here) or wide_resnet50_2 (the thesis has a single row of results and does not say which of the two produced it). Epochs,
+batch size and image size are those of the official code, gdwang08/STFPM (2598a5e). For STFPM, the thesis cites Yamada
+and Hotta (arXiv:2111.15376, its reference [69]), but its benchmark ran the method implemented here.
+Differences from the paper: the squared difference is not halved. The official code, with the same learning rate, does
+not halve it either.
 Differences from the official code:
 - The best epoch is chosen on valid, which contains anomalies, and all training images are used for training. The
-  official code holds out a fifth of them and keeps the epoch with the lowest mean anomaly map on these images.
+  official code holds out a fifth of the images and keeps the epoch with the lowest mean anomaly map on that fifth.
 - Each layer's map is upsampled to the image size before the maps are multiplied, as in anomalib and the thesis'
   benchmark. The official code multiplies the maps on the stride-4 grid and upsamples the product.
 
-Differences from anomalib, which the thesis' benchmark used: its loss is half the sum over the batch, ours is the mean.
-With batches of B images, training with its loss equals training with ours at a learning rate B/2 times as high (--lr
-6.4 for 32 images) and a weight decay B/2 times as low.
+Differences from anomalib, which the thesis' benchmark used: its loss is half the sum over the batch; ours is the mean.
+With batches of B images, training with anomalib's loss equals training with ours at B/2 times the learning rate (--lr
+6.4 for 32 images) and 2/B times the weight decay.
 
 Parameters (as many again in the frozen teacher): resnet18 2,782,784, wide_resnet50_2 24,862,528, mobilenet_v2 542,528.
 Cost on one CPU thread, with mobilenet_v2, 128 pixels and batches of 8: 37 s for 4 epochs of 200 images with one
@@ -104,7 +104,7 @@ class STFPM(nn.Module):
         if backbone not in LAYERS:
             raise common.Error(f"--backbone {backbone}: choose {', '.join(LAYERS)}, or add its layers to LAYERS")
         self.teacher = common.feature_extractor(backbone, LAYERS[backbone], weights)
-        # An untrained teacher is drawn with seed 0. Without this line, the student of a run with seed 0 would equal it.
+        # An untrained teacher starts from seed 0. Without this line, the student of a run with seed 0 would be a copy.
         torch.manual_seed(torch.initial_seed() + 1)
         self.student = create_feature_extractor(get_model(backbone, weights=None), LAYERS[backbone])
 
@@ -120,7 +120,7 @@ class STFPM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the product of upsampled layer maps, and the score (B,), its maximum."""
+        """Return the anomaly map (B, H, W; the product of upsampled layer maps) and its maximum, the score (B,)."""
         self.eval()
         layer_maps = [F.interpolate(d[:, None], image.shape[-2:], mode="bilinear")[:, 0] for d in self(image)]
         anomaly_map = torch.stack(layer_maps).prod(dim=0)

@@ -13,25 +13,25 @@ Settings: thesis, Table 3.6 (ReLU, batches of 8, Adam with learning rate 1e-4). 
 augmentation, so we follow the code of its benchmark (DorisBao/BMAD): 150 epochs, no augmentation. Architecture,
 initialisation and score are those of the official code, gordon-chenmo/UTRAD.
 Differences from the official code:
-- The activation is ReLU, as in the thesis (official and BMAD's code: `--activation gelu`).
+- The activation is ReLU, as in the thesis (official code and BMAD: `--activation gelu`).
 - As in BMAD's code, batches have 8 images instead of 2, and training images are not padded, rotated or cropped.
 - Images are resized to a square, since the token grid must be square (official code: their short side is resized).
 - The best epoch is chosen on valid (thesis, 3.4.1; official code: the one with the lowest training loss).
-- The expected error |std| is at least 1e-6 when it divides the error; in the official code, it can be zero.
+- The expected error |std|, by which the error is divided, is at least 1e-6; in the official code, it can be zero.
 - At image sizes other than 256, tokens are grouped 4x4 as long as the grid is divisible by 4, and the remaining tokens
   form the last group (2x2 at 128 pixels). The scales of the score follow from the group sizes.
 - On a GPU, the transformer runs in bfloat16 (autocast), since its dense layers dominate the cost.
 
-We keep three details of the official code that look accidental. Both position embeddings are random and never trained.
-The encoders of all levels share one final norm, and the decoders another. The layers of an encoder or decoder start
-with the same input projections in attention.
+We keep three details of the official code that look accidental. The position embeddings (of the whole grid and within
+groups) are random and never trained. The encoders of all levels share one final norm, and the decoders another. Within
+each encoder or decoder, all layers start with the same weights in the input projections of attention.
 
 Parameters: 91.719 M as published, 2.122 M of them fixed position embeddings; another 2.783 M are frozen in resnet18.
 In short runs, dividing by the expected error hurts, since the second head has not learned it yet (see loss_std in
 log.csv). After 800 steps of `--width 64 --layers 1 --batch-size 2 --lr 3e-3` on the phantom at 64 pixels, pixel AUROC
 is 0.74, or 0.87 without the division.
-Cost: 275 GFLOP to score an image of 256 pixels (counted); training takes three times as many. On one busy CPU thread,
-with 200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`: 176 s for 4 epochs, 81 ms to score an
+Cost: 275 GFLOP to score an image of 256 pixels (counted); training takes three times as many. On one thread of a busy
+CPU, with 200 phantom images, 128 pixels, mobilenet_v2, `--width 128 --layers 1`: 176 s for 4 epochs, 81 ms to score an
 image, 1.5 GiB of memory.
 """
 
@@ -50,7 +50,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-# Layers with strides 4, 8 and 16, in total 448 (resnet18) and 152 (mobilenet_v2) channels.
+# Layers with strides 4, 8 and 16; together they have 448 (resnet18) or 152 (mobilenet_v2) channels.
 LAYERS = {
     "resnet18": ["layer1", "layer2", "layer3"],
     "mobilenet_v2": ["features.3", "features.6", "features.13"],  # our choice: no published setting
@@ -206,7 +206,7 @@ class UTRAD(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W), the mean of `ratio` over scales, and the score (B,), its maximum."""
+        """Return the anomaly map (B, H, W; the mean of `ratio` over scales) and its maximum, the score (B,)."""
         self.eval()
         features = self.features(image)
         recon, std = self(features)

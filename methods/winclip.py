@@ -5,16 +5,16 @@ windows of 2x2 or 3x3 patches, one at a time. A window is anomalous if its featu
 sentences about the anomalous state than to that of sentences about the normal state. With `--shots K` (the paper's
 WinCLIP+), each window is also compared with all windows of K normal images. Nothing is trained.
 
-Settings: windows, temperature and combination of scores are those of anomalib 2.7 and zqhang/Accurate-WinCLIP-pytorch,
-which agree. There is no official code, and the thesis gives no shots, prompts or sizes. Without shots, all seeds give
-the same scores.
+Settings: the windows, the temperature and the way scores are combined are those of anomalib 2.7 and
+zqhang/Accurate-WinCLIP-pytorch, which agree. There is no official code, and the thesis does not state shots, prompts or
+sizes. Without shots, all seeds give the same scores.
 Differences from the paper: sentences are medical instead of industrial; `--findings named` adds knowledge of the test
 classes, which the paper does not use and the thesis does not mention.
 Differences from anomalib 2.7: text features are normalised before they are averaged, and all states have the same
 weight, regardless of their number of sentences. anomalib's windows are correct only with open_clip versions from before
 mid-2024; with later ones, each token attends to other windows instead of its own, and all windows get the same feature.
 
-Cost of the default settings on one busy CPU thread: 20 s for the sentences, 8 s per reference image and per scored
+Cost of the default settings on one thread of a busy CPU: 20 s for the sentences, 8 s per reference image and per scored
 image; 2.0 GiB of memory with four images per batch.
 """
 
@@ -83,16 +83,16 @@ class Args:
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
     """what the sentences are about (see WORDS); auto: the benchmark given by --data, or generic for other folders"""
     prompts: Literal["medical", "original"] = "medical"
-    """medical: our own sentences; original: the industrial ones of the paper, applied to the organ"""
+    """medical: our own sentences; original: the paper's industrial sentences, applied to the organ"""
     organ: str | None = None
     """what the images show, in your own words, such as "knee", instead of the organ in WORDS"""
     findings: str = "none"
-    """none: medical sentences only mention normal and abnormal; named: they name the findings in WORDS, such as tumor
-    or drusen (knowledge of the disease); or your own findings, separated by commas"""
+    """none: medical sentences only say normal or abnormal; named: they name the findings in WORDS, such as tumor or
+    drusen (uses knowledge of the disease); or your own findings, separated by commas"""
     sentences: str | None = None
     """use the sentences in this text FILE instead, one per line, each after "normal:" or "anomalous:\""""
     shots: Annotated[int, Ge(0)] = 0
-    """K, number of normal reference images from train, drawn by --seed; 0: WinCLIP, else WinCLIP+ (paper: 1, 2, 4)"""
+    """K, number of normal reference images from train, drawn with --seed; 0: WinCLIP, else WinCLIP+ (paper: 1, 2, 4)"""
 
 
 class WinCLIP(nn.Module):
