@@ -8,9 +8,9 @@ published number of images.
 
 Intervals and tests of image AUROC describe the variation over test images for fixed trained networks; the standard
 deviation describes the variation over seeds. An AUROC is the mean placement of the images. The placement of an image is
-the fraction of the other class that is ranked correctly against it. The mean of placements averaged over seeds is the
-mean AUROC of the seeds, so intervals and tests refer to the value in the table. Scores of different seeds are never
-mixed. Intervals are percentiles of a bootstrap that resamples normal and anomalous placements with replacement.
+the fraction of the other class that is ranked correctly against it. Placements are averaged over seeds, so that their
+mean is the seeds' mean AUROC, and intervals and tests refer to the value in the table. Scores of different seeds are
+never mixed. Intervals are percentiles of a bootstrap that resamples normal and anomalous placements with replacement.
 P-values are from DeLong's paired test (1988). If file names identify patients (datasets/check.py), the bootstrap
 resamples patients instead of images, and the test is Obuchowski's (1997), which groups the images of each patient."""
 
@@ -61,15 +61,15 @@ MARKS = {
     "f": "image files differ from those of other runs (names, sizes or dates)",
 }
 NOT_COMPARED = {  # no difference is shown, because the thesis uses another method or metric
-    "ddpm": "ddpm is AnoDDPM; the thesis cites another method (Wolleb et al. 2022)",
-    "winclip": "winclip: the thesis gives neither text prompts nor image size, so we chose our own",
-    "clip_zeroshot": "clip_zeroshot: the thesis gives neither text prompts nor image size, so we chose our own",
+    "ddpm": "ddpm: this is AnoDDPM, but the thesis cites another method (Wolleb et al. 2022)",
+    "winclip": "winclip: the thesis gives neither text prompts nor an image size, so we chose our own",
+    "clip_zeroshot": "clip_zeroshot: the thesis gives neither text prompts nor an image size, so we chose our own",
     "dice": "Dice: Table 3.11 uses the threshold with the best F1 on test (MKD: each map has its own scale); we use "
             "the middle of the range of all maps (Dice, Eq. 3.3) or the best threshold on valid (Dice (valid))",
 }
 IMAGES = {name: [(train, normal, anomalous)] for name, (train, _, _, normal, anomalous) in PUBLISHED.items()}
 IMAGES["histo"].append((5088, 1026, 1008))  # counts with the authors' coordinates
-OURS = {  # variants in the thesis' Tables 4.1 to 4.4: {ours: (name there, method, changed settings)}
+OURS = {  # variants in the thesis' Tables 4.1 to 4.4: {variant: (name in published.csv, method, changed settings)}
     "base": ("clip_recon", "clip_recon", {}),
     "da-levels 0": ("clip_recon (ViT, no DA)", "clip_recon", dict(da_levels=0)),
     "backbone resnet18": ("clip_recon (ResNet-18, DA)", "clip_recon", dict(backbone="resnet18")),
@@ -79,7 +79,7 @@ NUMBER = (int, float)
 NEEDED = dict(method=str, metrics=dict, counts=dict, train_seconds=NUMBER, test_ms_per_image=(*NUMBER, type(None)),
               notes=dict, peak_memory_gib=dict, weights=list, args=dict, changed=dict, device=str, decision=dict,
               versions=dict, threads=int, commit=str, finished=str, images=str, seed=int,
-              epoch=(int, type(None)), check=(dict, type(None)))  # of results.json
+              epoch=(int, type(None)), check=(dict, type(None)))  # required keys of results.json
 DECIDED = {"from": str, "image": (*NUMBER, type(None)), "map_range": (list, type(None)), "normal_scores": list,
            "pixel": (*NUMBER, type(None))}
 DRAWS = 2000  # bootstrap samples of the test images
@@ -160,7 +160,7 @@ def state_of(folder):
 
 
 def read_ablation(folder):
-    """Read {(data, variant): [results, ...]} of `bash run_all.sh ablation`. Variants are named by flag and value."""
+    """Read {(data, variant): [results, ...]} of `bash run_all.sh ablation`. Variants are named after flag and value."""
     found = {}
     for variant in sorted(Path(folder).glob("ablation/*"), key=lambda variant: (variant.name != "base", variant.name)):
         for (data, _), results in read_runs(variant, folder)[0].items():
@@ -169,7 +169,7 @@ def read_ablation(folder):
 
 
 def read_published():
-    """Read {(method, benchmark, metric): row} from methods/published.csv, without rows that lack a number."""
+    """Read {(method, benchmark, metric): row} from methods/published.csv, skipping rows without a number."""
     with open(Path(__file__).parent / "methods/published.csv", newline="") as f:
         return {(r["method"], r["benchmark"], r["metric"]): r for r in csv.DictReader(f) if r["mean"]}
 
@@ -194,7 +194,7 @@ def read_columns(file, **kinds):
 
 
 def read_log(file):
-    """Read [{name: number}, ...] from log.csv without empty cells; [] if the file does not exist."""
+    """Read [{name: number}, ...] from log.csv, skipping empty cells; [] if the file does not exist."""
     try:
         with open(file, newline="") as f:
             return [dict(epoch=float(row["epoch"])) | {k: float(v) for k, v in row.items() if v}
@@ -237,7 +237,7 @@ class Scores:
 def read_scores(results, known):
     """Read `Scores` from scores.csv; None if a file or a class is missing, or if seeds have different images.
 
-    known: a cache, {(paths, labels): ...}, so that equal lists of images are the same object."""
+    known: a cache ({(paths, labels): ...}) that makes equal lists of images the same object."""
     scores, placements, seen = [], [], set()
     for r in results:
         if not (file := r["folder"] / "scores.csv").exists() or "test" not in r["counts"]:
@@ -266,7 +266,7 @@ def patients_of(paths):
 
 # --------------------------------------------------------------------------------------------- intervals and tests
 def placement(anomalous, scores):
-    """Return the fraction of the other class ranked correctly against each image (N,), ties as half (DeLong 1988)."""
+    """Return the fraction of the other class ranked correctly against each image (N,); ties are half (DeLong 1988)."""
     rank, share = rankdata(scores), np.empty(len(scores))
     for these in (anomalous, ~anomalous):  # fraction of the other class with a lower rank
         share[these] = (rank[these] - rankdata(scores[these])) / (~these).sum()
@@ -275,7 +275,7 @@ def placement(anomalous, scores):
 
 @lru_cache(maxsize=4)  # methods with the same images share samples
 def resample(units, stream):
-    """Return how often each unit occurs in each bootstrap sample (units, DRAWS). stream: random stream of a class."""
+    """Return how often each unit occurs in each bootstrap sample (units, DRAWS). stream: part of the random seed."""
     rng, times = np.random.default_rng([stream, units]), np.empty((units, DRAWS), np.float32)
     for i in range(DRAWS):
         times[:, i] = np.bincount(rng.integers(units, size=units), minlength=units)
@@ -294,7 +294,7 @@ def interval(anomalous, share, patients=None):
         drawn = resample(len(unit), stream) if patients is None else resample(patients.max() + 1, 2)
         total, count = (np.bincount(unit, weights, len(drawn)).astype(np.float32)
                         for weights in (share[these], None))
-        with np.errstate(invalid="ignore"):  # a patient sample may lack a class
+        with np.errstate(invalid="ignore"):  # a sample of patients may lack a class
             auroc = auroc + (total @ drawn) / (count @ drawn)  # the AUROC is the mean over either class
     low, high = np.nanquantile(auroc.clip(0, 1), [0.025, 0.975])
     return (float(low), float(high)) if high - low > 1e-6 else (None, None)
@@ -327,7 +327,7 @@ def holm(p_values):
 
 @dataclass
 class Comparison:
-    """Pairwise comparison of the methods on a benchmark. Methods scored on other images than most are left out."""
+    """Pairwise comparison of the methods on a benchmark. Methods whose images differ from most are left out."""
     auroc: dict  # {method: image AUROC}, descending
     p_values: dict  # {(better, worse): p}
     held: set  # pairs that differ at 5% after Holm's correction
@@ -365,7 +365,7 @@ def check_line(results):
 
 def as_published(data, method, results, changed):
     """Return True if all runs have trained weights and the thesis' method, number of images and settings.
-    changed: settings of the thesis' variant that differ from the published ones."""
+    changed: settings in which the thesis' variant differs from the defaults."""
     def counts(r):
         test = r["counts"].get("test", dict(normal=None, anomalous=None))
         return r["counts"]["train"]["normal"], test["normal"], test["anomalous"]
@@ -390,7 +390,7 @@ def benchmark_of(data):
 
 def rows_of(runs, scores, published):
     """Return a dict per benchmark and method: names, marks, seeds, mean and standard deviation (n - 1) of each metric,
-    image AUROC of each seed, its interval, and the thesis' results."""
+    image AUROC of each seed, interval of the mean image AUROC, and the thesis' results."""
     rows, files = [], defaultdict(Counter)  # {benchmark: {fingerprint of its files: number of runs}}
     for (data, _), results in runs.items():
         files[data].update(r["images"] for r in results)
@@ -424,7 +424,7 @@ def rows_of(runs, scores, published):
 
 
 def fair(row):
-    """Return True if all networks are trained and all images are used, the same as in the other runs."""
+    """Return True if all networks are trained and use all images, and the other runs use the same images."""
     return not {"u", "l", "f"} & set(row["marks"])
 
 
@@ -444,13 +444,13 @@ class Cell:
     link: str = ""
     title: str = ""
     shade: float | None = None  # in [0, 1]
-    span: list | None = None  # low, point and high of an interval to draw, in [0, 1]
+    span: list | None = None  # low, point and high of an interval to plot, in [0, 1]
 
     def __str__(self):
         return self.text + "".join(f" ({k})" for k in self.signs)
 
 
-Table = namedtuple("Table", "name caption header lines")  # lines of Cells
+Table = namedtuple("Table", "name caption header lines")  # each line is a list of Cells
 
 
 def text_of(row, name, scale=100, digits=2):
@@ -515,7 +515,7 @@ def tables_of(rows, alike):
                "validation scores or, if marked (F1), at the threshold with the best F1 on valid.")
     tables = [table("results", rows, METRICS, text, alike), table("decisions", rows, DECISIONS, decided)]
     if known := [r for r in rows if r["lesions"]]:
-        text = ("PRO up to 30%, percent, of {lesions} lesions in three equal groups: small (up to {small_to:.0f} "
+        text = ("Percent. PRO up to 30% for {lesions} lesions in three equal groups: small (up to {small_to:.0f} "
                 "pixels at the methods' image size), medium (up to {medium_to:.0f}) and large.")
         tables.append(table("sizes", known, SIZES, text.format(**known[0])))
     seeds = sorted({k for r in rows for k in r if re.fullmatch(r"seed\d+", k)}, key=lambda k: int(k[4:]))
@@ -588,7 +588,7 @@ class Frame:
 
 
 def summary_figure(rows, alike):
-    """Draw each method's mean image AUROC (highest first), its 95% interval, its seeds and the thesis' value."""
+    """Plot each method's mean image AUROC (highest first), its 95% interval, its seeds and the thesis' value."""
     rows = sorted((r for r in rows if r["image_auroc"] is not None), key=lambda r: -r["image_auroc"])
     seeds = {r["method"]: [v for k, v in r.items() if re.fullmatch(r"seed\d+", k)] for r in rows}
     names = ("image_auroc", "image_auroc_low", "image_auroc_high", "image_auroc_thesis_mean")
@@ -602,7 +602,7 @@ def roc(anomalous, placements):
     """Return the true positive rate at RATES, averaged over seeds."""
     curves = []
     for share in placements:  # (N,)
-        # an anomalous image is detected from a false positive rate of 1 - placement
+        # an anomalous image is detected at false positive rates of at least 1 - placement
         rate = np.sort(1 - share[anomalous])
         curves.append(np.searchsorted(rate, RATES + 1e-9, side="right") / len(rate))
     return np.mean(curves, axis=0)
@@ -621,7 +621,7 @@ def pixel_curves(results):
 
 
 def curves_figure(data, rows, runs, scores):
-    """Draw image ROC, pixel ROC and PRO (up to 30%), averaged over seeds, with labels for the best methods."""
+    """Plot image ROC, pixel ROC and PRO (up to 30%), averaged over seeds, with labels for the best methods."""
     curves = [{}, {}, {}]
     for method in [r["method"] for r in rows]:
         if s := scores[data, method]:
@@ -658,7 +658,7 @@ def name_lines(frame, lines, named):
 
 
 def training_figure(data, rows, runs):
-    """For the first seed of each method, draw the first logged loss and the image AUROC at the validated epochs."""
+    """For each method's first seed, plot the log's first loss column and the image AUROC at validated epochs."""
     panels, frame = [], Frame((0, 1), (0, 100), 200, 118, 30, 22, 10, 20)
     for method in [r["method"] for r in rows]:
         log, chosen = read_log(runs[data, method][0]["folder"] / "log.csv"), runs[data, method][0]["epoch"]

@@ -10,13 +10,14 @@
 #   bash run_all.sh setup                  only create .venv and install requirements.txt in it
 # Before the runs, datasets/check.py checks each benchmark once; the report includes its summary.
 # If data/ has no benchmark, the script generates the phantom and runs a short demonstration (flags: methods/demo.txt).
-# DEMO=1 runs this demonstration on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" sets its weights.
+# DEMO=1 runs this demonstration on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" sets its network.
 # FLAGS="--device cuda:1" adds flags to every command.
 # A failed run does not stop the others; it is listed at the end (exit status 1). For Linux and macOS (bash 3.2).
 set -fu
 usage() { echo "error: $1; see the head of run_all.sh" >&2; exit 2; }
 number() {
-    case "$2" in "" | 0?* | *[!0-9]* | ??????????*) false ;; *) [ "$2" -ge "$3" ] ;; esac || usage "$1=$2: $3 or more"
+    case "$2" in "" | 0?* | *[!0-9]* | ??????????*) false ;; *) [ "$2" -ge "$3" ] ;; esac ||
+        usage "$1=$2: must be an integer, $3 or more"
 }
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1 # Slurm runs a copy of this script from another folder
 python=.venv/bin/python ablation=

@@ -2,7 +2,7 @@
 
 Source: synapse.org (Task 1, training data) after registration, or a copy on Kaggle. The data are free for research that
 cites the challenge's papers (Baid et al. 2021, arXiv:2107.02314). There are 1,251 cases, 13 GB compressed.
---raw: a folder with the cases, BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz (or .nii), at any depth.
+--raw: a folder with the cases (BraTS2021_00000/BraTS2021_00000_{flair,t1,t1ce,t2,seg}.nii.gz or .nii), at any depth.
 The script reads only FLAIR and the segmentation.
 
 Protocol:
@@ -16,16 +16,16 @@ Protocol:
    them, patients are ranked by their number of tumour-free slices among the 40 (most first, ties by name), as in the
    published lists, and assigned to train, test-normal and valid-normal in this order.
 4. The remaining 626 patients have tumour in every slice. Valid-anomalous has slices 60, 70, 80 and 90 of the first 11
-   by name, test-anomalous slices 60, 68, 76, 84 and 92 of the other 615. The published 11 are unknown: the benchmark's
-   code selected them by the order of a Python set, which differs from run to run.
+   by name; test-anomalous has slices 60, 68, 76, 84 and 92 of the other 615. The published 11 are unknown: the
+   benchmark's code selected them by the order of a Python set, which differs from run to run.
 
 Cohorts of other sizes are divided in the same proportions, with at least one patient in each part. If at least three
 patients have tumour-free slices, only such patients are assigned to the normal parts. With fewer than five patients,
 each patient in valid or test contributes slices of both classes. --split FILE (CSV: case,split,label) replaces this
 division. The challenge's validation set has no segmentations and is skipped. The checksums of .nii.gz files are
 verified. A .nii file has none: damage is detected only if the file is truncated or its header is invalid.
-Published counts (normal + anomalous): train 7,500; valid 39 + 44; test 640 + 3,075 (1:1 according to the thesis). The
-images take about 0.4 GB.
+Published counts (normal + anomalous): train 7,500; valid 39 + 44; test 640 + 3,075 (1:1 in the thesis). The images
+take about 0.4 GB.
 """
 
 import re
@@ -100,7 +100,7 @@ def plan(free, groups=None):
 
 
 def listed(free, groups):
-    """Return the plan for the cases in `groups`, {case: (split, label)}."""
+    """Return the plan for the cases in `groups` ({case: (split, label)})."""
     return {case: (split, {label: slices_of(free[case], split, label)})
             for case, (split, label) in groups.items() if case in free}
 
@@ -168,7 +168,7 @@ if __name__ == "__main__":
         raise common.Error(f"{len(free)} usable cases; train, valid and test need one each")
     planned = listed(free, groups) if args.split else plan(free, groups)
     if groups and not args.split:
-        print("note: train, valid normal and test normal are the published patients; those of valid anomalous "
+        print("note: train, valid normal and test normal have the published patients; those of valid anomalous "
               "cannot be reproduced, so the first by name are used")
     counts = Counter()
     for split, slices in planned.values():

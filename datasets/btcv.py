@@ -3,14 +3,14 @@
 Source: synapse.org, syn3193805, after registration: RawData.zip of the abdomen part (syn3379050). The licence is CC BY
 4.0 according to the thesis. There are 30 labelled cases. Valid and test come from LiTS (see lits.py).
 --raw: a folder with RawData/Training/img/img0001.nii.gz and RawData/Training/label/label0001.nii.gz (or .nii), at any
-depth. Unlabelled scans in a folder Testing (or imagesTs) are skipped.
+depth. Unlabelled scans in a folder named Testing (or imagesTs) are skipped.
 
 Protocol (lits.py shares steps 2 to 4):
 1. Every axial slice with liver (label 6) is used.
-2. Hounsfield units are clipped to the abdominal window, -200 to 250, and scaled to 8 bits; pixels outside the liver are
-   set to 0. A slice whose liver has no value above -200 would be black and is left out. This is the thesis' rule.
+2. Hounsfield units are clipped to the abdominal window (-200 to 250) and scaled to 8 bits; pixels outside the liver are
+   set to 0. A slice whose liver has no value above -200 would be black and is left out. This step follows the thesis.
    The benchmark's code (data_processing/liver of github.com/DorisBao/BMAD) clips LiTS but not BTCV, and scales each
-   slice by its own range over the whole body before masking the liver. The published images therefore vary in
+   slice by its own range over the whole body before applying the liver mask. The published images therefore vary in
    brightness from slice to slice, and those of train differ from those of test.
 3. The histogram of the pixels above 0 is equalised: v becomes floor(255 * fraction of these pixels at or below v).
    A result x from 1 to 149 then becomes floor(30 + 0.8 x), i.e. 30 to 149. --no-equalize skips this step (the
@@ -20,7 +20,7 @@ Protocol (lits.py shares steps 2 to 4):
    and a note is printed.
 
 The checksums of .nii.gz files are verified. A .nii file has none: damage is detected only if the file is truncated or
-its header is invalid. --patients FILE (CSV with column case, for example img0001) selects cases.
+its header is invalid. --patients FILE (CSV with a `case` column, e.g. img0001) selects cases.
 Published count: 1,542 training slices, "selected" (thesis, 3.1.2) by an unstated criterion; we use all slices.
 """
 
@@ -49,13 +49,13 @@ class Args(prepare.Args):
     equalize: bool = True
     """equalise the histogram of the liver in each slice"""
     patients: Path | None = None
-    """CSV file with column case: use only these cases"""
+    """CSV file whose column case lists the cases to use"""
 
 
 # ------------------------------------------------------------------------------------------------- shared with lits.py
 def find_pairs(raw, pattern, volume):
     """Return {case: [volume file, label file or None]}. The first group of `pattern` matches the kind (`volume` or
-    another word), the second the case."""
+    another word), and the second group matches the case."""
     files = {}
     for file in common.files_in(raw):
         if match := re.fullmatch(pattern + prepare.VOLUME, file.name, re.IGNORECASE):

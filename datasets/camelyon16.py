@@ -12,7 +12,7 @@ Protocol, for patches of 256x256 pixels at level 0:
 1. Train consists of the 159 normal training slides other than normal_086, which shows tumour and was withdrawn. Of the
    test slides, 13 (5 with tumour) are in valid and 115 in test; test_049 (a withdrawn duplicate) and test_114 (its
    tumour is only partly annotated) are left out.
-2. On the level nearest to 1:32, tissue consists of the pixels whose chroma (maximum minus minimum of R, G, B) is above
+2. At the level nearest to 1:32, tissue consists of the pixels whose chroma (maximum minus minimum of R, G, B) is above
    Otsu's threshold. Unlike saturation, chroma is also small in black, unscanned areas. Patch centres lie on a grid with
    a spacing of 64 pixels, and at least half of each patch is tissue.
 3. The centre of a tumour patch is inside a tumour polygon (groups _0, _1, Tumor, metastases) and outside the excluded
@@ -25,10 +25,10 @@ A smaller source is divided in the same proportions, separately for test slides 
 highest numbers go to valid. --slides FILE (CSV: case,split) replaces this division of the test slides.
 
 --coords FOLDER reads the patch centres from lists instead: files train_good, valid_good, valid_bad, test_good and
-test_bad (.txt or .csv; or with normal for good, tumor for bad) with lines slide,x_center,y_center. The authors' lists
+test_bad (.txt or .csv; good may be spelled normal, bad tumor) with lines slide,x_center,y_center. The authors' lists
 are in data_processing/histopathology/coords of github.com/DorisBao/BMAD. They have 5,088 patches in train, 117 + 105 in
-valid and 1,026 + 1,008 in test (none from test_125), where the thesis gives round numbers. They agree with the protocol
-above in the slides of each split, the 64-pixel grid, the absence of overlap and the 32 patches per training slide.
+valid and 1,026 + 1,008 in test (none from test_125); the thesis gives round numbers. The lists agree with the
+protocol above in the slides of each split, the 64-pixel grid, the absence of overlap and 32 patches per training slide.
 Published counts (normal + anomalous): train 5,088; valid 100 + 100; test 1,000 + 1,000 (about 0.9 GB).
 """
 
@@ -50,14 +50,14 @@ import prepare
 from prepare import common
 
 SIZE, STEP = 256, 64  # pixels: patch size and grid spacing of the patch centres
-MIN_COLOUR = 15  # minimum chroma, of 255: a lower Otsu threshold would only split an empty slide's noise
+MIN_COLOUR = 15  # minimum chroma (of 255): a lower Otsu threshold would only split an empty slide's noise
 LEFT_OUT = {"normal_086", "test_049", "test_114"}
 VALID = {f"test_{n}" for n in (113, 116, 117, 120, 121, 122, 123, 124, 126, 127, 128, 129, 130)}
 TUMOUR = {f"test_{n:03}" for n in (
     1, 2, 4, 8, 10, 11, 13, 16, 21, 26, 27, 29, 30, 33, 38, 40, 46, 48, 51, 52, 61, 64, 65, 66, 68, 69, 71, 73, 74, 75,
     79, 82, 84, 90, 92, 94, 97, 99, 102, 104, 105, 108, 110, 113, 114, 116, 117, 121, 122)}
 TUMOUR_GROUPS, EXCLUDED_GROUPS = {"_0", "_1", "tumor", "metastases"}, {"_2", "exclusion"}
-PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # maximum per class
+PER_TRAINING_SLIDE, PER_TEST_SLIDE = 32, 100  # maximum number of patches per class
 PUBLISHED = {("train", 0): 5088, ("valid", 0): 100, ("valid", 1): 100, ("test", 0): 1000, ("test", 1): 1000}
 MEMORY = 0.4  # GiB per process: tissue of a slide of 100,000x200,000 pixels, and OpenSlide's cache
 LOOKED_FOR = "slides like training/normal/normal_001.tif and testing/images/test_001.tif"
@@ -77,7 +77,7 @@ def find_slides(raw):
     files = {}
     for file in common.files_in(raw):
         match = re.fullmatch(r"(normal|test)_(\d+)\.(tiff?|xml)", file.name, re.IGNORECASE)
-        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # masks of the same names
+        if match is None or re.search("mask|background", file.parent.name, re.IGNORECASE):  # a mask with a slide's name
             continue
         kind = "annotation" if match[3].lower() == "xml" else "slide"
         prepare.note_file(files, f"{match[1].lower()}_{int(match[2]):03}", kind, file)
@@ -92,7 +92,7 @@ def plan(slides, fixed=None):
     groups = [[s for s in tests if (s in TUMOUR or bool(slides[s])) == tumour] for tumour in (False, True)]
     if not splits or not groups[1]:
         raise common.Error(f"{len(splits)} normal training slides, {len(tests)} test slides, {len(groups[1])} of them "
-                           "with tumour; train and test need at least one")
+                           "with tumour; at least one training slide and one test slide with tumour are needed")
     if fixed:
         return splits | fixed
     for group, numbers in zip(groups, ([72, 8], [43, 5]), strict=True):
@@ -102,7 +102,7 @@ def plan(slides, fixed=None):
 
 
 def share_out(total, available, seed):
-    """Spread `total` over the slides as evenly as `available`, {slide: count}, allows. Returns {slide: count}."""
+    """Spread `total` over the slides as evenly as `available` ({slide: count}) allows. Returns {slide: count}."""
     taken, rng = dict.fromkeys(available, 0), np.random.default_rng(seed)
     while left := min(total, sum(available.values())) - sum(taken.values()):
         more = sorted(slide for slide in taken if taken[slide] < available[slide])
@@ -124,7 +124,7 @@ def choose(splits, found, seed):
 
 
 def share(splits, found, args):
-    """Return the result of `choose`. If damage leaves valid without a class, first divide the other slides again."""
+    """Return the result of `choose`. If damaged slides leave valid without a class, first divide the others again."""
     patches = choose(splits, found, args.seed)
     kinds = {label for chosen in patches.values() for split, label, *_ in chosen if split == "valid"}
     if args.slides or kinds == {0, 1}:
@@ -194,7 +194,7 @@ def on_tissue(slide, file):
 
 
 def otsu(counts):
-    """Return Otsu's threshold, which maximises the variance between two classes. It belongs to the lower class."""
+    """Return Otsu's threshold, which maximises the variance between two classes; the lower class includes it."""
     below, sums = counts.cumsum(), (counts * np.arange(len(counts))).cumsum()
     above = below[-1] - below
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -229,9 +229,9 @@ def inside(polygon, xs, ys):
 
 
 def outline(polygon, shape):
-    """Return a bool array of `shape`, the grid of centres: True if the patch is within 4 pixels of the outline."""
+    """Return a bool array of `shape` (the grid of centres): True if the patch is within 4 pixels of the outline."""
     found, steps = np.zeros(shape, bool), np.roll(polygon, -1, axis=0) - polygon
-    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # points at most 8 pixels apart: one within 4
+    parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # at most 8 pixels apart, so one point is within 4
     part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)
     points = np.repeat(polygon, parts, axis=0) + np.repeat(steps / parts[:, None], parts, axis=0) * part[:, None]
     first = np.ceil((points - SIZE - 4) / STEP).astype(int)  # (column, row) of the patches that cover a point

@@ -7,14 +7,14 @@ the same patient. The script writes two files to <root>/.cache: a record of the 
 same files quote, and a picture (PNG) with samples and the closest pairs.
 
 Images are compared by their texture: the difference between an image and its blurred copy, divided by the local
-standard deviation of that difference. Brightness, contrast and gamma hardly change it.
-1. The textures of all images at 32x32 pixels are correlated in eight orientations, also inverted. For each image, the
-   best match in another split is passed to step 2. (In all of 750 trials, the best match of a copy was its original.)
+standard deviation of that difference. Brightness, contrast and gamma hardly change the texture.
+1. The 32x32 textures of all images are correlated in eight orientations, with or without inversion. For each image, the
+   best match in another split is passed to step 2. (In all 750 trials, the best match of a copy was its original.)
 2. Both images are read again at half their size (64 to 256 pixels), aligned by a shift, and matched in their tone
    curve. Their similarity is the correlation of the textures, because fine details and noise distinguish a copy from a
    second photograph. At least 0.965 (SAME) means the same image, at least 0.75 (NEAR) a near-duplicate.
 
-Similarity of copies of 50 solar cells and 50 brain MR images (minimum / the lower of the two medians):
+Similarity of copies of 50 solar-cell and 50 brain MR images (minimum / the lower of the two medians):
   mirrored              0.994 / 0.999    gamma 0.6 or 1.6      0.992 / 0.996
   JPEG of quality 80    0.982 / 0.991    contrast 0.5 or 1.5   0.985 / 0.992
   JPEG of quality 60    0.967 / 0.982    inverted              0.989 / 0.996
@@ -53,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 SAME, NEAR = 0.965, 0.75
-COMPARED = 3000  # maximum number of image pairs in step 2 for two splits, so that a check takes only minutes
+COMPARED = 3000  # maximum number of image pairs in step 2 per pair of splits, so that a check takes only minutes
 CLASSES = ["train normal", "valid normal", "valid anomalous", "test normal", "test anomalous"]
 PUBLISHED = {  # numbers of images (README, Benchmarks)
     "brain": (7500, 39, 44, 640, 3075), "liver": (1542, 93, 73, 833, 660), "resc": (4297, 45, 70, 1041, 764),
@@ -69,7 +69,7 @@ class Args:
     data: str = "phantom"
     """name of a benchmark in root, or a folder in a supported layout"""
     root: str = "data"
-    """folder of all benchmarks; the record and the picture are written to <root>/.cache"""
+    """parent folder of all benchmarks; the record and the picture go to <root>/.cache"""
     limit: Annotated[int | None, Ge(1)] = None
     """maximum number of images per split and class (default: all)"""
 
@@ -105,7 +105,7 @@ def look_at_mask(mask, size):
     if share == 0:
         findings.append(("error", "masks that are all black (no value above 25)", mask))
     if share > 0.5:
-        findings.append(("notice", "masks of more than half of the image (inverted?)", f"{mask}: {share:.0%}"))
+        findings.append(("notice", "masks that cover more than half of the image (inverted?)", f"{mask}: {share:.0%}"))
     if set(found) - {0, 255}:
         findings.append(("notice", "masks with values other than 0 and 255", f"{mask}: {found[:8]}"))
     return findings
@@ -176,7 +176,7 @@ def closest(known, others):
 
 
 def compare(files, textures, first, second):
-    """Return [(similarity, image of `first`, image of `second`, orientation of the latter), ...], most similar first.
+    """Return [(similarity, image of `first`, image of `second`, its orientation), ...], most similar first.
 
     files: {split: [image, ...]}; textures: {split: [(1024,), ...]}."""
     found = closest(torch.stack(textures[first]), torch.stack(textures[second]))
@@ -201,7 +201,7 @@ def tile(file, mask, orientation):
 
 
 def draw(file, classes, pairs):
-    """Draw a row of samples per class, {title: entries}, and up to two rows for each of `pairs`, {title: matches}."""
+    """Draw a row of samples per class ({title: entries}) and up to two rows for each of `pairs` ({title: matches})."""
     rows = []  # (title, [(caption, image, mask, orientation), ...])
     for title, entries in classes.items():
         rows.append((title, [("", image, mask, 0) for image, _, mask in common.spread(entries, COLUMNS)]))

@@ -14,7 +14,7 @@ import common
 
 # ---------------------------------------------------------------------------------------------------------- thresholds
 def at_specificity(normal, specificity):
-    """Return (threshold, its specificity s): the ceil((n + 1) s)-th smallest of n sorted scores of normal images.
+    """Return (threshold, specificity s). The threshold is the ceil((n + 1) s)-th smallest of n sorted normal scores.
 
     Whatever the distribution of the scores, a new normal image exceeds the threshold with probability at most 1 - s
     (split conformal prediction, Vovk et al. 2005). If n is too small for s, return the maximum and n / (n + 1)."""
@@ -162,7 +162,7 @@ def curve(pixel):
 
 
 def lesions(pixel, threshold):
-    """Return a dict for each region in `pixel`, a `common.PixelMetrics` after `compute`: image (index), lesion (number
+    """Return a dict for each region in `pixel` (a `common.PixelMetrics` after `compute`): image (index), lesion (number
     within the image), area (pixels), overlap (fraction at or above `threshold`) and fpr_0.015, ..., fpr_0.300 (overlap
     at the threshold with this false positive rate over all normal pixels)."""
     scores, region = np.concatenate(pixel.anomalous), np.concatenate(pixel.region)

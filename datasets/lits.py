@@ -1,8 +1,8 @@
 """liver, valid and test: slices of the liver CT benchmark from LiTS (training set, MICCAI 2017, arXiv:1901.04056).
 
-Source: lits-challenge.com or Kaggle, andrewmvd/liver-tumor-segmentation (and its part 2). The licence is CC BY-NC-SA
+Source: lits-challenge.com or Kaggle (andrewmvd/liver-tumor-segmentation and part 2). The licence is CC BY-NC-SA
 according to the thesis. There are 131 cases, 0 to 130. Train comes from BTCV (see btcv.py).
---raw: a folder with volume-<case>.nii and segmentation-<case>.nii (or .nii.gz), at any depth, in one folder or several.
+--raw: a folder with volume-<case>.nii and segmentation-<case>.nii (or .nii.gz), at any depth, in one or more folders.
 Some segmentations lack their volume's orientation (case 53; in some copies also 28 to 47): see step 4 of btcv.py.
 
 Protocol:
@@ -11,8 +11,8 @@ Protocol:
 2. Window, mask, equalisation and orientation are those of btcv.py. Give both scripts the same --equalize.
 3. Whole patients are chosen for valid so that its slice counts come as close as possible to the published 93 normal and
    73 anomalous slices (in a smaller source, proportionally fewer). Valid has slices of both classes if possible.
-   Patients are tried in a random order (--seed); the others go to test. --patients FILE (CSV: case,split, with the
-   case's number) replaces this division.
+   Patients are tried in a random order (--seed); those not chosen go to test. --patients FILE (CSV: case,split, where
+   case is the number) replaces this division.
 
 Published counts (normal + anomalous): valid 93 + 73, test 833 + 660, i.e. 733 of the 7,190 slices with tumour in the
 131 cases. The thesis does not name the cases. We infer cases 1 to 10: public lists of the published valid images

@@ -1,12 +1,12 @@
 """oct2017: the retinal OCT benchmark without masks from OCT2017.
 
 Source: data.mendeley.com/datasets/rscbjbr9sj, the version with 26,315 images in train/NORMAL; CC BY 4.0 (Kermany et al.
-2018, doi.org/10.1016/j.cell.2018.02.010). The images have about 512x496 pixels.
+2018, doi.org/10.1016/j.cell.2018.02.010). The images are about 512x496 pixels.
 --raw: a folder with OCT2017/{train,test}/{NORMAL,CNV,DME,DRUSEN}/<CLASS>-<patient>-<k>.jpeg, at any depth. In the
 training part, the script reads only NORMAL.
 
 The download also contains chest X-rays, which are skipped: the script reads a folder only if one of its parts has CNV,
-DME or DRUSEN, and in it only images named after their class.
+DME or DRUSEN, and reads only its images named after their class.
 
 Protocol:
 1. Train is train/NORMAL. CNV, DME and DRUSEN are anomalous.
@@ -16,8 +16,8 @@ Protocol:
 3. If the source already has a folder `val` (Kaggle's copy: 8 images per class, 242 in test), that folder is valid.
 4. Images are written in grey with unchanged pixel values.
 
-Train and test of the original source probably share patients (numbered in file names); one version had 3,663 such
-images. If they do, the script stops before it reads any image and asks for one of two flags:
+Train and test of the original source probably share patients (file names give their numbers); one version had 3,663
+images of such patients. If there are any, the script stops before it reads any image and asks for one of two flags:
   --leave-out-shared leaves out the train images of patients who are also in valid or test (and, if there is a `val`,
     its images of patients who are also in test): fewer images than published, but no patient is in two splits
   --allow-duplicates keeps all images, as published, although some patients are in two splits

@@ -43,7 +43,7 @@ FIELD_OF_VIEW = 200  # mm across an image
 @dataclass
 class Args:
     root: str = "data"
-    """folder of all benchmarks; the phantom is written to <root>/phantom"""
+    """parent folder of all benchmarks; output is <root>/phantom"""
     seed: Annotated[int, Ge(0)] = 0
     """random seed for all images"""
     size: Annotated[int, Interval(ge=32, le=2048)] = 128

@@ -2,7 +2,7 @@
 
 scores.csv lists the score of each image (or slice), its percentile among the normal validation images, and the
 decision; scans.csv lists the same for scans. maps/ has pictures, masks/ the pixels at or above the pixel threshold, and
-raw/ (--save-maps) the anomaly maps. Masks and raw maps have the image's size; those of a scan have its format.
+raw/ (--save-maps) the anomaly maps. Masks and raw maps have the image's size and, for a scan, its format.
 predict.json records the input and the checkpoint. `common.finish` calls `predict`; a copied method script needs this
 file and volumes.py only for --predict."""
 
@@ -22,7 +22,7 @@ import common
 
 
 def predict(run, model, kept):
-    """Score args.predict and write the run folder. List damaged files at the end and exit with status 1.
+    """Score args.predict and write the run folder. If files are damaged, list them last and exit with status 1.
 
     kept: the content of model.pt."""
     args, folder, asked = run.args, run.folder, Path(run.args.predict)
@@ -160,7 +160,8 @@ def show_ranking(rows, what, threshold, normal, needed):
         percentile, decided = row["percentile"] if normal else "-", row["decision"] or "-"
         print(f"{row['score']:>12.4g}  {percentile:>10}  {decided:<9}  {row['path']}")
     if threshold is None:
-        print(f"{len(rows)} {what}, not decided: this needs {needed} or more normal validation {what}, not {normal}")
+        print(f"{len(rows)} {what}, not decided: a threshold needs {needed} or more normal validation {what}, "
+              f"not {normal}")
     else:
         above = sum(row["decision"] == "anomalous" for row in rows)
         print(f"{len(rows)} {what}, {above} above the threshold {threshold:.4g}")

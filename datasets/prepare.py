@@ -42,7 +42,7 @@ class Args:
     raw: str
     """folder with the downloaded and unpacked source data"""
     root: str = "data"
-    """folder of all benchmarks; this one is written to <root>/<benchmark>"""
+    """parent folder of all benchmarks; output is <root>/<benchmark>"""
     seed: Annotated[int, Ge(0)] = 0
     """seed for all random choices"""
     workers: Annotated[int | None, Ge(1)] = None
@@ -58,7 +58,7 @@ FREE = {"raw", "root", "workers", "strict", "allow_duplicates"}  # arguments tha
 
 # ------------------------------------------------------------------------------------------------------ the source
 def raw_folder(args, looked_for):
-    """Return args.raw as an absolute path; `Error` if it is not a folder. looked_for: its contents in words."""
+    """Return args.raw as an absolute path; `Error` if it is not a folder. looked_for: expected contents in words."""
     raw = Path(args.raw).absolute()
     if not raw.is_dir():
         raise common.Error(f"no folder {raw}; give the folder that contains {looked_for} with --raw")
@@ -158,7 +158,7 @@ def read_grey(file):
             image.verify()  # verifies a PNG's checksums, which decoding ignores
         with Image.open(file) as image:
             if image.mode[0] in "IF":
-                raise Damaged(f"{file} has pixels of mode {image.mode}; 8 bits are expected, download it again")
+                raise Damaged(f"{file} has pixels of mode {image.mode}, not 8-bit ones; download it again")
             return np.asarray(image.convert("L"))
     except Damaged:
         raise
@@ -225,9 +225,9 @@ def worker():
 
 
 def work_on(function, items, folder, kept):
-    """Call function(item, folder) for `items`, {key: (item, asked)}; return ({key: (result, notes)}, {key: damage}).
+    """Call function(item, folder) for `items` ({key: (item, asked)}); return ({key: (result, notes)}, {key: damage}).
     asked: a string that identifies the item and the state of its files. The JSON file `kept` stores each result and its
-    `asked`. A result is reused if `asked` is equal and its images exist."""
+    `asked`. A result is reused if its `asked` is unchanged and its images exist."""
     try:
         known = json.loads(kept.read_text())
     except (OSError, ValueError):
@@ -266,7 +266,7 @@ def correct_sum(item, folder):
 
 
 def published_sums(files):
-    """Return {file: checksum} from the checksum lists among `files`, all paths of the source. A checksum list is the
+    """Return {file: checksum} from the checksum lists among `files` (all files of the source). A checksum list is the
     output of md5sum or sha256sum."""
     sums = {}  # {name: {path as listed: checksum}}
     for file in files:
@@ -313,7 +313,7 @@ def free_memory():
 
 
 class Preparation:
-    """Prepare a benchmark, or a part of it, from one source. End the program if the part already exists."""
+    """Prepare a benchmark, or a part of it, from one source. Exit if the part already exists."""
 
     def __init__(self, source, benchmark, splits, args, files, memory):
         """source: name of the script; splits: the splits of `benchmark` that it writes; files: nested containers with
@@ -361,14 +361,14 @@ class Preparation:
                             for how, files in lists.items() if files)
 
     def _finished(self):
-        """End the program if the existing part matches the arguments and the source; otherwise raise `Error`."""
+        """Exit if the existing part matches the arguments and the source; otherwise raise `Error`."""
         shutil.rmtree(self.work)
         made, again = self._read(self.record, {}), "remove it and prepare it again, or choose another --root"
         if made.get("arguments") != self.asked or "files" not in made:
             raise common.Error(f"{self.folder} was made from {self.source} with other arguments "
                                f"({made.get('arguments')}) or by another version; {again}")
         if changed := self._changed(made["files"]):
-            raise common.Error(f"{self.folder} was made from another source than {self.args.raw}: {changed}; {again}")
+            raise common.Error(f"{self.folder} was made from a source other than {self.args.raw}: {changed}; {again}")
         if missing := lost(read_list(self.record.with_suffix(".csv"), ["image", "mask"]), self.folder):
             raise common.Error(f"{self.folder} lacks {len(missing)} of its images, e.g. {missing[0]}; {again}")
         print(f"{self.folder} already exists and was made from {self.source} with these arguments; nothing to do")
@@ -376,9 +376,9 @@ class Preparation:
         self._end(made["damaged"])
 
     def map(self, function, items, what, chunk=1):
-        """Call function(item, folder) for `items`, {key (str): item}, in worker processes; return {key: result} in the
-        same order. Damaged items are reported and left out. function: defined in a module; it returns JSON values and
-        writes images with `save`. chunk: number of items per task; the results of a task are stored in one file."""
+        """Call function(item, folder) for `items` ({key (str): item}) in worker processes; return {key: result} in the
+        same order. Damaged items are reported and left out. function: a module-level function that returns JSON values
+        and writes images with `save`. chunk: number of items per task; the results of a task are stored in one file."""
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         count = self.args.workers or max(1, min(cores, int(free_memory() / 2**30 / self.memory)))
         results, keys = {}, list(items)
@@ -388,7 +388,7 @@ class Preparation:
         try:
             for done in self._work(function, chunks, what, count):
                 results |= done
-        except BrokenProcessPool:  # a case crashed it, or there was too little memory for several
+        except BrokenProcessPool:  # a case crashed the process, or memory was too low for several
             print(f"note: a process died while {what}; the remaining cases are processed one by one", flush=True)
             for key in [key for some in chunks if not some.keys() & (results.keys() | self.damaged) for key in some]:
                 try:

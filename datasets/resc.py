@@ -2,12 +2,12 @@
 
 Source: linked from github.com/CharlesKangZhou/P_Net_-Anomaly_Detection, for research only (Hu et al. 2019,
 doi.org/10.1016/j.media.2019.05.002). There are 70 + 15 labelled cubes of 128 slices (B-scans), 512x1024 pixels.
---raw: a folder with the training and the validation part, at any depth, PNG or BMP, in one of two layouts:
+--raw: a folder with the training and validation parts as PNG or BMP, at any depth, in one of two layouts:
   Edema_trainingset/original_images/<cube>.img/<k>.bmp with Edema_trainingset/label_images/<cube>_labelMark/<k>.bmp
   train/images/<cube>_<k>.png with train/labels/<cube>_<k>.png
 
 The innermost folder with train, trainingset, val, valid, validation or validationset as a word in its name (in upper or
-lower case) determines the part of a file. A part named test has no labels and is skipped. The innermost folder with
+lower case) tells which part a file is in. A part named test has no labels and is skipped. The innermost folder with
 image, label, mask or ground in its name determines whether a file is an image or a label (label, mask or ground);
 folders common to all slices are ignored.
 
@@ -16,11 +16,11 @@ Protocol:
 2. Train consists of the slices without lesions in the training part.
 3. The validation part is divided by patient. Whole patients are chosen for valid so that its slice counts come as close
    as possible to 45 normal and 70 anomalous slices (in proportion if the part has another size). Patients are tried in
-   a random order (--seed); the others go to test. --patients FILE (CSV: case,split) replaces this division.
+   a random order (--seed); those not chosen go to test. --patients FILE (CSV: case,split) replaces this division.
 4. Images are written in grey with unchanged pixel values.
 
 A patient may have several cubes: the text before _Macular in a cube's name (P0077_MacularCube512x128_...) identifies
-the patient. A cube with another name counts as one patient, named train_<cube> or valid_<cube> in the column `case`.
+the patient. Any other cube counts as one patient, named train_<cube> or valid_<cube> in the column `case`.
 The checksums of PNG files are verified. A BMP file has none: damage is detected only if the file is truncated or its
 header is invalid.
 Published counts (normal + anomalous): train 4,297; valid 45 + 70; test 1,041 + 764. Valid and test together comprise

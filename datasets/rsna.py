@@ -15,7 +15,7 @@ Protocol:
    interpretation MONOCHROME1 or a negative slope are inverted.
 
 JPEG data in DICOM have no checksums: damage is detected only if a file is truncated or its header is invalid.
-Published counts (normal + anomalous): train 8,000; valid 70 + 1,420 (1:1 according to the thesis); test 781 + 16,413.
+Published counts (normal + anomalous): train 8,000; valid 70 + 1,420 (1:1 in the thesis); test 781 + 16,413.
 """
 
 import sys
@@ -85,8 +85,8 @@ def read_radiograph(file):
         why = " ".join(str(e).split())  # the message has one line for each decoder tried
         raise prepare.Damaged(f"{file} has no readable pixels ({why}); download it again") from e
     if image.ndim != 2 or kind not in ("MONOCHROME1", "MONOCHROME2") or not slope:
-        raise prepare.Damaged(f"{file} holds {kind} pixels of shape {image.shape}, rescaled by {slope}; one grey image "
-                              "was expected, download it again")
+        raise prepare.Damaged(f"{file} holds {kind} pixels of shape {image.shape}, rescaled by {slope}, not one "
+                              "grey image; download it again")
     if image.min() < 0 or image.max() > 1 or (bits > 8 and image.max() - image.min() < 1 / 16):
         raise prepare.Damaged(f"{file} has values from {stored.min():g} to {stored.max():g}, which do not fit the "
                               f"{bits} bits given in its header; download it again")
@@ -129,8 +129,8 @@ if __name__ == "__main__":
     places = {Path(file).parent for file in used}
     unlisted = [file for patient, file in files.items() if patient not in labels]
     if cut := [file for file in unlisted if Path(file).parent in places]:
-        preparation.damage(LIST, f"{listed} does not name {len(cut)} of the .dcm files next to those that it "
-                                 f"names, e.g. {cut[0]}; download it again")
+        preparation.damage(LIST, f"{listed} does not name {len(cut)} of the .dcm files in the image "
+                                 f"folders, e.g. {cut[0]}; download it again")
     prepare.skipped([file for file in unlisted if Path(file).parent not in places], "other .dcm files")
     preparation.plan(Counter((split, labels[patient]) for patient, split in planned.items()), PUBLISHED)
     items = {patient: (patient, labels[patient], planned[patient], files.get(patient)) for patient in sorted(planned)}

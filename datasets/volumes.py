@@ -1,4 +1,4 @@
-"""Read scans (NIfTI volumes and DICOM series) slice by slice, and write their anomaly maps in the format of the scan.
+"""Read scans (NIfTI volumes and DICOM series) slice by slice, and write their anomaly maps in the same format.
 
 As a script, it converts the axial slices of all scans in a folder to images such as <to>/scan<number>-<name>/0042.png,
 for training with `--data`. The number tells the methods which slices belong to the same scan. It is computed from the
@@ -160,7 +160,7 @@ def find_scans(path):
     """Return (scans, damaged): the scans in a file or folder, sorted by path, and one line for each unusable file.
 
     A scan is a NIfTI volume, a DICOM series (files in one folder with the same SeriesInstanceUID), or a single DICOM
-    file, which may have many frames. Its unique `name` is derived from its path, `source`, and is a valid file name.
+    file, which may have many frames. Its unique `name` is derived from its path (`source`) and is a valid file name.
     The len(scan) slices are ordered from bottom to top. slice(i) returns (H, W) uint8; blank(i) is True if all its
     pixels are equal; both may raise `Damaged`. Finish one scan before the next: only one volume is kept in memory."""
     path = Path(os.path.abspath(path))
@@ -270,7 +270,7 @@ class DicomScan:
                 image, source = pydicom.Dataset(), pydicom.Dataset()
                 for key in [key for key in SHARED if key in one.header]:
                     image.add(one.header[key])
-                # Copy the source's class and modality, because viewers rarely overlay others. A map has one frame.
+                # Copy the source's class and modality, as viewers rarely overlay different ones. A map has one frame.
                 plain = uid.CTImageStorage if one.header.get("Modality") == "CT" else uid.MRImageStorage
                 own = plain if one.frames > 1 else one.header.get("SOPClassUID")
                 image.SOPClassUID = own or uid.SecondaryCaptureImageStorage
@@ -302,11 +302,11 @@ def _is_dicom(file):
 
 
 def _dicom_slices(file):
-    """Return the header fields that a series needs, one entry for each frame of a greyscale DICOM file; [] if the file
-    contains no images.
+    """Return, for each frame of a greyscale DICOM file, the header fields that a series needs; [] if the file contains
+    no images.
 
-    size: (H, W); turn: directions of rows and columns; place: position of the first pixel in mm. The last two are empty
-    if the header lacks them."""
+    size: (H, W); turn: directions of rows and columns; place: position of the first pixel in mm. `turn` and `place` are
+    empty if the header lacks them."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=HEADER)
