@@ -739,7 +739,6 @@ NO_EFFECT = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", 
 FREE = NO_EFFECT | {"batch_size", "limit", "specificity", "scan_score"}
 
 
-
 def read_check(file):
     """Read the record of datasets/check.py; None if the file does not exist or is damaged."""
     with suppress(OSError, ValueError, AttributeError):
@@ -758,7 +757,7 @@ def read_results(file):
 
 
 def read_checkpoint(file, method, more=()):
-    """Read a model.pt of `method`, as written by `Run._save`. more: additional keys that resume.pt must have."""
+    """Read a model.pt of `method`, as written by `Run.keep`. more: additional keys that resume.pt must have."""
     kept = read_state(file, f"model.pt of a {method} run", mmap=True)
     if kept.get("method") != method:
         raise Error(f"{file} is of method {kept.get('method')}; expected a model.pt of {method}")
