@@ -1,9 +1,9 @@
 """Everything that all method scripts share: benchmarks, pretrained weights, metrics and the run folder.
 
 A script calls `command_line`, `Run` and `load_benchmark`, then trains on `Split.batches`. After each epoch it calls
-`Run.validate`, which keeps the best state on valid; without epochs it calls `Run.keep` once. `finish` then scores the
-test set once. Shapes: N is the number of images in a split, B the batch size, H the height and W the width. A higher
-score means more anomalous."""
+`Run.validate`, which keeps the state that is best on valid; a script without epochs calls `Run.keep` once. `finish`
+then scores the test set once. Shapes: N is the number of images in a split, B the batch size, H the height and W the
+width. A higher score means more anomalous."""
 
 import csv
 import dataclasses
@@ -47,8 +47,8 @@ class Error(Exception):
 
 
 def command_line(Args, description):
-    """Parse the script's arguments. After this, an `Error` ends the program with one line on stderr and exit code 2.
-    Notebooks and tests do not call this function and see the exception itself."""
+    """Parse the script's arguments and make an uncaught `Error` print one line to stderr and exit with code 2.
+    Notebooks and tests, which do not call this function, see the exception itself."""
     def in_one_line(kind, error, traceback):
         if issubclass(kind, BrokenPipeError):  # the reader has gone, as with `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
@@ -66,7 +66,7 @@ def command_line(Args, description):
 
     sys.excepthook = in_one_line
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a file name may not be valid UTF-8
+        if hasattr(stream, "reconfigure"):  # a printed file name can be invalid UTF-8
             stream.reconfigure(errors="backslashreplace")
     try:
         with redirect_stderr(io.StringIO()) as box:
@@ -83,7 +83,7 @@ def command_line(Args, description):
 
 
 def check_ranges(args):
-    """Raise `Error` if a value is outside the range that its type declares, for example Annotated[int, Ge(1)]."""
+    """Raise `Error` if a value is outside the range declared in its type, e.g. Annotated[int, Ge(1)]."""
     signs = dict(ge="at least", gt="above", le="at most", lt="below")
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         rules = [(op, bound) for limits in getattr(kind, "__metadata__", ()) if dataclasses.is_dataclass(limits)
@@ -109,7 +109,7 @@ def atomic(path):
                 os.kill(int(left.name.split("-")[1]), 0)  # signal 0 only checks whether the process is running
             except ProcessLookupError:  # it was killed while writing
                 remove(left)
-            except PermissionError:  # it is running, under another user
+            except PermissionError:  # it is running as another user
                 pass
         yield temporary
         if path.is_dir():
@@ -136,7 +136,7 @@ def write_csv(path, rows):
 
 
 def progress(iterable, what, total=None):
-    """Show a progress bar on stderr if that is a terminal."""
+    """Wrap an iterable in a progress bar, which is shown only if stderr is a terminal."""
     return tqdm(iterable, desc=what, total=total, disable=None, leave=False)
 
 
@@ -181,15 +181,15 @@ PATIENT = r"(brats.*_\d+)_\d+|(?:normal|cnv|dme|drusen)-(\d+)-\d+|((?:normal|tum
 def patient(path):
     """Return the patient, scan or slide named in an image's path, or None.
 
-    This works for BraTS (BraTS2021_00003_60.png), OCT2017, Camelyon16, RESC and names that start with a word such as
-    "scan" and a number (scan012_0001.png, scan012/0001.png)."""
+    Recognises the names of BraTS (BraTS2021_00003_60.png), OCT2017, Camelyon16 and RESC, and any name that starts with
+    a word such as "scan" followed by a number (scan012_0001.png, scan012/0001.png)."""
     path = Path(path)
     match = re.fullmatch(PATIENT + SCAN, path.stem, re.I) or re.fullmatch(SCAN, f"{path.parent.name}_{path.stem}", re.I)
     return match and next(group for group in match.groups() if group)
 
 
 def files_in(folder):
-    """Return a sorted list of all files below `folder`, except hidden ones. Links are followed, except to a parent."""
+    """Return a sorted list of all non-hidden files below `folder`. Links are followed unless they point to a parent."""
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         above = {os.path.realpath(parent) for parent in (place, *Path(place).parents)}
@@ -211,7 +211,7 @@ def named_folder(data, root):
 
 
 def find_benchmark(data, root):
-    """Return (folder, files by role) of the benchmark that --data and --root refer to; raise `Error` if there is none.
+    """Return the benchmark's folder and `parts`, its files grouped by split and kind (image or mask).
 
     Reads all published layouts: train/good[/img], test/{good,Ungood}[/img] with masks in Ungood/{anomaly_mask,label};
     valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with Test/test_label/Ungood; MVTec
@@ -244,7 +244,7 @@ def find_benchmark(data, root):
 
 
 def list_split(parts, split):
-    """Return [(image, label, mask or None)], normal (0) before anomalous (1). parts: as from `find_benchmark`."""
+    """Return [(image, label, mask or None)], normal (0) before anomalous (1). parts: see `find_benchmark`."""
     images, masks = (parts.get((split, mask), {}) for mask in (False, True))
     entries = [(file, 0, None) for key, files in images.items() if key[0] in NORMAL for file in files]
     if split == "train":
@@ -281,7 +281,7 @@ def list_benchmark(args):
 
 
 def fingerprint(entries, base):
-    """Return a hex digest of the names, sizes and modification times of images and masks, to notice changed files."""
+    """Return a hex digest of the images' and masks' names, sizes and modification times, to detect changed files."""
     files = [file for image, _, mask in entries for file in (image, mask) if file]
     try:
         state = [(file.relative_to(base).as_posix(), (s := file.stat()).st_size, s.st_mtime_ns) for file in files]
@@ -291,11 +291,11 @@ def fingerprint(entries, base):
 
 
 def to_array(image, size=None, white=65535):
-    """Convert a Pillow image to uint8 (3, size, size), or (3, H, W) without size. white: the 16-bit value of white."""
+    """Convert a Pillow image to uint8 (3, size, size), or (3, H, W) without a size. white: 16-bit value of white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         array = np.asarray(image, np.float32)
         if image.mode == "F" or array.min() < 0 or array.max() > 65535:
-            raise ValueError("32-bit or signed pixels have no fixed white level: save it with 8 or 16 bits")
+            raise ValueError("32-bit or signed pixels have no fixed white level: save the image with 8 or 16 bits")
         image = Image.fromarray((array / np.float32(white / 255)).clip(max=255))
     else:
         image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
@@ -305,12 +305,12 @@ def to_array(image, size=None, white=65535):
 
 
 def decode(path, size=None, mask=False, white=65535):
-    """Return an image file as in `to_array`, and its (width, height). In a mask, transparent pixels become black."""
+    """Return an image file's array (see `to_array`) and (width, height). In a mask, transparent pixels become black."""
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"{image.n_frames} pages or frames: save each one as an image")
-            image = ImageOps.exif_transpose(image)  # rotated as in a viewer
+            image = ImageOps.exif_transpose(image)  # rotate it as image viewers do
             if mask and "A" in image.getbands():
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
             return to_array(image, size, white), image.size
@@ -324,7 +324,7 @@ def decode_mask(path, image_size, size):
         return np.zeros((1, size, size), np.uint8)
     array, original = decode(path, mask=True)
     if original != image_size:
-        raise Error(f"mask {path} has {original} pixels but its image {image_size}; make them equal")
+        raise Error(f"mask {path} has {original} pixels but its image has {image_size}; make them equal")
     array = (array.max(axis=0) > 25.5).astype(np.uint8)
     if not array.any():
         raise Error(f"mask {path} has no value above 10% of full scale; save masks as 0 and 255 (anomalous)")
@@ -338,7 +338,7 @@ class Split:
     the benchmark's folder."""
 
     def __init__(self, name, entries, size, base, cache, white=65535):
-        """entries: [(image, label, mask or None)], as from `list_split`; white: see `to_array`."""
+        """entries: [(image, label, mask or None)], see `list_split`; white: see `to_array`."""
         self.name, self.entries, self.size, self.white, self.source = name, entries, size, white, name
         self.paths = [image.relative_to(base).as_posix() for image, _, _ in entries]
         self.labels = np.array([label for _, label, _ in entries], int)
@@ -348,7 +348,7 @@ class Split:
         if not decoded.is_file() or decoded.stat().st_size != math.prod(self.shape):
             with atomic(decoded) as tmp:
                 self._decode(tmp)
-        self.file = open(decoded, "rb")  # noqa: SIM115 (so that it can be read even if it is removed)
+        self.file = open(decoded, "rb")  # noqa: SIM115 (the open file stays readable even if it is removed)
 
     def _decode(self, file):
         def one(entry):
@@ -365,7 +365,7 @@ class Split:
             print(f"NOTE: {self.name} is almost black: no value is above {maximum} of 255. If its 16-bit files hold "
                   "12-bit images, give --white 4095")
 
-    # Each access makes a new memmap, because pages read through an old one count as memory of this process.
+    # Each access makes a new memmap, because pages read through an old one count as this process's memory.
     @property
     def images(self):
         return np.memmap(self.file, np.uint8, "r", shape=self.shape)[:, :3]
@@ -395,7 +395,7 @@ class Split:
 
 
 def to_device(array, device):
-    """Copy an array to a device. The CPU does not wait for a copy to a GPU, because it starts from pinned memory."""
+    """Copy an array to a device. A copy to a GPU starts from pinned memory, so the CPU does not wait for it."""
     tensor = torch.from_numpy(np.asarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else tensor.to(device)
 
@@ -403,9 +403,9 @@ def to_device(array, device):
 class Features:
     """Features of a split's images from a frozen network, for training loops that need them in every epoch.
 
-    They are computed once and read from a file, if it takes at most args.cache_features GiB and half of the free disk.
-    Otherwise they are computed again for each batch. So are features of more than 2 MiB per image on a GPU, because
-    reading them takes longer than computing them (tests/README.md)."""
+    They are computed once and then read from a file if it needs at most args.cache_features GiB and half of the free
+    disk space. Otherwise they are computed again for each batch. On a GPU, features of more than 2 MiB per image are
+    always computed again, because reading them takes longer (tests/README.md)."""
 
     def __init__(self, extract, split, args, run):
         """extract: a deterministic function from images (B, 3, H, W) to [(B, ...), ...]."""
@@ -429,7 +429,7 @@ class Features:
         def fetch(indices):
             if self.file is None:
                 return self.extract(self.split.batch(indices, self.device))
-            rows = np.memmap(self.file, np.float32, "r", shape=(len(self.split), sum(self.sizes)))  # see `images`
+            rows = np.memmap(self.file, np.float32, "r", shape=(len(self.split), sum(self.sizes)))  # see `Split.images`
             parts = to_device(rows[indices], self.device).split(self.sizes, dim=1)
             return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
@@ -439,8 +439,8 @@ class Features:
 def load_benchmark(args):
     """Return (train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit.
 
-    A split that the benchmark lacks is None; with args.predict, all three are None. If valid has no normal images, see
-    `list_benchmark`."""
+    A split that the benchmark lacks is None; with args.predict, all three are None. See `list_benchmark` for what
+    happens if valid has no normal images."""
     if args.predict:
         return None, None, None
     (base, entries, _, held), splits, counts = list_benchmark(args), [], []
@@ -461,7 +461,7 @@ def load_benchmark(args):
         valid.source = f"{len(valid) - valid.labels.sum()} training images held out"
         print(f"{valid.source} for the thresholds (--holdout {args.holdout})")
     if not valid or not valid.labels.any():
-        print("NOTE: the last epoch is kept; to choose the best, valid needs both normal and anomalous images")
+        print("NOTE: the last epoch is kept; choosing the best one requires normal and anomalous images in valid")
     if not test:
         print("NOTE: no test images, so there will be no metrics; use the trained model with --predict")
     return splits
@@ -493,7 +493,7 @@ def smooth(anomaly_map, sigma=4):
 def read_state(file, what, mmap=False):
     """Load a dict of tensors from a torch.save file onto the CPU. mmap: read large tensors only when they are used.
 
-    what: the kind of file that is expected, for the message of the `Error`."""
+    what: the expected kind of file, for the error message."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         return state | {}  # TypeError if it is not a dict
@@ -503,14 +503,14 @@ def read_state(file, what, mmap=False):
 
 
 def load_state(net, state, source, optional):
-    """Load a state dict, read from the file `source`. Keys that start with one of `optional` may be missing."""
+    """Load a state dict that was read from `source`. Keys that start with one of `optional` may be missing."""
     try:
         for key, value in state.items():  # aminmax, since isfinite would copy a large memory bank
             if value.numel() and not all(math.isfinite(limit) for limit in torch.aminmax(value)):
                 raise RuntimeError(f"{key} has values that are not finite")
         missing, unknown = net.load_state_dict(state, strict=False)
         if wrong := unknown + [key for key in missing if not key.startswith(optional)]:
-            raise RuntimeError(f"{wrong[0]} and {len(wrong) - 1} more are unknown or missing")
+            raise RuntimeError(f"unknown or missing keys: {len(wrong)}, e.g. {wrong[0]}")
     except (RuntimeError, TypeError, AttributeError) as e:
         raise Error(f"{source} does not fit this network or its arguments: {str(e).splitlines()[-1].strip()}") from e
 
@@ -549,8 +549,8 @@ def pretrained_network(name, weights):
 def feature_extractor(name, layers, weights):
     """Return a frozen network that maps images to {layer: (B, C, h, w)} and stops at the last of `layers`.
 
-    name, weights: see `pretrained_network`; layers: torchvision's node names. Checkpoints do not contain modules that
-    have the attribute `frozen`, such as this one, only the hash of their weights, which must match on loading."""
+    name, weights: see `pretrained_network`; layers: torchvision's node names. Checkpoints store modules that have the
+    attribute `frozen`, such as this network, only as a hash of their weights, which must match on loading."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     net = pretrained_network(name, weights)
@@ -568,7 +568,7 @@ def _freeze(net):
 
 def load_clip(name, weights, image_size):
     """Return a frozen open_clip.CLIP with a ViT for images of `image_size`, on the CPU. Its attributes `mean` and
-    `std` are those for `normalize`.
+    `std` are the arguments for `normalize`.
 
     name: an open_clip model, or 'tiny', which has no published weights. weights: an open_clip TAG, a FILE, 'none'
     (untrained, always from seed 0) or 'auto' (CLIP_TAG if available, otherwise 'none' with a warning)."""
@@ -592,10 +592,10 @@ def load_clip(name, weights, image_size):
                 layer.reset_parameters()
     try:
         if weights != "none":
-            # not from the hub, where laion400m_e32 of the default model is a copy of e31
+            # not from the Hugging Face hub, where laion400m_e32 of the default model is a copy of e31
             file = file or open_clip.download_pretrained(published, prefer_hf_hub=False)
             open_clip.load_checkpoint(clip, file)  # resizes the position embedding if the image size differs
-    except Exception as e:  # no such file or tag, no network, an unreadable file, other keys or shapes
+    except Exception as e:  # no such file or tag, no network, an unreadable file, wrong keys or shapes
         if weights != "auto":
             raise Error(f"--clip-weights {weights} of {name} cannot be used ({' '.join(str(e).split())[:200]}); give a "
                         f"FILE, one of the tags {open_clip.list_pretrained_tags_by_model(name)}, or none") from e
@@ -610,7 +610,7 @@ def load_clip(name, weights, image_size):
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 def image_metrics(labels, scores):
-    """Compute image AUROC and average precision from labels (N,) in {0, 1} and scores (N,). None for one class."""
+    """Compute image AUROC and AP from labels (N,) in {0, 1} and scores (N,). Both are None if all labels are equal."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     metrics = dict(image_auroc=roc_auc_score, image_ap=average_precision_score)
@@ -654,11 +654,11 @@ class PixelMetrics:
             self.n += scores.size
 
     def compute(self):
-        """Return {pixel_auroc, pixel_ap, aupro, dice, dice_valid} in [0, 1], or None if all pixels are of one class.
+        """Return {pixel_auroc, pixel_ap, aupro, dice, dice_valid} in [0, 1], all None if all pixels are of one class.
 
         aupro: area under the curve of mean overlap per region against false positive rate up to 30%, divided by 0.3
-        (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at 0.5, after scaling all maps by their joint minimum and maximum
-        (thesis, Eq. 3.3). dice_valid: at `threshold`. Both kinds of Dice pool the pixels of all images."""
+        (thesis, Eq. 3.2; Bergmann et al. 2020). dice: at threshold 0.5, after joint min-max scaling of all
+        maps (thesis, Eq. 3.3). dice_valid: at `self.threshold`. Both kinds of Dice pool the pixels of all images."""
         if not self.regions or not self.n:
             return dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro", "dice", "dice_valid"))
         self.normal = normal = self.normal[: self.n]
@@ -668,7 +668,7 @@ class PixelMetrics:
         order = anomalous.argsort()[::-1]
         anomalous, pro = anomalous[order], overlap[order].cumsum()
         last = np.append(np.flatnonzero(np.diff(anomalous)), len(anomalous) - 1)  # last of equal scores
-        # For each anomalous score, highest first: number of anomalous pixels at or above it, and of normal pixels
+        # For each anomalous score, highest first: numbers of anomalous and of normal pixels at or above it
         tp, pro = last + 1, pro[last]
         fp_above, fp = (self.n - np.searchsorted(normal, anomalous[last], side) for side in ("right", "left"))
         hits, middle = np.diff(tp, prepend=0), np.float32(self.low / 2 + max(self.maxima) / 2)
@@ -678,7 +678,7 @@ class PixelMetrics:
             true, false = np.sum(anomalous >= threshold), self.n - np.searchsorted(normal, threshold)
             return float(2 * true / (true + false + tp[-1]))
 
-        # Corners of the curves: flat between anomalous scores, a step at each (slanted if normal pixels have it, too)
+        # Corners of the curves: flat between anomalous scores, a step at each (slanted if shared by normal pixels)
         fpr = np.append(np.stack([fp_above, fp], axis=1).ravel(), self.n) / self.n
         tpr, pro = (np.append(np.stack([np.append(0, y[:-1]), y], axis=1).ravel(), 1) for y in (tp / tp[-1], pro))
         self.curve, inside = (fpr, tpr, pro), fpr <= 0.3
@@ -748,7 +748,6 @@ def read_check(file):
 
 
 def read_results(file):
-    """Read the results.json of a finished run."""
     try:
         results = json.loads(Path(file).read_text())
     except (OSError, ValueError):
@@ -785,7 +784,7 @@ class Run:
         """Seed PyTorch, choose the device, make the folder `<out>/<data>/<method>/seed<k>` and lock it.
 
         With args.checkpoint, the checkpoint's arguments replace those that define the model. zero_shot: the method
-        needs no training images, so that --predict works without a checkpoint."""
+        needs no training images, so --predict works without a checkpoint."""
         self.script, self.args, method, kept = Path(script), args, Path(script).stem, None
         if args.checkpoint:
             kept = read_checkpoint(args.checkpoint, method)
@@ -798,7 +797,7 @@ class Run:
                     setattr(args, field.name, value)
             check_ranges(args)
         elif args.predict and not zero_shot:
-            raise Error("--predict needs a trained model: give --checkpoint FILE, the model.pt of a run")
+            raise Error("--predict needs a trained model: give --checkpoint FILE (the model.pt of a run)")
         best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         try:
             self.device = torch.device(best if args.device == "auto" else args.device)
@@ -825,7 +824,7 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(folder, os.O_RDONLY)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until `finish` or until the process ends
         except OSError as e:
             reason = "another process is using it" if isinstance(e, BlockingIOError) else e.strerror
             raise Error(f"cannot write {folder}: {reason}; choose another --out") from None
@@ -896,7 +895,7 @@ class Run:
         """Log the epoch. Every args.eval_every epochs, and after the last, score valid and keep the best state so far.
 
         The best state has the highest image AUROC or, if there are masks, the highest mean of image and pixel AUROC
-        (thesis, 3.4.1: chosen on valid, evaluated every 10 epochs); of equal ones, the first. If valid has no anomalous
+        (thesis, 3.4.1: chosen on valid, evaluated every 10 epochs); ties go to the first. If valid has no anomalous
         images, the last state is kept. losses: name -> value in this epoch. A loss that is not finite ends the run."""
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
             raise Error(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
@@ -945,10 +944,10 @@ def restore(model, kept, source):
 
 
 def finish(run, model, splits):
-    """Evaluate the kept state once, on the test split, and write the results, results.json last.
+    """Evaluate the kept state once on the test split and write the results; results.json is written last.
 
-    splits: (train, valid, test) from `load_benchmark`. Thresholds and pictures come from datasets/decisions.py, and
-    --predict from datasets/predict.py; a copied script works without them, but then it has neither."""
+    splits: (train, valid, test) from `load_benchmark`. Thresholds and pictures need datasets/decisions.py, and
+    --predict needs datasets/predict.py; a script copied without these files works but lacks these features."""
     args, folder, (train, valid, test), decision, metrics, test_ms = run.args, run.folder, splits, {}, {}, None
     kept = run.kept if args.checkpoint else read_checkpoint(folder / "model.pt", run.script.stem)
     restore(model, kept, args.checkpoint or folder)
