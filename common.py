@@ -219,8 +219,8 @@ def find_benchmark(data, root):
     train/good, is read as normal training images."""
     known, asked = data.lower() in NAMES, named_folder(data, root)
     if asked is None:
-        maker = f"made by datasets/{MADE_BY[data.lower()]}" if known else f"known: {', '.join(NAMES)}"
-        raise Error(f"no benchmark {data} in {root} ({maker}) and no folder {data}")
+        maker = f"make it with datasets/{MADE_BY[data.lower()]}" if known else f"known benchmarks: {', '.join(NAMES)}"
+        raise Error(f"no benchmark {data} in {root} and no folder {data}; {maker}")
     benchmarks = {}  # {folder: {(split, mask or not): {(class, ..., name): [files]}}}
     files = images_in(asked)
     for file in files:
@@ -561,7 +561,7 @@ def feature_extractor(name, layers, weights):
 
 def _freeze(net):
     net.eval().requires_grad_(False)
-    net.train = lambda mode=True: net  # the statistics of batch norm must not change while the rest trains
+    net.train = lambda mode=True: net  # batch norm statistics must not change while other modules are trained
     net.frozen = True
     return net
 
@@ -626,7 +626,7 @@ class PixelMetrics:
     holds the false positive rates, true positive rates and mean overlaps per region of all thresholds."""
 
     def __init__(self, pixels, threshold=None):
-        """pixels: at least their number. threshold: for `dice_valid`, usually `best` of the valid split."""
+        """pixels: an upper bound on their number. threshold: for `dice_valid`, usually `best` of the valid split."""
         self.threshold, self.best, self.curve = threshold, None, None
         self.maxima, self.low = [], math.inf  # maximum of each map, minimum of all maps
         self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of normal pixels, and their number
@@ -694,8 +694,8 @@ class PixelMetrics:
 def score(model, image, batch_size=1):
     """Score images (B, 3, H, W) in [0, 1]. Returns float32 arrays: anomaly maps (B, H, W) or None, and scores (B,).
 
-    batch_size: fewer images are filled up to this number, because rounding depends on the size of a batch. Raises
-    `Error` if an image is outside [0, 1] or a score is not finite."""
+    batch_size: a smaller batch is padded to this size, because scores are rounded differently in smaller batches.
+    Raises `Error` if an image is outside [0, 1] or a score is not finite."""
     if image.ndim != 4 or image.shape[1] != 3 or not (image.min() >= 0 and image.max() <= 1):
         raise Error(f"images {tuple(image.shape)} with values {float(image.min())} to {float(image.max())}: expected "
                     "(B, 3, H, W) in [0, 1]; divide 8-bit images by 255")
@@ -731,11 +731,11 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
-FORMAT = 4  # of model.pt, resume.pt and results.json; raised whenever their content changes
-# Arguments that do not change the scores of a run. Its images are compared themselves, since --data has many spellings.
+FORMAT = 4  # of model.pt, resume.pt and results.json; increase it whenever their format changes
+# Arguments that do not change the scores of a run. Not --data either: the images themselves are compared.
 NO_EFFECT = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", "checkpoint", "predict",
              "cache_features"}
-# With --checkpoint, all arguments but these and the path of --weights come from the checkpoint.
+# With --checkpoint, all arguments except these and the path of --weights come from the checkpoint.
 FREE = NO_EFFECT | {"batch_size", "limit", "specificity", "scan_score"}
 
 
@@ -759,7 +759,7 @@ def read_checkpoint(file, method, more=()):
     """Read a model.pt of `method`, as written by `Run.keep`. more: additional keys that resume.pt must have."""
     kept = read_state(file, f"model.pt of a {method} run", mmap=True)
     if kept.get("method") != method:
-        raise Error(f"{file} is of method {kept.get('method')}; expected a model.pt of {method}")
+        raise Error(f"{file} belongs to method {kept.get('method')}; expected a model.pt of {method}")
     return _checked(kept, file, args=dict, state=dict, weights=list, notes=dict, train_seconds=float, threads=int,
                     epoch=(int, type(None)), images=(str, type(None)), **dict.fromkeys(more, object))
 
@@ -837,7 +837,7 @@ class Run:
             raise Error(f"{folder} holds another run; give another --out or --overwrite")
         elif finished.exists():
             self._belongs_to(read_results(finished))
-            print(f"{folder} already holds this run, finished; nothing to do (--overwrite runs it again)")
+            print(f"{folder} already holds this run, which is finished; nothing to do (--overwrite runs it again)")
             raise SystemExit(0)
         else:
             kept = read_checkpoint(interrupted, method, ("first_stage", "history", "best", "stateful", "random"))
@@ -853,11 +853,11 @@ class Run:
         self.total = getattr(args, "epochs", None)  # a script may change it
 
     def _belongs_to(self, kept):
-        """Raise `Error` if an earlier run in this folder had other arguments or images."""
-        asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # as lists
+        """Raise `Error` if the earlier run `kept` had different arguments or images."""
+        asked, theirs = (json.loads(json.dumps(a)) for a in (dataclasses.asdict(self.args), kept["args"]))  # as JSON
         other = [f"--{k.replace('_', '-')} {theirs.get(k)}, not {asked[k]}" for k in asked
                  if k not in NO_EFFECT and asked[k] != theirs.get(k)]
-        if kept["images"] != self.images:  # they include the folder
+        if kept["images"] != self.images:  # the fingerprint includes the folder
             other.append(f"other images: --data {self.args.data} is another folder, or its files have changed")
         if other:
             raise Error(f"{self.folder} holds a run with {other[0]}; give --overwrite or another --out")
@@ -866,7 +866,7 @@ class Run:
         """Yield 1, 2, ..., total. After an interruption, continue from the state saved at the last evaluation.
 
         stateful: what training changes besides the model: optimizers, schedules, other networks. first_stage: number of
-        epochs of a stage before, which is not validated; nothing is yielded if the interrupted run had completed it."""
+        epochs of an earlier stage without validation. If an interrupted run had completed it, it yields nothing."""
         kept, done, total, stage = self.kept, 0, self.total, ""
         if first_stage is not None:
             if kept and kept["first_stage"] is None:
@@ -929,14 +929,14 @@ class Run:
 
 
 def pretrained(model):
-    """Return `weights_used` of each pretrained network in `model`, and how the keys of the frozen ones begin."""
+    """Return `weights_used` of each pretrained network in `model`, and the key prefixes of the frozen ones."""
     networks = [(name, module) for name, module in model.named_modules() if hasattr(module, "weights_used")]
     frozen = tuple(f"{name}." for name, module in networks if hasattr(module, "frozen"))
     return [module.weights_used for _, module in networks], frozen
 
 
 def restore(model, kept, source):
-    """Load the state of `kept`, as from `read_checkpoint`, into `model`. source: where it is from, for the `Error`."""
+    """Load the state in `kept` (see `read_checkpoint`) into `model`. source: its file, for the `Error`."""
     used, frozen = pretrained(model)
     if [w["sha256"] for w in kept["weights"]] != [w["sha256"] for w in used]:
         raise Error(f"{source} was trained on the frozen weights {kept['weights']}, not on {used}; give the same ones")
