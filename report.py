@@ -658,7 +658,7 @@ def name_lines(frame, lines, named):
 
 
 def training_figure(data, rows, runs):
-    """For each method's first seed, plot the log's first loss column and the image AUROC at validated epochs."""
+    """For each method's first seed, plot the log's first loss column and the image AUROC of evaluated epochs."""
     panels, frame = [], Frame((0, 1), (0, 100), 200, 118, 30, 22, 10, 20)
     for method in [r["method"] for r in rows]:
         log, chosen = read_log(runs[data, method][0]["folder"] / "log.csv"), runs[data, method][0]["epoch"]

@@ -3,16 +3,16 @@
 The script prints one line for each kind of finding. Errors (exit status 1) are images or patients in two splits; masks
 that are missing, all black, or not the size of their image; and unreadable files. Notices (exit status 0) are counts
 that differ from the published ones, near-duplicates, mixed sizes or formats, odd masks, and names that may belong to
-the same patient. The script writes two files to <root>/.cache: a record of the check (JSON), which later runs on the
-same files quote, and a picture (PNG) with samples and the closest pairs.
+the same patient. The script writes two files to <root>/.cache: a record of the check (JSON), quoted by later runs on
+the same files, and a picture (PNG) with samples and the closest pairs.
 
 Images are compared by their texture: the difference between an image and its blurred copy, divided by the local
 standard deviation of that difference. Brightness, contrast and gamma hardly change the texture.
 1. The 32x32 textures of all images are correlated in eight orientations, with or without inversion. For each image, the
    best match in another split is passed to step 2. (In all 750 trials, the best match of a copy was its original.)
 2. Both images are read again at half their size (64 to 256 pixels), aligned by a shift, and matched in their tone
-   curve. Their similarity is the correlation of the textures, because fine details and noise distinguish a copy from a
-   second photograph. At least 0.965 (SAME) means the same image, at least 0.75 (NEAR) a near-duplicate.
+   curve. Similarity is the correlation of the textures: fine details and noise distinguish a copy from a second
+   photograph. At least 0.965 (SAME) means the same image, at least 0.75 (NEAR) a near-duplicate.
 
 Similarity of copies of 50 solar-cell and 50 brain MR images (minimum / the lower of the two medians):
   mirrored              0.994 / 0.999    gamma 0.6 or 1.6      0.992 / 0.996

@@ -1,7 +1,7 @@
 """phantom: test data without a download, generated from the brain MR volume included in every nibabel installation.
 
 Each image is a slice of one volunteer's brain (an axial volume of 128x96x24 voxels that nibabel distributes as test
-data) with random deformation and grey values; anomalous images also have painted lesions. The phantom is for first runs
+data) with random deformation and contrast; anomalous images also have painted lesions. The phantom is for first runs
 and tests. It is not a benchmark: results on it say nothing about patients.
 
 Each image is generated with its own random generator in three steps:

@@ -429,7 +429,7 @@ class Preparation:
             raise common.Error("stopped at the first damaged file (--strict)")
 
     def plan(self, counts, published):
-        """Print counts that differ from the published ones; `Error` if a class of train or test would be empty.
+        """Print counts that differ from the published ones; raise `Error` if train or test would lack a class.
 
         counts, published: {(split, label): number of images}."""
         other = []

@@ -174,7 +174,7 @@ class AnoGAN(nn.Module):
             return z.detach(), self.residual(z, x, features)
 
     def predict(self, image):
-        """Return None, since there is no anomaly map, and the score (B,; the residual after the search)."""
+        """Return None, since there is no anomaly map, and the residual after the search as the score (B,)."""
         return None, self.search(2 * image - 1)[1]
 
 

@@ -2,10 +2,10 @@
 
 One sentence describes each class. An image is anomalous if its feature is closer to that of "{m} of an abnormal {o}"
 than to that of "{m} of a normal {o}" (m: kind of image, o: organ). The anomaly map compares each patch in the same way.
-Nothing is trained or random.
+There is no training and no randomness.
 
-Settings: the thesis does not state the sentences, sizes or model for this method, nor where its standard deviations
-come from. We use WinCLIP's model, so that only the methods differ, and the temperature of trained CLIP.
+Settings: the thesis does not give this method's sentences, image sizes or model, nor the source of its standard
+deviations. We use WinCLIP's model, so that only the methods differ, and the temperature of trained CLIP.
 Differences from the paper: the paper has no anomaly map. We apply the class token's layer norm and projection to the
 patch tokens of the last block, as AnoVL and VAND do before they train or change anything. `--prompts ensemble` averages
 the medical sentences of winclip.py for each class.

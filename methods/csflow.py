@@ -139,7 +139,7 @@ class Coupling(nn.Module):
 
 
 def affine(x, r):
-    """Return exp(s) x + t for each scale and log |det| (B,; the sum of all s). The halves of r are s and t."""
+    """Return exp(s) x + t for each scale and log |det| (B,), the sum of all s. The halves of r are s and t."""
     y, log_det = [], 0
     for v, halves in zip(x, r, strict=True):
         s, t = halves.chunk(2, dim=1)
@@ -194,7 +194,7 @@ class CSFlow(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W; mean z^2 at scale 0) and the score (B,; mean z^2 / 2 over all scales)."""
+        """Return mean z^2 at scale 0 as the map (B, H, W) and mean z^2 / 2 over all scales as the score (B,)."""
         self.eval()
         z, _ = self.flow(self.features(image))  # scores ignore the log-determinant (official code)
         anomaly_map = F.interpolate(z[0].square().mean(1, keepdim=True), image.shape[-2:], mode="bilinear")[:, 0]

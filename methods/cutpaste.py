@@ -207,7 +207,7 @@ class CutPaste(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return None (no anomaly map) and the score (B,; the Mahalanobis distance, monotonic in -log p, Eq. 2)."""
+        """Return None (no anomaly map) and, as the score (B,), the Mahalanobis distance (monotonic in -log p)."""
         self.eval()
         # (f - mu)^T Sigma^-1 (f - mu) = |L^-1 (f - mu)|^2
         return None, ((self.embed(image) - self.mean) @ self.whiten.T).norm(dim=1)

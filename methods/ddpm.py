@@ -336,7 +336,7 @@ class AnoDDPM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly map (B, H, W; the squared error summed over channels) and the score (B,; see --score)."""
+        """Return the squared error, summed over channels, as the anomaly map (B, H, W), and the score (B,)."""
         self.eval()
         x_0 = self.scaled(image)
         recon = torch.cat([sum(self.reconstruct(x, fields) for fields in self.fields) / len(self.fields)

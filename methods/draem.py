@@ -88,7 +88,7 @@ class Args:
     """textures to blend in: dtd (official code; 600 MB, downloaded by torchvision to <root>/dtd), images (the
     training images themselves), noise (the Perlin noise of the mask; BMAD's code) or a FOLDER of images"""
     width: Annotated[int, Ge(2)] = 128
-    """first-layer channels of the restoring network (official code); the segmenting network has half; 16 suits a CPU"""
+    """first-layer channels of the restoring network (official code); half in the segmenting network; try 16 on a CPU"""
 
 
 # ---------------------------------------------------------------------------------------- networks (paper, 3.1 and 3.2)
@@ -153,7 +153,7 @@ class DRAEM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly probabilities M_o (B, H, W) and the score (B,; the maximum of M_o's 21x21 means)."""
+        """Return the anomaly probabilities M_o (B, H, W) and, as the score (B,), the maximum of their 21x21 means."""
         self.eval()
         anomaly_map = self(image)[1].softmax(dim=1)[:, 1]
         # paper, Eq. 5; pixels outside the image count as zero (official code, test_DRAEM.py)

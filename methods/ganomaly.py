@@ -160,7 +160,7 @@ class Generator(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return None (no anomaly map) and the anomaly score (B,; the mean squared difference between the codes)."""
+        """Return None (no anomaly map) and, as the score (B,), the mean squared difference between the codes."""
         self.eval()
         _, z_recon, z = self(2 * image - 1)
         return None, (z - z_recon).square().mean(dim=(1, 2, 3))
@@ -174,7 +174,7 @@ class Discriminator(nn.Module):
         self.apply(initialize)
 
     def forward(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> features (B, C, 4, 4) and logits (B,; high for real images)."""
+        """x (B, 3, H, W) in [-1, 1] -> features (B, C, 4, 4) and logits (B,), which are high for real images."""
         f = self.features(x)
         return f, self.classifier(f).flatten()
 

@@ -192,7 +192,7 @@ class UTRAD(nn.Module):
         return torch.cat([first, *(F.interpolate(f, first.shape[-2:]) for f in deeper)], dim=1)  # by nearest neighbour
 
     def forward(self, features):
-        """F (B, C, h, h) -> reconstruction (B, C, h, h) and, up to its sign, expected error (B, 1, h, h)."""
+        """features (B, C, h, h) -> reconstruction (B, C, h, h) and, up to sign, expected error (B, 1, h, h)."""
         with torch.autocast("cuda", torch.bfloat16, enabled=features.is_cuda):
             x = F.dropout(self.embed(features) + self.position, DROPOUT, self.training)
             x, skips = x.permute(0, 2, 3, 1).contiguous(), []  # (B, h, h, d)
