@@ -701,7 +701,7 @@ def browser(data, runs, scores):
 
 # --------------------------------------------------------------------------------------------------------- the report
 def settings_of(rows, results):
-    """Return lines "methods: settings that they all change", with paths shortened to file names."""
+    """Return lines "methods: settings that all their runs changed", with paths shortened to file names."""
     having, shared = defaultdict(dict), defaultdict(list)  # {flag: {method: None}}, {methods: [flag, ...]}
     for r in results:
         for flag in flags(r["changed"]):

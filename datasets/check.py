@@ -1,4 +1,4 @@
-"""Check new data before the first run for unusable files and for images or patients in two splits.
+"""Before a first run, check new data for unusable files and for images or patients in two splits.
 
 The script prints one line for each kind of finding. Errors (exit status 1) are images or patients in two splits; masks
 that are missing, all black, or not the size of their image; and unreadable files. Notices (exit status 0) are counts
@@ -8,7 +8,7 @@ the same files, and a picture (PNG) with samples and the closest pairs.
 
 Images are compared by their texture: the difference between an image and its blurred copy, divided by the local
 standard deviation of that difference. Brightness, contrast and gamma hardly change the texture.
-1. The 32x32 textures of all images are correlated in eight orientations, with or without inversion. For each image, the
+1. The 32x32 textures of all images are compared in eight orientations, with and without inversion. For each image, the
    best match in another split is passed to step 2. (In all 750 trials, the best match of a copy was its original.)
 2. Both images are read again at half their size (64 to 256 pixels), aligned by a shift, and matched in their tone
    curve. Similarity is the correlation of the textures: fine details and noise distinguish a copy from a second

@@ -58,7 +58,7 @@ def is_liver(labels):
 
 
 def count_slices(files, folder):
-    """Count [normal, anomalous] slices of a case. Its volume is read, too, so that only usable cases are assigned."""
+    """Count [normal, anomalous] slices of a case. Its CT is read, too, so that only usable cases enter the splits."""
     counts = [0, 0]
     for _, _, labels in btcv.liver_slices(files, is_liver, equalized=False):
         counts[int((labels == TUMOUR).any())] += 1

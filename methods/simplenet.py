@@ -87,7 +87,7 @@ class Args:
     lr: Annotated[float, Gt(0)] = 2e-4
     """Adam's learning rate for the discriminator (official code)"""
     lr_adaptor: Annotated[float, Gt(0)] = 1e-4
-    """AdamW's learning rate for the adaptor (official code: a tenth of 1e-3)"""
+    """AdamW's learning rate for the adaptor (official code)"""
     eval_every: Annotated[int, Ge(1)] = 10
     """validate every N epochs; the best checkpoint is kept"""
     backbone: str = "wide_resnet50_2"
@@ -103,7 +103,7 @@ class Args:
 def pool(feature, width):
     """Pool the 9C values in the 3x3 neighbourhood of each position to `width` means: (B, C, h, w) -> (B, width, h, w).
 
-    As in the official code, values are ordered by channel, row and column, and each mean is over 9C / width of them.
+    As in the official code, values are ordered by channel, row and column, and each mean covers 9C / width values.
     Groups of nine values are one channel's 3x3 neighbourhood; groups of six or twelve may span two channels."""
     neighbourhoods = F.unfold(feature, 3, padding=1)  # (B, 9C, h*w)
     return neighbourhoods.unflatten(1, (width, -1)).mean(2).unflatten(2, feature.shape[-2:])
