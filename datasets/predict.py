@@ -137,7 +137,7 @@ def answer(name, score, normal, threshold):
 
 
 def save_maps(run, index, image, anomaly_map, decision, row):
-    """Write a picture of an image (3, H, W) and its map (S, S), a mask if there is a threshold, and the raw map."""
+    """Draw an image (3, H, W) and its map (S, S); write a mask if there is a threshold, and the raw map."""
     name = f"{index:05}_{common.plain(row['path'].rsplit('.', 1)[0])}"
     title = f"{row['path']}  score {row['score']:.4g}  {row['decision'] or ''}"
     if run.args.maps:

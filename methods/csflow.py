@@ -101,7 +101,7 @@ class Args:
 
 # All lists contain the three scales s = 0, 1, 2: (B, C, h, w), (B, C, h/2, w/2), (B, C, h/4, w/4), with h = H / 32.
 class CrossConvolutions(nn.Module):
-    """Predict the scale and shift of half the channels from the other half: (B, 2 C, ., .) per s (paper, Fig. 4)."""
+    """Predict the scale and shift of half the channels from the other half: three (B, 2 C, ., .) (paper, Fig. 4)."""
 
     def __init__(self, channels, hidden, kernel):
         super().__init__()

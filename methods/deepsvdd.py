@@ -1,7 +1,7 @@
 """DeepSVDD (Ruff et al., ICML 2018, PMLR 80:4393-4402; not on arXiv).
 
 A network without biases learns to map normal images close to a fixed centre c. The anomaly score of an image is the
-squared distance between its embedding and c. An autoencoder pretrains the weights. Then c is set to the mean embedding
+squared distance between its embedding and c. Autoencoder pretraining comes first. Then c is set to the mean embedding
 of the training images and never updated: a trained c or a bias in any layer would let the network map every image to c.
 
 Settings: thesis, Table 3.2 (LeNet, Adam with learning rate 1e-4, weight decay 0.5e-7, batches of 200). Where the thesis

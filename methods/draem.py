@@ -153,7 +153,7 @@ class DRAEM(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the anomaly probabilities M_o (B, H, W) and, as the score (B,), the maximum of their 21x21 means."""
+        """Return the anomaly probabilities M_o (B, H, W) and their maximum after 21x21 averaging, the score (B,)."""
         self.eval()
         anomaly_map = self(image)[1].softmax(dim=1)[:, 1]
         # paper, Eq. 5; pixels outside the image count as zero (official code, test_DRAEM.py)

@@ -119,7 +119,7 @@ def encoder(size, latent, width):
 
 
 def decoder(size, latent, width):
-    """Return the encoder's mirror image: (B, latent, 1, 1) -> (B, 3, size, size) in [-1, 1]."""
+    """Mirror the encoder's layers: (B, latent, 1, 1) -> (B, 3, size, size) in [-1, 1]."""
     c = width * size // 8
     layers = [nn.ConvTranspose2d(latent, c, 4, bias=False), BatchNorm(c), nn.ReLU()]  # (B, c, 4, 4)
     while c > width:
