@@ -65,8 +65,9 @@ FLAGS = {  # of a method's script, and what the peer takes from them; after a _:
     "utrad": f"{NET} --image-size 64 --width 64 --layers 1 --batch-size 2 --lr 3e-3 --epochs 6 --activation gelu",
 }
 ON_PHANTOM = {  # has maps, and three times as many training images as elpv_poly; of two values the last counts
-    "cfa": "--epochs 1", "cflow": "--epochs 1", "csflow": "--epochs 2", "draem": "--epochs 3", "padim": "",
-    "patchcore": "--ratio 0.0005", "rd4ad": "--epochs 1", "simplenet": "--epochs 3", "stfpm": "--epochs 2",
+    "cfa": "--epochs 1", "cflow": "--epochs 1", "csflow": "--epochs 2", "draem": "--epochs 3", "mkd": "--epochs 1",
+    "padim": "", "patchcore": "--ratio 0.0005", "patchsvdd": "--batch-size 4 --repeat 1", "rd4ad": "--epochs 1",
+    "simplenet": "--epochs 3", "stfpm": "--epochs 2", "utrad": "--epochs 2",
 }
 SCORES, MARGIN = ["image_auroc", "pixel_auroc", "aupro"], 0.02
 
