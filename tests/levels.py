@@ -5,16 +5,19 @@
     python tests/levels.py --report                                 the table of tests/README.md
 
 By hand, as parity.py: peers are no dependency. anomalib 2.7 is in the same environment; --peers holds checkouts of
-pytorch-cutpaste (Runinho) and SimpleNet (DonaldRR), under these names. FLAGS has ours; `..._as_peer` undoes what we
-chose to do differently. `phantom` is learns.py's, for the methods with maps. A method is level if its mean over seeds
-is at least the peer's less 0.02, in each score; the exit status is 1 if one is not. A peer's training step is its own;
-batches and metrics are common.py's.
+pytorch-cutpaste (Runinho), SimpleNet (DonaldRR), Deep-SVDD-PyTorch (lukasruff), f-AnoGAN (A03ki), UTRAD
+(gordon-chenmo), Knowledge_Distillation_AD (rohban-lab) and Anomaly-Detection-PatchSVDD-PyTorch (nuclearboy95), under
+these names. FLAGS has ours; `..._as_peer` undoes what we chose to do differently. `phantom` is learns.py's, for the
+methods with maps. A method is level if its mean over seeds is at least the peer's less 0.02, in each score; the exit
+status is 1 if one is not. A peer's training step is its own; batches and metrics are common.py's. Where a peer's
+scoring is slow, or made for another size, its trained state is scored by ours: parity.py finds the two equal.
 
 Each training adds a line to levels.jsonl; a finished line is skipped."""
 
 import contextlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -22,6 +25,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -30,6 +34,7 @@ from types import SimpleNamespace
 from typing import Annotated
 from unittest import mock
 
+import numpy as np
 import torch
 import tyro
 
@@ -46,17 +51,23 @@ FLAGS = {  # of a method's script, and what the peer takes from them; after a _:
     "cflow_as_peer": f"{NET} --fiber-batch 128 --epochs 4 --schedule constant --augment-degrees 0",
     "csflow": f"{NET} --hidden 64 --epochs 6 --lr 1e-3",
     "cutpaste": f"{NET} --epochs 60 --freeze-epochs 3",
+    "deepsvdd": "--image-size 32 --ae-epochs 10 --ae-lr 1e-4 --ae-batch-size 20 --epochs 15 --batch-size 20",
     "draem": "--textures images --image-size 64 --width 16 --epochs 8 --lr 1e-3",
+    "fanogan": "--image-size 32 --batch-size 16 --gan-epochs 10 --epochs 10 --lr 1e-3",
     "ganomaly": "--image-size 32 --batch-size 8 --epochs 12",
+    "mkd": "--backbone vgg16 --weights none --image-size 64 --batch-size 8 --epochs 2",
     "padim": NET,
     "patchcore": f"{NET} --ratio 0.003",
+    "patchsvdd": "--image-size 96 --batch-size 8 --repeat 2 --epochs 1 --lr 1e-3 --svdd 0.001 --bank 2000",
     "rd4ad": "--backbone resnet18 --weights none --image-size 128 --batch-size 8 --epochs 3",
     "simplenet": f"{NET} --epochs 8 --noise 0.16",
     "stfpm": f"{NET} --epochs 4",
+    "utrad": f"{NET} --image-size 64 --width 64 --layers 1 --batch-size 2 --lr 3e-3 --epochs 6 --activation gelu",
 }
 ON_PHANTOM = {  # has maps, and three times as many training images as elpv_poly; of two values the last counts
-    "cfa": "--epochs 1", "cflow": "--epochs 1", "csflow": "--epochs 2", "draem": "--epochs 3", "padim": "",
-    "patchcore": "--ratio 0.0005", "rd4ad": "--epochs 1", "simplenet": "--epochs 3", "stfpm": "--epochs 2",
+    "cfa": "--epochs 1", "cflow": "--epochs 1", "csflow": "--epochs 2", "draem": "--epochs 3", "mkd": "--epochs 1",
+    "padim": "", "patchcore": "--ratio 0.0005", "patchsvdd": "--batch-size 4 --repeat 1", "rd4ad": "--epochs 1",
+    "simplenet": "--epochs 3", "stfpm": "--epochs 2", "utrad": "--epochs 2",
 }
 SCORES, MARGIN = ["image_auroc", "pixel_auroc", "aupro"], 0.02
 
@@ -88,6 +99,20 @@ class Args:
 def batches(train, settings, drop_last=False):
     for epoch in range(1, settings.epochs + 1):
         yield from train.batches(settings.batch_size, "cpu", (settings.seed, epoch), drop_last)
+
+
+class Loader:
+    """What a peer's own loop takes as its loader: our batches, in a new order each time; `item` is made of each."""
+
+    def __init__(self, train, settings, batch_size, item):
+        self.train, self.settings, self.batch_size, self.item, self.epoch = train, settings, batch_size, item, 0
+
+    def __len__(self):
+        return math.ceil(len(self.train) / self.batch_size)
+
+    def __iter__(self):
+        self.epoch += 1
+        return map(self.item, self.train.batches(self.batch_size, "cpu", (self.settings.seed, self.epoch)))
 
 
 def anomalib_scores(model, scale=common.normalize):
@@ -174,6 +199,37 @@ def csflow(settings, train, args):
     return anomalib_training(module, batches(train, settings), lr=settings.lr)
 
 
+def deepsvdd(settings, train, args):
+    """On the images that our `prepare` makes."""
+    theirs = load_script("tests/peers/deepsvdd.py")
+    sys.path.insert(0, str(args.peers / "Deep-SVDD-PyTorch/src"))
+    from deepSVDD import DeepSVDD
+    from networks.main import build_autoencoder
+    from optim.ae_trainer import AETrainer
+
+    ours = theirs.script.build_model(settings)
+    images = ours.load(train.batches(256, "cpu"))
+
+    def dataset(batch_size):
+        loader = Loader(train, settings, batch_size, lambda image: (ours.prepare(image), image, image))
+        return SimpleNamespace(loaders=lambda **_: (loader, None))
+
+    peer = DeepSVDD(settings.objective, settings.nu)
+    peer.set_network("cifar10_LeNet")
+    peer.ae_net = AETrainer(
+        "adam", settings.ae_lr, settings.ae_epochs, (settings.ae_milestone,), weight_decay=settings.ae_weight_decay,
+        device="cpu").train(dataset(settings.ae_batch_size), build_autoencoder("cifar10_LeNet"))
+    peer.init_network_weights_from_pretraining()
+    peer.train(dataset(settings.batch_size), "adam", settings.lr, settings.epochs, (settings.milestone,),
+               weight_decay=settings.weight_decay, device="cpu")
+
+    def predict(image):
+        peer.test(theirs.Loaders(images[:2], ours.prepare(image)), "cpu")
+        return None, torch.tensor([score for *_, score in peer.results["test_scores"]])
+
+    return predict
+
+
 def draem(settings, train, args):
     """Repaired: its focal loss, which gives normal pixels no weight with today's kornia."""
     from anomalib.models.image import Draem
@@ -229,12 +285,65 @@ def cutpaste(settings, train, args):
     return lambda image: (None, gaussian.predict(embed(image)))
 
 
+def fanogan(settings, train, args):
+    """Its programs write their networks and pictures to the current folder."""
+    theirs = load_script("tests/peers/fanogan.py")
+    sys.path[:0] = [str(args.peers / "f-AnoGAN"), str(args.peers / "f-AnoGAN/mvtec_ad")]
+    del sys.modules["fanogan"]  # ours; theirs has the same name
+    from fanogan.train_encoder_izif import train_encoder_izif
+    from fanogan.train_wgangp import train_wgangp
+    from model import Discriminator, Encoder, Generator
+
+    opt = SimpleNamespace(img_size=settings.image_size, latent_dim=settings.latent, channels=3, n_critic=5,
+                          lr=settings.lr, b1=0.5, b2=0.999, sample_interval=10**9, n_epochs=settings.gan_epochs)
+    loader = Loader(train, settings, settings.batch_size, lambda image: (2 * theirs.script.augment(image) - 1, None))
+    peer = Generator(opt), Discriminator(opt), Encoder(opt)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        train_wgangp(opt, *peer[:2], loader, "cpu")
+        opt.n_epochs = settings.epochs
+        train_encoder_izif(opt, *peer, loader, "cpu")
+    ours = theirs.script.build_model(settings)
+    theirs.load(ours, *peer)
+    return ours.predict
+
+
 def ganomaly(settings, train, args):
     from anomalib.models.image import Ganomaly
 
     module = sized(Ganomaly, settings, batch_size=settings.batch_size, n_features=settings.features,
                    latent_vec_size=settings.latent)
     return anomalib_training(module, batches(train, settings, drop_last=True), lr=settings.lr)
+
+
+def mkd(settings, train, args):
+    """Both have the same random VGG-16. Its map is its test function's, which is written for 128 pixels."""
+    theirs = load_script("tests/peers/mkd.py")
+    network, losses, functions = theirs.official(str(args.peers / "Knowledge_Distillation_AD"))
+    config = theirs.CONFIG | dict(lamda=settings.value_weight)
+    vgg16 = mock.patch.object(network, "vgg16", lambda _: common.pretrained_network("vgg16", settings.weights))
+    with vgg16, mock.patch("torch.nn.Module.cuda", lambda net: net), contextlib.redirect_stdout(io.StringIO()):
+        vgg, cloner = network.get_networks(config)
+    vgg.requires_grad_(False)  # for speed: its optimizer has the cloner's parameters only
+    criterion = losses.MseDirectionLoss(settings.value_weight)
+    optimizer = torch.optim.Adam(cloner.parameters(), settings.lr)
+    for image in batches(train, settings):  # train.py, which needs a GPU
+        image = common.normalize(image)
+        loss = criterion(cloner(image), vgg(image))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def predict(image):
+        image = common.normalize(image)
+        with mock.patch("torch.Tensor.cuda", lambda x: x), mock.patch.object(
+                functions, "roc_curve", return_value=([0, 1], [0, 1], [0, 1])) as ranked, torch.enable_grad():
+            functions.detection_test(cloner, vgg, [(image, torch.zeros(len(image)))], config)
+            grads = [abs(functions.GuidedBackprop(cloner, vgg, "cpu").generate_gradients(x, config))
+                     for x in image.split(1)]
+        maps = [functions.gaussian_filter((g - g.min()) / (g.max() - g.min()), sigma=4)[0] for g in grads]
+        return torch.as_tensor(np.stack(maps)), torch.as_tensor(ranked.call_args.args[1])
+
+    return predict
 
 
 def padim(settings, train, args):
@@ -261,6 +370,38 @@ def patchcore(settings, train, args):
         model(common.normalize(image))
     model.subsample_embedding(settings.ratio)
     return anomalib_scores(model)
+
+
+def patchsvdd(settings, train, args):
+    """Scored by ours: its own embeds a patch at a time."""
+    theirs = load_script("tests/peers/patchsvdd.py")
+    sys.path.insert(0, str(args.peers / "Anomaly-Detection-PatchSVDD-PyTorch"))
+    from codes import datasets, utils
+    from codes.networks import EncoderHier, PositionClassifier
+
+    for name in ("generate_coords_position", "generate_coords_svdd"):  # which its datasets ask for 256 pixels
+        draw = getattr(datasets, name)
+        setattr(datasets, name, lambda _h, _w, k, draw=draw: draw(settings.image_size, settings.image_size, k))
+    np.random.seed(settings.seed)
+    ours = theirs.script.build_model(settings)
+    ours.fit_mean(train.batches(settings.batch_size, "cpu"))
+    images = torch.cat(list(train.batches(settings.batch_size, "cpu"))) - ours.mean
+    encoder, position = EncoderHier(64, 64), {k: PositionClassifier(k, 64) for k in (64, 32)}
+    optimizer = torch.optim.Adam([p for net in (encoder, *position.values()) for p in net.parameters()], settings.lr)
+    pairs = {(kind, k): dataset(images, K=k, repeat=settings.repeat) for k in (64, 32)
+             for kind, dataset in (("position", datasets.PositionDataset), ("svdd", datasets.SVDD_Dataset))}
+    loader = torch.utils.data.DataLoader(utils.DictionaryConcatDataset(pairs), settings.batch_size, shuffle=True)
+    for batch in (batch for _ in range(settings.epochs) for batch in loader):  # main_train.py, which needs a GPU
+        optimizer.zero_grad()
+        loss = sum(PositionClassifier.infer(position[k], enc, batch["position", k])
+                   + settings.svdd * datasets.SVDD_Dataset.infer(enc, batch["svdd", k])
+                   for k, enc in ((64, encoder), (32, encoder.enc)))
+        loss.backward()
+        optimizer.step()
+    for source, target in ((encoder.enc, ours.small), (encoder.conv1, ours.join1), (encoder.conv2, ours.join2)):
+        theirs.copy(source, target)
+    ours.fit(train, settings.batch_size, "cpu", settings.bank)
+    return ours.predict
 
 
 def rd4ad(settings, train, args):
@@ -300,6 +441,31 @@ def stfpm(settings, train, args):
     student = get_model(settings.backbone, weights=None)
     module.model.student_model = TimmFeatureExtractor(backbone=student, layers=layers, requires_grad=True)
     return anomalib_training(module, batches(train, settings), lr=settings.lr)
+
+
+def utrad(settings, train, args):
+    """Scored by ours: its own is written for 256 pixels. Its features are ours."""
+    theirs = load_script("tests/peers/utrad.py")
+    peers, ours = load_script(args.peers / "UTRAD/models.py"), theirs.script.build_model(settings)
+    sides, n = [level.side for level in ours.levels], [settings.layers] * len(ours.levels)
+    peer = peers.MultiLevelTransformer(SimpleNamespace(activation=settings.activation), ours.embed.in_channels, sides,
+                                       settings.width, theirs.script.HEADS, n, n, 4 * settings.width)
+    peer.apply(peers.weights_init_normal)
+    lines = theirs.between((args.peers / "UTRAD/main.py").read_text(), "loss = criterion(recon, outputs)",
+                           "(loss+loss_scale).backward()")
+    optimizer = torch.optim.Adam(peer.parameters(), settings.lr, (0.5, 0.999))
+    for image in batches(train, settings):  # main.py, which is one function
+        space = dict(torch=torch, criterion=torch.nn.MSELoss(), outputs=ours.features(image))
+        space["recon"], space["std"] = peer(space["outputs"])
+        exec(lines, space)
+        optimizer.zero_grad()
+        (space["loss"] + space["loss_scale"]).backward()
+        optimizer.step()
+    state = {theirs.renamed(name): value for name, value in peer.state_dict().items() if name != "zeros"}
+    state["position"] = state["position"].view_as(ours.position)
+    kept = {name: value for name, value in ours.state_dict().items() if name.startswith("backbone")}
+    ours.load_state_dict(kept | state)
+    return ours.predict
 
 
 # ------------------------------------------------------------------------------------------------------- the trainings
