@@ -44,7 +44,7 @@ FLAGS = {  # of each method's script
     "clip_recon": f"--epochs 1 {NET} --model tiny --clip-weights none --da-levels 0 --prompt-tokens 4 --lr 1e-2 "
                   "--patches-per-step 32",
     "csflow": f"--epochs 4 {NET} --batch-size 8 --hidden 64 --lr 1e-3",
-    "cutpaste": f"--epochs 200 {NET} --image-size 64 --batch-size 16 --freeze-epochs 0",
+    "cutpaste": "--epochs 400 --backbone resnet18 --weights none --image-size 64 --batch-size 16 --lr 0.1",
     "ddpm": "--epochs 2 --image-size 32 --base-channels 16 --multipliers 1 1 2 --attention 8 --noise-level 100 "
             "--sample-steps 4 --lr 2e-3 --batch-size 4",
     "deepsvdd": "--epochs 10 --ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --batch-size 20",
