@@ -48,7 +48,7 @@ FLAGS = {  # of each method's script
     "ddpm": "--epochs 2 --image-size 32 --base-channels 16 --multipliers 1 1 2 --attention 8 --noise-level 100 "
             "--sample-steps 4 --lr 2e-3 --batch-size 4",
     "deepsvdd": "--epochs 10 --ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --batch-size 20",
-    "draem": "--epochs 6 --textures images --image-size 64 --width 16 --lr 5e-4",
+    "draem": "--epochs 6 --textures images --image-size 64 --width 16 --batch-size 4 --lr 5e-4",
     "fanogan": "--epochs 10 --gan-epochs 12 --image-size 32 --batch-size 16 --lr 1e-3",
     "ganomaly": "--epochs 100 --image-size 32 --features 16 --lr 5e-4",
     "mkd": f"--epochs 1 {NET} --batch-size 8 --lr 3e-3",
