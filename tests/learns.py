@@ -39,16 +39,16 @@ NET = "--backbone mobilenet_v2 --weights WEIGHTS --image-size 128"
 FLAGS = {  # of each method's script
     "anogan": "--epochs 16 --image-size 32 --width 16 --batch-size 16 --lr 1e-3 --steps 60 --search-lr 0.05 "
               "--feature-weight 0.5",
-    "cfa": f"--epochs 2 {NET}",
+    "cfa": f"--epochs 1 {NET} --batch-size 8",
     "cflow": f"--epochs 1 {NET} --batch-size 8 --blocks 4 --lr 1e-3",
     "clip_recon": f"--epochs 1 {NET} --model tiny --clip-weights none --da-levels 0 --prompt-tokens 4 --lr 1e-2 "
                   "--patches-per-step 32",
     "csflow": f"--epochs 4 {NET} --batch-size 8 --hidden 64 --lr 1e-3",
-    "cutpaste": f"--epochs 200 {NET} --image-size 64 --batch-size 16 --freeze-epochs 0",
+    "cutpaste": "--epochs 400 --backbone resnet18 --weights none --image-size 64 --batch-size 16 --lr 0.1",
     "ddpm": "--epochs 2 --image-size 32 --base-channels 16 --multipliers 1 1 2 --attention 8 --noise-level 100 "
             "--sample-steps 4 --lr 2e-3 --batch-size 4",
     "deepsvdd": "--epochs 10 --ae-epochs 5 --ae-lr 1e-4 --ae-batch-size 20 --batch-size 20",
-    "draem": "--epochs 4 --textures images --image-size 64 --width 16 --lr 1e-3",
+    "draem": "--epochs 6 --textures images --image-size 64 --width 16 --batch-size 4 --lr 5e-4",
     "fanogan": "--epochs 10 --gan-epochs 12 --image-size 32 --batch-size 16 --lr 1e-3",
     "ganomaly": "--epochs 100 --image-size 32 --features 16 --lr 5e-4",
     "mkd": f"--epochs 1 {NET} --batch-size 8 --lr 3e-3",
@@ -61,7 +61,7 @@ FLAGS = {  # of each method's script
 STAND_STILL = {  # more than `--lr 1e-30 --epochs 1`
     "deepsvdd": "--ae-lr 1e-30 --ae-epochs 1", "fanogan": "--gan-epochs 1", "patchsvdd": "--repeat 1",
     "simplenet": "--lr-adaptor 1e-30"}
-SCORES = ["image_auroc", "pixel_auroc"]  # the second where there are maps
+SCORES = ["image_auroc", "pixel_auroc", "aupro"]  # the last two where there are maps; older lines have no AUPRO
 FLOOR_SEEDS, MARGIN, UNTRAINED = range(5), 0.05, 2
 
 
@@ -144,14 +144,16 @@ def summary(lines, method, budget=1):
     of_method = {key[1:]: line for key, line in sorted(lines.items()) if key[0] == method}
     ours = {seed: line for (seed, times), line in of_method.items() if times == budget}
     base = [line for seed, line in ours.items() if seed in FLOOR_SEEDS]
-    for name in SCORES if base else ():
-        if name in base[0]["trained"]:
-            untrained = statistics.mean(line["untrained"][name] for line in of_method.values() if line["untrained"])
-            trained, floor = [line["trained"][name] for line in base], None
-            if len(base) == len(FLOOR_SEEDS):
+    for name in SCORES:
+        untrained = [line["untrained"][name] for line in of_method.values() if name in (line["untrained"] or ())]
+        trained, floor = [line["trained"][name] for line in base if name in line["trained"]], None
+        if untrained and trained:
+            untrained = statistics.mean(untrained)
+            if len(trained) == len(FLOOR_SEEDS):
                 floor = statistics.mean(trained) - 2 * statistics.stdev(trained)
                 floor = floor if floor > untrained + MARGIN else None
-            others = {seed: line["trained"][name] for seed, line in ours.items() if seed not in FLOOR_SEEDS}
+            others = {seed: line["trained"][name] for seed, line in ours.items()
+                      if seed not in FLOOR_SEEDS and name in line["trained"]}
             yield name, untrained, trained, floor, others
 
 
@@ -163,7 +165,8 @@ def report(lines):
         label = method if budget == 1 else f"{method}, {budget} times the epochs"
         for name, untrained, trained, floor, others in summary(lines, method, budget):
             spread = f" ± {statistics.stdev(trained):.3f}" if len(trained) > 1 else ""
-            print(f"| {label} | {name.replace('_auroc', ' AUROC')} | {untrained:.3f} | {statistics.mean(trained):.3f}"
+            title = name.replace("_auroc", " AUROC").replace("aupro", "AUPRO")
+            print(f"| {label} | {title} | {untrained:.3f} | {statistics.mean(trained):.3f}"
                   f"{spread} ({len(trained)}) | {floor and round(floor, 3) or '-'} "
                   f"| {', '.join(f'{value:.3f}' for value in others.values())} | {statistics.mean(seconds):.0f} |")
 

@@ -52,6 +52,15 @@ def test_a_floor_that_is_not_clearly_above_the_untrained_score_does_not_count(tm
     assert done.returncode == 1 and "ganomaly does not learn" in done.stderr
 
 
+def test_a_score_that_some_of_five_seeds_lack_has_no_floor_and_the_others_keep_theirs(tmp_path):
+    lines = five()
+    for line in lines[:4]:
+        line["trained"]["aupro"], line["untrained"]["aupro"] = 0.9, 0.1
+    rows = learns.summary(learns.read_lines(written(tmp_path, [*lines, learned(5, 0.8)])), "ganomaly")
+    assert [(name, floor is not None, others) for name, *_, floor, others in rows] == [
+        ("image_auroc", True, {5: 0.8}), ("aupro", False, {})]
+
+
 def test_lines_of_another_command_and_too_few_seeds_give_no_floor(tmp_path):
     done = check(written(tmp_path, [*five()[:4], learned(4, 0.78, flags="--epochs 1"), learned(5, 0.8)]))
     assert done.returncode == 1 and "fewer than 5 seeds" in done.stderr
