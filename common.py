@@ -694,13 +694,13 @@ class PixelMetrics:
 def score(model, image, batch_size=1):
     """Score images (B, 3, H, W) in [0, 1]. Returns float32 arrays: anomaly maps (B, H, W) or None, and scores (B,).
 
-    batch_size: a smaller batch is padded to this size, because scores are rounded differently in smaller batches.
+    batch_size: a smaller batch is padded to this size, because rounding depends on it and on the order in memory.
     Raises `Error` if an image is outside [0, 1] or a score is not finite."""
     if image.ndim != 4 or image.shape[1] != 3 or not (image.min() >= 0 and image.max() <= 1):
         raise Error(f"images {tuple(image.shape)} with values {float(image.min())} to {float(image.max())}: expected "
                     "(B, 3, H, W) in [0, 1]; divide 8-bit images by 255")
     n = len(image)
-    image = torch.cat([image, *[image[-1:]] * (batch_size - n)])
+    image = torch.cat([image, *[image[-1:]] * (batch_size - n)]).contiguous()
     maps, scores = (None if part is None else part[:n].float().cpu().numpy() for part in model.predict(image))
     if not np.isfinite(scores).all():
         raise Error("a score is not finite: training diverged; lower --lr")
@@ -735,8 +735,8 @@ FORMAT = 4  # of model.pt, resume.pt and results.json; increase it whenever thei
 # Arguments that do not change the scores of a run. Not --data either: the images themselves are compared.
 NO_EFFECT = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", "checkpoint", "predict",
              "cache_features"}
-# With --checkpoint, all arguments except these and the path of --weights come from the checkpoint.
-FREE = NO_EFFECT | {"batch_size", "limit", "specificity", "scan_score"}
+# With --checkpoint, all arguments except these come from the checkpoint, unless --weights or --batch-size are given.
+FREE = NO_EFFECT | {"limit", "specificity", "scan_score"}
 
 
 def read_check(file):
@@ -789,9 +789,9 @@ class Run:
         if args.checkpoint:
             kept = read_checkpoint(args.checkpoint, method)
             for field in dataclasses.fields(args):
-                moved = field.name.endswith("weights") and getattr(args, field.name) != field.default
+                given, value = getattr(args, field.name), kept["args"].get(field.name)
+                moved = field.name.endswith(("weights", "batch_size")) and given != field.default
                 if field.name not in FREE and field.name in kept["args"] and not moved:
-                    given, value = getattr(args, field.name), kept["args"][field.name]
                     if given not in (field.default, value):
                         print(f"NOTE: --{field.name.replace('_', '-')} is {value}, from the checkpoint, not {given}")
                     setattr(args, field.name, value)
@@ -991,7 +991,7 @@ def finish(run, model, splits):
     on_gpu = run.device.type == "cuda"
     commit = subprocess.run(["git", "-C", run.script.parent, "describe", "--always", "--dirty", "--abbrev=40"],
                             capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    trained_by = {"batch_size"} if hasattr(args, "epochs") else set()  # else it does not change the result
+    same = FREE | {"seed"} | ({"batch_size"} if not hasattr(args, "epochs") else set())  # these change no setting
     results = dict(
         format=FORMAT, method=run.script.stem, data=folder.parts[-3], seed=args.seed, metrics=metrics,
         images=run.images, counts={name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum()))
@@ -1003,7 +1003,7 @@ def finish(run, model, splits):
                         trained=sum(p.numel() for p in model.parameters() if p.requires_grad)),
         args=dataclasses.asdict(args), command=" ".join(sys.argv[1:]),
         changed={f.name: getattr(args, f.name) for f in dataclasses.fields(args)
-                 if f.name not in FREE - trained_by | {"seed"} and getattr(args, f.name) != f.default},
+                 if f.name not in same and getattr(args, f.name) != f.default},
         versions=versions, device=torch.cuda.get_device_name() if on_gpu else str(run.device),
         threads=torch.get_num_threads(), commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )

@@ -16,8 +16,7 @@
 set -fu
 usage() { echo "error: $1; see the head of run_all.sh" >&2; exit 2; }
 number() {
-    case "$2" in "" | 0?* | *[!0-9]* | ??????????*) false ;; *) [ "$2" -ge "$3" ] ;; esac ||
-        usage "$1=$2: must be an integer, $3 or more"
+    case "$2" in "" | 0?* | *[!0-9]* | ??????????*) false ;; *) [ "$2" -ge "$3" ] ;; esac || usage "$1=$2: $3 or more"
 }
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1 # Slurm runs a copy of this script from another folder
 python=.venv/bin/python ablation=

@@ -356,7 +356,7 @@ FILES = [
     ("layout: a file", lambda at: (shutil.rmtree(at.data), at.data.write_text("")), RUN, "phantom"),
     ("layout: --data is a file", lambda at: None, "--data {at.model}", "{at.model}"),
     ("layout: --data is not there", lambda at: None, "--data nowhere", "nowhere"),
-    ("layout: --data is empty", lambda at: None, "--data=", "no benchmark"),
+    ("layout: --data is empty", lambda at: None, "--data=", "argument is empty"),
     ("layout: --root is not there", lambda at: None, "--root {at.folder}/nowhere", "nowhere"),
     ("layout: --root is a file", lambda at: None, "--root {at.model}", "{at.model}"),
     ("layout: no train", lambda at: shutil.rmtree(at.data / "train"), RUN, "{at.data} & train"),

@@ -206,7 +206,7 @@ def test_lits_divides_cases_1_to_10_and_names_and_lists_the_damaged_ones(tmp_pat
     made = run_here("datasets/lits.py", "--raw", raw, "--root", tmp_path, "--workers", 1)
     assert made.returncode == 1 and "published    833" in made.stdout, made.stderr
     damaged = [line for line in made.stderr.splitlines() if line.startswith("damaged: ")]
-    expected = [("volume-1.nii", "no label"), ("segmentation-2.nii", "download both again"),
+    expected = [("volume-1.nii", "no segmentation"), ("segmentation-2.nii", "download both again"),
                 ("volume-3.nii", "4 dimensions"), ("volume-4.nii.gz", "not a readable"), ("volume-5.nii", "not finite")]
     assert len(damaged) == 5 and "made without 5 damaged" in made.stderr and "Traceback" not in made.stderr
     assert all(name in line and why in line for line, (name, why) in zip(damaged, expected, strict=True))
