@@ -717,6 +717,7 @@ def section_of(title, data, rows, runs, scores, others):
     results = [r for row in rows for r in runs[data, row["method"]]]
     compared, best = compare(data, scores), best_of(rows, "image_auroc")
     alike = compared.alike(best["method"]) if best and best["method"] in compared.auroc else set()
+    marked = best and any(r["image_auroc"] and r["image_auroc"] > best["image_auroc"] for r in rows)
     printed = {key for r in rows for m in METRICS if r[f"{m}_thesis_mean"] is not None for key in (r["method"], m)}
     figures = dict(summary=summary_figure(rows, alike), curves=curves_figure(data, rows, runs, scores),
                    training=training_figure(data, rows, runs))
@@ -725,7 +726,7 @@ def section_of(title, data, rows, runs, scores, others):
         figures["differences"] = frame, [DRAW.differences(frame, compared)]
     return dict(
         title=title, file=common.plain(title), results=results, compared=compared,
-        sentence=WORDS.finding(best, compared, alike).strip(), settings=settings_of(rows, results),
+        sentence=WORDS.finding(best, compared, alike, marked).strip(), settings=settings_of(rows, results),
         notes=WORDS.notes(data, rows, compared, others, marks_of_all(rows), MARKS).strip().splitlines(),
         suspect=WORDS.suspect(rows, METRICS, NOT_COMPARED, printed).strip().splitlines(),
         tables=tables_of(rows, alike), figures={kind: found for kind, found in figures.items() if found[1]},

@@ -718,6 +718,13 @@ def test_values_of_another_type_end_with_one_line(damage, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(target) in done.stderr, done.stderr
 
 
+def test_the_main_sentence_says_that_a_marked_method_is_higher(tmp_path):
+    make_run(tmp_path, "x", "padim", shift=3.0, weights=[dict(name="x", trained=False)])
+    make_run(tmp_path, "x", "deepsvdd", shift=1.0)
+    said = run_here("report.py", tmp_path).stdout
+    assert "Of the methods without the marks (u), (l) and (f), deepsvdd has the highest image AUROC" in said
+
+
 def test_a_copied_seed_is_not_another_seed_and_a_link_to_nothing_is_none(tmp_path):
     folder = make_run(tmp_path, "x", "padim")
     (folder.parent / "seed2").symlink_to(tmp_path / "nowhere")
