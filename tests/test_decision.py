@@ -17,7 +17,7 @@ from PIL import Image
 import common
 
 INFERNO = colormaps["inferno"](range(256), bytes=True)[:, :3]
-PADIM = ["--backbone", "mobilenet_v2", "--weights", "none", "--image-size", 64, "--device", "cpu"]
+PADIM = ["--backbone", "mobilenet_v2", "--weights", "none", "--image-size", 64, "--batch-size", 4, "--device", "cpu"]
 
 
 def rows_of(file):
@@ -198,7 +198,7 @@ def test_damaged_files_are_listed_at_the_end_and_the_rest_is_scored(trained, pha
 
 
 def test_one_image_alone_scores_exactly_as_in_the_run_whatever_its_batch(tmp_path, phantom):
-    run = ["--root", phantom, "--out", tmp_path, "--maps", 0, "--batch-size", 8, "--epochs", 1, *PADIM]
+    run = ["--root", phantom, "--out", tmp_path, "--maps", 0, "--epochs", 1, *PADIM]
     done = run_here("methods/stfpm.py", *run)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "phantom/stfpm/seed0"
