@@ -58,7 +58,6 @@ CLASSES = ["train normal", "valid normal", "valid anomalous", "test normal", "te
 PUBLISHED = {  # numbers of images (README, Benchmarks)
     "brain": (7500, 39, 44, 640, 3075), "liver": (1542, 93, 73, 833, 660), "resc": (4297, 45, 70, 1041, 764),
     "oct2017": (26315, 8, 24, 242, 726), "chest": (8000, 70, 1420, 781, 16413), "histo": (5088, 100, 100, 1000, 1000)}
-SCRIPTS = dict(brain="brats2021", liver="lits", resc="resc", oct2017="oct2017", chest="rsna", histo="camelyon16")
 MAYBE_PATIENT = re.compile(r"(.*\d.*)[-_]\D*\d+")
 FORMATS = {"1": "1-bit", "L": "8-bit grey", "RGB": "8-bit colour", "I;16": "16-bit grey"}  # others: Pillow's name
 TILE, COLUMNS = 120, 8  # in the picture
@@ -246,8 +245,7 @@ if __name__ == "__main__":
         if benchmark and len(chosen) != published:
             findings.append(("notice", "other counts than published", f"{name} {len(chosen)} instead of {published}"))
         if not chosen:
-            script = "btcv" if (benchmark, split) == ("liver", "train") else SCRIPTS.get(benchmark)
-            made = f" (datasets/{script}.py makes them)" * bool(script)
+            made = f" (made by datasets/{common.MADE_BY[benchmark]})" if benchmark else ""
             alone = split == "test" and not listed["test"]  # training needs normal images only
             findings.append(("notice" if split == "valid" or alone else "error", "no images", name + made))
         classes[name] = common.spread(chosen, args.limit or len(chosen))

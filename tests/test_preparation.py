@@ -657,4 +657,4 @@ def test_all_six_benchmarks_are_made_on_one_root_and_pass_the_check(slides, tmp_
         assert done.returncode == 0 and "errors: none" in done.stdout, done.stdout
     shutil.rmtree(tmp_path / "liver/valid")
     done = run_here("datasets/check.py", "--data", "liver", "--root", tmp_path)
-    assert "no images: 2, e.g. valid normal (datasets/lits.py makes them)" in done.stdout
+    assert "no images: 2, e.g. valid normal (made by datasets/btcv (train) and lits (valid, test))" in done.stdout
