@@ -40,8 +40,7 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
     echo "installing requirements.txt into .venv (several GB, a few minutes)" >&2
     { [ -x $python ] || python3 -m venv .venv; } && $python -m pip install -q --disable-pip-version-check \
         -r requirements.txt && cp requirements.txt .venv/installed.txt ||
-        { echo "error: .venv is not complete (see above); it needs Python 3.11 with venv, a network and 8 GB of disk" >&2
-            exit 1; }
+        { echo "error: .venv is incomplete (see above); it needs Python 3.11, venv, a network, 8 GB" >&2; exit 1; }
 fi
 [ "${1:-}" = setup ] && exit 0
 known='import common, sys
