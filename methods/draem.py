@@ -14,8 +14,7 @@ Differences from the official code: an epoch visits each image once (official co
 epoch is chosen on valid (official code: the last one); SSIM assumes a value range of 1 (official code: 2 if the
 restoration falls below -0.5); torchvision augments textures as floats (official code: imgaug 0.4, 8 bits), so that
 - brightness changes by one factor and one offset (official code: the lightness in one of six colour spaces);
-- saturation is multiplied by 0.8 to 1.2 (official code: shifted by up to 50 / 255, which adds colour to grey textures);
-- autocontrast maps the minimum to 0 and the maximum to 1 (official code: first clips 0 to 20% of pixels at both ends).
+- saturation is multiplied by 0.8 to 1.2 (official code: shifted by up to 50 / 255, which adds colour to grey textures).
 
 Differences from BMAD's code, which produced the thesis' results: textures are photographs (BMAD: --textures noise);
 images lie in [0, 1] (BMAD: scaled by ImageNet's statistics, while textures are in [0, 1]); the weights are initialised
@@ -198,6 +197,13 @@ def rotate(image, degrees=90):
     return RandomRotation(degrees, InterpolationMode.BILINEAR)(image)  # corners become black
 
 
+def autocontrast(texture):
+    """Stretch each channel to [0, 1] after clipping 0 to 20% of its pixels at both ends."""
+    clipped = uniform(0, 0.2)
+    low, high = (texture.flatten(1).quantile(q, dim=1)[:, None, None] for q in (clipped, 1 - clipped))
+    return torch.where(high > low, ((texture - low) / (high - low)).clamp(0, 1), texture)
+
+
 def augment(texture, k):
     """Apply the k-th of ten augmentations to a texture (3, H, W) in [0, 1], with the official code's ranges."""
     import torchvision.transforms.v2.functional as TF
@@ -211,7 +217,7 @@ def augment(texture, k):
         lambda a: TF.solarize(a, uniform(32, 128) / 255) if uniform(0, 1) < 0.5 else a,
         lambda a: TF.posterize(a, int(torch.randint(1, 9, ()))),  # bits
         TF.invert,
-        TF.autocontrast,
+        autocontrast,
         TF.equalize,
         lambda a: rotate(a, 45)][k](texture)
 
