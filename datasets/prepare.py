@@ -138,7 +138,7 @@ def read_list(file, columns):
 
 
 def read_split(file, cases, splits):
-    """Read {case: split} from a CSV file with columns case,split; `Error` if a case is not in `cases` or repeated, or a
+    """Read {case: split} from a CSV file with columns case,split; `Error` if a case is repeated or not in `cases`, or a
     split is not in `splits`."""
     found = {}
     for row in read_list(file, ["case", "split"]):
