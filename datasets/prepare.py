@@ -105,7 +105,7 @@ def skipped(files, what):
 
 
 def stamp(file):
-    """Return [size, modification time] of a file, and of the .hdr of an .img; None if one is missing."""
+    """Return [size, modification time] of a file, and of an .img's .hdr; None if either is missing."""
     try:
         found = [os.stat(f) for f in [file, file[:-3] + "hdr"][: 1 + file.endswith(".img")]]
         return [number for state in found for number in (state.st_size, state.st_mtime_ns)]

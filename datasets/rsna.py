@@ -15,7 +15,7 @@ Protocol:
    interpretation MONOCHROME1 or a negative slope are inverted.
 
 JPEG data in DICOM have no checksums: damage is detected only if a file is truncated or its header is invalid.
-Published counts (normal + anomalous): train 8,000; valid 70 + 1,420 (1:1 in the thesis); test 781 + 16,413.
+Published counts (normal + anomalous): train 8,000; valid 70 + 1,420 (thesis: ratio 1:1); test 781 + 16,413.
 """
 
 import sys
