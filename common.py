@@ -460,7 +460,7 @@ def load_benchmark(args):
     if held:
         valid.source = f"{len(valid) - valid.labels.sum()} training images held out"
         print(f"{valid.source} for the thresholds (--holdout {args.holdout})")
-    if not valid or not valid.labels.any():
+    if hasattr(args, "epochs") and not (valid and valid.labels.any()):
         print("NOTE: the last epoch is kept; choosing the best one requires normal and anomalous images in valid")
     if not test:
         print("NOTE: no test images, so there will be no metrics; use the trained model with --predict")

@@ -424,7 +424,7 @@ def rows_of(runs, scores, published):
 
 
 def fair(row):
-    """Return True if all networks are trained and use all images, and the other runs use the same images."""
+    """Return True if no run of the row is untrained, on fewer images, or on other images than the other rows."""
     return not {"u", "l", "f"} & set(row["marks"])
 
 
@@ -675,8 +675,8 @@ def training_figure(data, rows, runs):
 def browser(data, runs, scores):
     """Return the data that the page needs to show the test images of a benchmark; None if no run saved images.
 
-    Each method is represented by its first seed with maps, or else its first seed. Methods with other images are left
-    out."""
+    Each method is represented by its first seed with maps or, without maps, by its first seed. Methods with other
+    images are left out."""
     shared, methods = None, {}
     for method, results in [(method, results) for (d, method), results in runs.items() if d == data]:
         r = next((r for r in results if (r["folder"] / "browser").is_dir()), results[0])

@@ -24,7 +24,7 @@ patients have tumour-free slices, only such patients are assigned to the normal 
 each patient in valid or test contributes slices of both classes. --split FILE (CSV: case,split,label) replaces this
 division. The challenge's validation set has no segmentations and is skipped. The checksums of .nii.gz files are
 verified. A .nii file has none: damage is detected only if the file is truncated or its header is invalid.
-Published counts (normal + anomalous): train 7,500; valid 39 + 44; test 640 + 3,075 (1:1 in the thesis). The images
+Published counts (normal + anomalous): train 7,500; valid 39 + 44; test 640 + 3,075 (thesis: ratio 1:1). The images
 take about 0.4 GB.
 """
 

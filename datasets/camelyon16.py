@@ -229,7 +229,7 @@ def inside(polygon, xs, ys):
 
 
 def outline(polygon, shape):
-    """Return a bool array of `shape` (the grid of centres): True if the patch is within 4 pixels of the outline."""
+    """Return a bool array of `shape` (the grid of centres): True for patches within 4 pixels of the outline."""
     found, steps = np.zeros(shape, bool), np.roll(polygon, -1, axis=0) - polygon
     parts = np.ceil(np.hypot(*steps.T) / 8).astype(int).clip(1)  # at most 8 pixels apart, so one point is within 4
     part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)

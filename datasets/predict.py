@@ -43,7 +43,8 @@ def predict(run, model, kept):
             common.write_csv(folder / f"{name}.csv", table)
     record = dict(input=str(asked.resolve()), checkpoint=args.checkpoint and str(Path(args.checkpoint).resolve()),
                   checkpoint_sha256=args.checkpoint and common.sha256(args.checkpoint), damaged=damaged,
-                  thresholds={k: decision[k] for k in ("image", "pixel", "scan")},
+                  thresholds={k: decision[k] for k in ("image", "pixel", "scan")}, about=decisions.stated(decision),
+                  weights=kept["weights"],
                   args={k: v for k, v in dataclasses.asdict(args).items() if k != "data"},
                   scored=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     (folder / "predict.json").write_text(json.dumps(record, indent=1))
@@ -53,7 +54,7 @@ def predict(run, model, kept):
         show_ranking(scans, "scans", decision["scan"], len(decision["normal_scans"]), 20)
     else:
         show_ranking(rows, "images", decision["image"], len(decision["normal_scores"]), 1)
-    print(f"{decisions.stated(decision)}: {folder}")
+    print(decisions.stated(decision), f"results: {folder}", sep="\n")
     if damaged:
         print(*[f"not scored: {message}" for message in damaged], sep="\n", file=sys.stderr)
         raise SystemExit(1)

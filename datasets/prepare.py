@@ -105,7 +105,7 @@ def skipped(files, what):
 
 
 def stamp(file):
-    """Return [size, modification time] of a file, and of the .hdr of an .img; None if one is missing."""
+    """Return [size, modification time] of a file, and of an .img's .hdr; None if either is missing."""
     try:
         found = [os.stat(f) for f in [file, file[:-3] + "hdr"][: 1 + file.endswith(".img")]]
         return [number for state in found for number in (state.st_size, state.st_mtime_ns)]
@@ -138,7 +138,7 @@ def read_list(file, columns):
 
 
 def read_split(file, cases, splits):
-    """Read {case: split} from a CSV file with columns case,split; `Error` if a case is not in `cases` or repeated, or a
+    """Read {case: split} from a CSV file with columns case,split; `Error` if a case is repeated or not in `cases`, or a
     split is not in `splits`."""
     found = {}
     for row in read_list(file, ["case", "split"]):

@@ -75,7 +75,7 @@ class Args:
     clip_weights: str = "laion400m_e32"
     """CLIP weights: an open_clip TAG, none (untrained), auto (laion400m_e32 if available, else none) or a FILE"""
     clip_size: Annotated[int, Ge(16)] = 240
-    """images are resized again for CLIP, to this width and height in pixels; 240: 15 x 15 patches, as in training"""
+    """images are resized again to this width and height in pixels; 240: 15 x 15 patches, as in CLIP's training"""
     words: Literal["auto", "brain", "liver", "resc", "oct2017", "chest", "histo", "phantom", "generic"] = "auto"
     """what the sentences are about (see WORDS); auto: the benchmark given by --data, or generic for other folders"""
     prompts: Literal["plain", "ensemble"] = "plain"

@@ -12,7 +12,7 @@ decoding return the image unchanged, lesion included. The thesis does not explai
 needs no labels; `--noise gauss` gives the reconstruction of plain DDPM.
 
 Settings: official code (Julian-Wyatt/AnoDDPM, 3052f04, args28.json): network, noise schedule, 0 <= t < 800 in training,
-AdamW with learning rate 1e-4, gradients clipped to norm 1, averaged weights, 300,000 training images (epochs: brain 40,
+AdamW with learning rate 1e-4, gradients clipped to norm 1, averaged weights, 300,000 images seen (epochs: brain 40,
 liver 195, resc 70, oct2017 12, chest 38, histo 59).
 Differences from the official code:
 - Perlin noise on a cubic lattice replaces simplex noise, with the same periods and persistence.

@@ -224,7 +224,7 @@ def augment(texture, k):
 
 def perlin(rows, columns, size, device):
     """Return Perlin noise (size, size) with mean 0. The corners of rows x columns cells have random unit gradients. A
-    pixel is the weighted sum, over the four corners of its cell, of the gradient times the offset from the corner."""
+    pixel is the weighted sum, over its cell's corners, of the dot product of the gradient and the pixel's offset."""
     def weight(offset):  # of a corner: 1 at offset 0, 0 at 1 cell, with zero slope at both
         s = 1 - offset.abs()
         return s**3 * (6 * s**2 - 15 * s + 10)

@@ -159,7 +159,7 @@ def greedy_coreset(points, count, batch=2048):
 
     The first pick is random. The paper updates all distances after each pick. Here, each pass over the points finds the
     `batch` points that are farthest from all centres, and many picks are made among them. Distances only decrease, so
-    these picks equal the paper's until all `batch` points are closer than the next-farthest was in that pass."""
+    the picks equal the paper's until all of these points are closer than the farthest other point was in that pass."""
     n = len(points)
     chosen = torch.randint(n, (1,)).to(points.device)
     distance = torch.full((n,), torch.inf, device=points.device)  # from each point to its nearest centre

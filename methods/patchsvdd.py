@@ -97,7 +97,7 @@ class Args:
     svdd: Annotated[float, Interval(ge=0, le=1)] = 0.9
     """lambda, weight of the two SVDD losses (thesis, Table 3.2; official code: 1, or 1e-3 in its example)"""
     bank: Annotated[int, Ge(1)] = 1_300_000
-    """maximum number of patches in the memory bank of each scale, but at least one per image (our choice)"""
+    """maximum number of patches in each scale's memory bank; every image keeps at least one (our choice)"""
 
 
 def position_corners(count, size, patch):

@@ -12,9 +12,9 @@ Differences from the official code: every tenth epoch is evaluated on valid to c
 test; images are resized to 256 pixels and not cropped, since lesions may lie at the border (official code: resized to
 329, cropped to 288); two unused computations are omitted: the upsampling of features to the image size and the last
 stage of the CNN.
-The noise of 0.015 suits the scale of wide_resnet50_2's features. For backbones without published settings, it is half
-the standard deviation of the features in the first batch. resnet18 and mobilenet_v2 have too few channels for 1,536
-pooled values, so they use the 3x3 mean of each channel.
+Noise with standard deviation 0.015 suits the scale of wide_resnet50_2's features. For backbones without published
+settings, the noise has half the standard deviation of the features in the first batch. resnet18 and mobilenet_v2 have
+too few channels for 1,536 pooled values, so they use the 3x3 mean of each channel.
 
 Parameters: adaptor 2,360,832, discriminator 1,576,960 (and 24,862,528 frozen ones in wide_resnet50_2).
 Cost with default settings on one thread of a busy CPU: 1.1 s per training image, 0.65 s per test image, 1.6 GiB of RAM.
@@ -141,7 +141,7 @@ class SimpleNet(nn.Module):
 
     @torch.inference_mode()
     def predict(self, image):
-        """Return the map (B, H, W) and score (B,). The map is the smoothed -D(q), the score the maximum of -D(q)."""
+        """Return the map (B, H, W) and score (B,). The map is -D(q), smoothed; the score is the maximum of -D(q)."""
         self.eval()
         features = self.features(image)
         q = self.adaptor(features.flatten(0, 2))  # (B*h*w, D)

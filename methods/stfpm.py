@@ -12,7 +12,7 @@ Differences from the paper: the squared difference is not halved. The official c
 not halve it either.
 Differences from the official code:
 - The best epoch is chosen on valid, which contains anomalies, and all training images are used for training. The
-  official code holds out a fifth of the images and keeps the epoch with the lowest mean anomaly map on that fifth.
+  official code holds out a fifth of the images and keeps the epoch whose maps have the lowest mean on that fifth.
 - Each layer's map is upsampled to the image size before the maps are multiplied, as in anomalib and the thesis'
   benchmark. The official code multiplies the maps on the stride-4 grid and upsamples the product.
 

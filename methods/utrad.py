@@ -217,7 +217,7 @@ class UTRAD(nn.Module):
 
 
 def losses(features, recon, std):
-    """Return the mean squared errors of the reconstruction and of the expected error over all tokens."""
+    """Return the mean squared errors, over all tokens, of the reconstruction and of the expected error."""
     error = (recon - features).detach().norm(dim=1, keepdim=True)
     return F.mse_loss(recon, features), F.mse_loss(std, error)
 
