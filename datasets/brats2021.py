@@ -43,6 +43,7 @@ import volumes
 from prepare import common
 
 FIRST, LAST = 60, 99
+HIGHEST = 4  # label
 GROUPS = [("train", 0), ("test", 0), ("valid", 0), ("valid", 1), ("test", 1)]  # in order of rank
 PATIENTS = [424, 162, 39, 11, 615]
 SLICES = dict(valid=range(60, 100, 10), test=range(60, 100, 8))  # for anomalous patients
@@ -73,8 +74,12 @@ def tumour_free(files, folder):
     """Return the tumour-free slices among those that the protocol uses. FLAIR is read, too, so that only usable cases
     are assigned to splits."""
     flair, label = prepare.volume_and_label(files)
-    flair.axial(FIRST, LAST + 1)
-    return (FIRST + np.flatnonzero(~(label.axial(FIRST, LAST + 1) > 0).any(axis=(1, 2)))).tolist()
+    if not np.ptp(flair.axial(FIRST, LAST + 1)):
+        raise prepare.Damaged(f"{flair.file} has the same value in all voxels; download it again")
+    tumour = label.labels(HIGHEST).any(axis=(1, 2))
+    if not tumour.any():
+        raise prepare.Damaged(f"{label.file} has no tumour, but every case has one; download it again")
+    return [z for z in range(FIRST, LAST + 1) if not tumour[z]]
 
 
 def plan(free, groups=None):
@@ -130,7 +135,7 @@ def write_case(item, folder):
     """Write the slices of one case as PNG and return their manifest rows."""
     case, files, (split, slices), colormap = item
     flair, label = prepare.volume_and_label(files)
-    flair, tumour = flair.axial(FIRST, LAST + 1), label.axial(FIRST, LAST + 1) > 0  # (40, H, W)
+    flair, tumour = flair.axial(FIRST, LAST + 1), label.labels(HIGHEST, FIRST, LAST + 1) > 0  # (40, H, W)
     rows = []
     for label, z in [(label, z) for label, chosen in slices.items() for z in chosen]:
         image, mask = flair[z - FIRST], tumour[z - FIRST] if label else None
@@ -167,6 +172,8 @@ if __name__ == "__main__":
     if len(free) < 3:
         raise common.Error(f"{len(free)} usable cases; train, valid and test need one each")
     planned = listed(free, groups) if args.split else plan(free, groups)
+    unused = [case for case, (_, slices) in planned.items() if not any(slices.values())]
+    prepare.skipped(unused, "patients without slices of the listed label")
     if groups and not args.split:
         print("note: train, valid normal and test normal have the published patients; those of valid anomalous "
               "cannot be reproduced, so the first by name are used")

@@ -16,8 +16,8 @@ Protocol (lits.py shares steps 2 to 4):
    A result x from 1 to 149 then becomes floor(30 + 0.8 x), i.e. 30 to 149. --no-equalize skips this step (the
    thesis provides both versions); give lits.py the same flag.
 4. Slices keep the source's 512x512 pixels and are in radiological view (the patient's right is on the left), whatever
-   the affine. If a label has the same grid as its volume but another affine, the volume's orientation is used for both,
-   and a note is printed.
+   the affine. If a label has the same grid as its volume but, by its affine, another orientation and another place,
+   the volume's orientation is used for both, and a note is printed.
 
 The checksums of .nii.gz files are verified. A .nii file has none: damage is detected only if the file is truncated or
 its header is invalid. --patients FILE (CSV with a `case` column, e.g. img0001) selects cases.
@@ -37,7 +37,7 @@ import prepare
 from prepare import common
 
 WINDOW = -200, 250  # HU
-LIVER = 6
+LIVER, HIGHEST = 6, 13  # labels
 BLOCK = 32  # slices read at a time: 32 MiB of each volume at 512x512
 MEMORY = 0.6  # GiB per process: an unpacked volume and its label, 512x512x200 voxels each
 PUBLISHED = {("train", 0): 1542}
@@ -55,21 +55,23 @@ class Args(prepare.Args):
 # ------------------------------------------------------------------------------------------------- shared with lits.py
 def find_pairs(raw, pattern, volume):
     """Return {case: [volume file, label file or None]}. The first group of `pattern` matches the kind (`volume` or
-    another word), and the second group matches the case."""
+    another word), and the second group matches the case (a number)."""
     files = {}
     for file in common.files_in(raw):
         if match := re.fullmatch(pattern + prepare.VOLUME, file.name, re.IGNORECASE):
-            prepare.note_file(files, match[2], "volume" if match[1].lower() == volume else "label", file)
+            prepare.note_file(files, int(match[2]), "volume" if match[1].lower() == volume else "label", file)
     return prepare.labelled(files, raw, "volume", "label")
 
 
-def liver_slices(files, is_liver, equalized):
-    """Yield (slice, image of the liver (H, W) uint8, labels (H, W)) for each slice that shows liver.
+def liver_slices(files, is_liver, highest, equalized):
+    """Yield (slice, image of the liver (H, W) uint8, labels (H, W)) for each slice that shows liver. At the end, raise
+    `Damaged` if most slices show nothing within the liver.
 
-    is_liver: a function that converts labels to a liver mask."""
+    is_liver: a function that converts labels to a liver mask; highest: the highest label."""
     volume, label = prepare.volume_and_label(files)
+    count = shown = 0
     for start in range(0, label.shape[2], BLOCK):
-        labels = label.axial(start, min(start + BLOCK, label.shape[2]))  # (n, H, W)
+        labels = label.labels(highest, start, min(start + BLOCK, label.shape[2]))  # (n, H, W)
         liver = is_liver(labels)
         found = np.flatnonzero(liver.any(axis=(1, 2)))
         if not len(found):
@@ -77,8 +79,13 @@ def liver_slices(files, is_liver, equalized):
         hu = volume.axial(start + int(found[0]), start + int(found[-1]) + 1)
         for z in found.tolist():
             image = np.where(liver[z], window(hu[z - found[0]]), np.uint8(0))
+            count += 1
+            shown += bool(np.ptp(np.percentile(image[liver[z]], [10, 90])))  # neither white, black nor constant
             if image.any():
                 yield start + z, equalize(image) if equalized else image, labels[z]
+    if shown <= count / 2:
+        raise prepare.Damaged(f"{volume.file} shows liver in {shown} of {count} slices labelled in {label.file}, at "
+                              f"{WINDOW[0]} to {WINDOW[1]} HU; download both again")
 
 
 def window(hu):
@@ -107,14 +114,14 @@ def check_equalize(args, other):
 # ---------------------------------------------------------------------------------------------------------------- BTCV
 def find_cases(raw):
     """Return {case: [volume file, label file or None]}, sorted by case."""
-    return {f"img{number}": files for number, files in sorted(find_pairs(raw, r"(img|label)(\d+)", "img").items())}
+    return {f"img{number:04}": files for number, files in find_pairs(raw, r"(img|label)(\d+)", "img").items()}
 
 
 def write_case(item, folder):
     """Write the slices of one case as PNG and return their manifest rows."""
     case, files, equalized = item
     return [prepare.save(folder, "train", 0, f"{case}_{z}", image, case=case, slice=z)
-            for z, image, _ in liver_slices(files, lambda labels: labels == LIVER, equalized)]
+            for z, image, _ in liver_slices(files, lambda labels: labels == LIVER, HIGHEST, equalized)]
 
 
 if __name__ == "__main__":

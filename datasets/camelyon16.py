@@ -134,7 +134,7 @@ def share(splits, found, args):
 
 def read_coords(folder):
     """Read patches, in the form that `choose` returns, from the lists in the folder --coords."""
-    patches, lists = {}, set()
+    patches, lists, seen = {}, set(), {}
     for file in sorted(Path(folder).glob("*")):
         match = re.fullmatch(r"(train|valid|test)_(?:(good|normal)|bad|ungood|tumou?r)\.(txt|csv)", file.name.lower())
         if match is None:
@@ -150,6 +150,9 @@ def read_coords(folder):
                 continue
             if len(row) != 3 or not re.fullmatch(r"\w+_\d+", row[0]) or not (row[1] + row[2]).isdecimal():
                 raise common.Error(f"{file}, line {number}: {','.join(row)} is not slide,x_center,y_center; correct it")
+            if other := seen.get(patch := (row[0].lower(), int(row[1]), int(row[2]))):
+                raise common.Error(f"{file}, line {number}: {','.join(row)} is also in {other}; remove one of them")
+            seen[patch] = file
             patches.setdefault(row[0].lower(), []).append((split, label, int(row[1]), int(row[2])))
     if missing := {("train", 0), ("test", 0), ("test", 1)} - lists:
         names = [f"{split}_{('good', 'bad')[label]}" for split, label in sorted(missing)]
@@ -160,9 +163,13 @@ def read_coords(folder):
 # ---------------------------------------------------------------------------------------------- tissue and annotations
 @contextmanager
 def opened(file):
-    """Open a slide; raise `Damaged` if it cannot be opened or read."""
+    """Open a slide; raise `Damaged` if it cannot be opened or read, or has lost its highest resolution."""
     try:
         with openslide.OpenSlide(file) as slide:
+            size = float(slide.properties.get(openslide.PROPERTY_NAME_MPP_X, 0))  # the source's are 0.23 to 0.25
+            if 0.3 < size < 20:  # 0 or more than 20: unknown
+                raise prepare.Damaged(f"{file} has {size:.2f} micrometres per pixel at level 0, not 0.25; use the "
+                                      "original file")
             yield slide
     except prepare.Damaged:
         raise
@@ -323,9 +330,10 @@ if __name__ == "__main__":
         splits = plan({slide: annotation for slide, (_, annotation) in slides.items()}, fixed)
     preparation = prepare.Preparation("camelyon16", "histo", ["train", "valid", "test"], args, slides, MEMORY)
     sums = prepare.published_sums(common.files_in(raw))
-    checked = {file: (file, sums[file]) for file in prepare.strings(slides) if file in sums}
+    checked = {Path(file).name: (file, sums[file]) for file in prepare.strings(slides) if file in sums}
     sound = preparation.map(prepare.correct_sum, checked, "checking checksums") if checked else checked
-    unsound = {slide for slide, files in slides.items() if any(f in checked and f not in sound for f in files)}
+    unsound = {slide for slide, files in slides.items()
+               if any(file in sums and Path(file).name not in sound for file in files)}
     if args.coords:
         patches = read_coords(args.coords)
     else:

@@ -116,7 +116,7 @@ def patients(files, base):
     files: {split: [image, ...]}. The manifest of a preparation script (CSV with image, case) overrides file names."""
     cases, found = {}, defaultdict(dict)
     for manifest in base.glob("*.csv"):
-        with open(manifest, newline="", errors="replace") as f:
+        with suppress(csv.Error, OSError), open(manifest, newline="", encoding="utf-8-sig", errors="replace") as f:
             cases |= {base / row["image"]: row["case"] for row in csv.DictReader(f) if {"image", "case"} <= set(row)}
     for split, images in files.items():
         for image in images:

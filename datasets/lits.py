@@ -32,7 +32,7 @@ import prepare
 from prepare import common
 
 CASES = range(1, 11)
-TUMOUR = 2
+TUMOUR = 2  # the highest label
 PUBLISHED = {("valid", 0): 93, ("valid", 1): 73, ("test", 0): 833, ("test", 1): 660}
 MEMORY = 1.2  # GiB per process: the largest case, unpacked (512x512x987 voxels); 0.2 without .gz
 LOOKED_FOR = "cases like volume-1.nii with segmentation-1.nii"
@@ -50,7 +50,7 @@ class Args(prepare.Args):
 
 def find_cases(raw):
     """Return {case: [volume file, label file or None]}, sorted by number."""
-    return dict(sorted(btcv.find_pairs(raw, r"(volume|segmentation)-(\d+)", "volume").items(), key=lambda c: int(c[0])))
+    return {str(n): files for n, files in btcv.find_pairs(raw, r"(volume|segmentation)-(\d+)", "volume").items()}
 
 
 def is_liver(labels):
@@ -60,7 +60,7 @@ def is_liver(labels):
 def count_slices(files, folder):
     """Count [normal, anomalous] slices of a case. Its CT is read, too, so that only usable cases enter the splits."""
     counts = [0, 0]
-    for _, _, labels in btcv.liver_slices(files, is_liver, equalized=False):
+    for _, _, labels in btcv.liver_slices(files, is_liver, TUMOUR, equalized=False):
         counts[int((labels == TUMOUR).any())] += 1
     return counts
 
@@ -82,7 +82,7 @@ def write_case(item, folder):
     """Write the slices of one case as PNG and return their manifest rows."""
     case, files, split, equalized = item
     rows = []
-    for z, image, labels in btcv.liver_slices(files, is_liver, equalized):
+    for z, image, labels in btcv.liver_slices(files, is_liver, TUMOUR, equalized):
         tumour = labels == TUMOUR
         label = int(tumour.any())
         rows.append(prepare.save(folder, split, label, f"{case}_{z}", image, tumour if label else None,

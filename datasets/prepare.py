@@ -50,7 +50,7 @@ class Args:
     strict: bool = False
     """stop at the first damaged file instead of skipping it"""
     allow_duplicates: bool = False
-    """print a warning instead of stopping if an image or a patient appears in two splits"""
+    """print a warning instead of stopping if an image or a patient appears in two splits, or an image in two classes"""
 
 
 FREE = {"raw", "root", "workers", "strict", "allow_duplicates"}  # arguments that do not change the benchmark
@@ -167,19 +167,30 @@ def read_grey(file):
 
 
 def volume_and_label(files):
-    """Read [volume file, label file] as two `Volume`s of equal shape. If both have the same grid, the volume's
-    orientation is used for both, because some LiTS labels have lost theirs."""
+    """Read [volume file, label file] as two `Volume`s of equal shape. If a label on the same grid has another
+    orientation and covers another place, the volume's orientation is used for both, because some LiTS labels have lost
+    theirs. A label that covers the same place has reordered voxels and keeps its orientation."""
     if files[1] is None:
         raise Damaged(f"{files[0]} has no segmentation (label file); download it, too")
     volume, label = map(Volume, files)
-    if label.image.shape[:3] == volume.image.shape[:3]:
-        if (label.axes, label.signs) != (volume.axes, volume.signs):
-            note("labels have another orientation than their volumes on the same grid; the volume's is used")
+    if not any(volume.image.header.get(code) for code in ("sform_code", "qform_code")):
+        note("volumes have no orientation in their headers; left, front, up is assumed: look at their images")
+    turned = (label.axes, label.signs) != (volume.axes, volume.signs)
+    if turned and label.image.shape[:3] == volume.image.shape[:3] and not np.allclose(
+            corners(label.image), corners(volume.image), atol=0.5):  # mm
+        note("labels have another orientation than their volumes on the same grid; the volume's is used")
         label.axes, label.signs, label.shape = volume.axes, volume.signs, volume.shape
     if volume.shape != label.shape:
         raise Damaged(f"{label.file} has {label.shape} voxels, its volume {volume.file} {volume.shape}; "
                       "download both again")
     return volume, label
+
+
+def corners(image):
+    """Return the least and greatest coordinates (2, 3) of a NIfTI image's voxel centres, in mm."""
+    ends = np.indices((2, 2, 2)).reshape(3, 8).T * np.subtract(image.shape[:3], 1)  # (8, 3)
+    ends = ends @ image.affine[:3, :3].T + image.affine[:3, 3]
+    return np.array([ends.min(axis=0), ends.max(axis=0)])
 
 
 # --------------------------------------------------------------------------------------- the work of one process
@@ -323,7 +334,7 @@ class Preparation:
         self.part, self.record = self.work / "part", self.folder / f"{source}.json"
         self.damaged, self.notes = {}, {}
         # Lists are recorded by their content, because an edited list defines another benchmark.
-        self.asked = {k: [common.sha256(f) for f in sorted([v, *v.glob("*")]) if f.is_file()] if isinstance(v, Path)
+        self.asked = {k: [common.sha256(f) for f in sorted([v, *v.glob("[!.]*")]) if f.is_file()] if isinstance(v, Path)
                       else v for k, v in dataclasses.asdict(args).items() if k not in FREE}
         raw = str(raw_folder(args, source))
         self.stamps = {s: stamp(s) for s in strings(files) if s.startswith(raw + os.sep)}
@@ -466,15 +477,16 @@ class Preparation:
         self._end(self.damaged)
 
     def _check(self, rows):
-        """Raise `Error` if a case or an image is in two splits (print a warning with --allow-duplicates)."""
-        lists = [f for f in sorted(self.folder.glob("*.csv")) if f.name[0] != "."]
-        others = [r for f in lists for r in read_list(f, ["image", "split", "sha256"])]
+        """Raise `Error` if a case or an image is in two splits, or an image in two classes (with --allow-duplicates,
+        print a warning)."""
+        lists = [f for f in sorted(self.folder.glob("[!.]*.csv")) if f.with_suffix(".json").exists()]  # manifests only
+        others = [r for f in lists for r in read_list(f, ["image", "split", "label", "sha256"])]
         for what, everything in (("case", rows), ("sha256", rows + others)):
-            seen = {}
-            if crossing := [(first, row) for row in everything
-                            if (first := seen.setdefault(row[what], row))["split"] != row["split"]]:
+            seen, own = {}, ("split", "label")[: 1 + (what == "sha256")]  # a case may have images of both classes
+            if crossing := [(first, row) for row in everything if any(
+                    str((first := seen.setdefault(row[what], row))[key]) != str(row[key]) for key in own)]:
                 first, row = crossing[0]
-                line = (f"{len(crossing)} images cross splits: {first['image']} and {row['image']} are "
+                line = (f"{len(crossing)} images cross splits or classes: {first['image']} and {row['image']} are "
                         + ("the same image" if what == "sha256" else f"both of {row['case']}"))
                 if not self.args.allow_duplicates:
                     raise common.Error(f"{line}; clean the source, or accept it with --allow-duplicates (finished "

@@ -35,12 +35,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import prepare
 from prepare import common
 
 PART = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?:set|data)?(?![a-z])")
 LABEL, IMAGE = re.compile("label|mask|ground"), re.compile(r"image|\.img$")
+VALUES = 8  # at most, in a label (the source's have 4)
 MEMORY = 0.1  # GiB per process
 VALID, TEST = (45, 70), (1041, 764)  # normal, anomalous
 PUBLISHED = {("train", 0): 4297, ("valid", 0): VALID[0], ("valid", 1): VALID[1], ("test", 0): TEST[0],
@@ -85,7 +88,10 @@ def has_lesion(item, folder):
     if image is None or label is None:
         raise prepare.Damaged(f"{image or label} has no {'label' if image else 'image'} for the same slice; "
                               "unpack the source again")
-    pixels, mask = prepare.read_grey(image), prepare.read_grey(label) > 0  # (512, 1024)
+    pixels, mask = prepare.read_grey(image), prepare.read_grey(label)  # (512, 1024)
+    if (values := len(np.unique(mask))) > VALUES:
+        raise prepare.Damaged(f"{label} has {values} grey values, too many for a label (an image or a lossy copy?); "
+                              "unpack the source again")
     if mask.shape != pixels.shape:
         raise prepare.Damaged(f"{label} has {mask.shape} pixels, its image {image} {pixels.shape}; unpack both again")
     return bool(mask.any())

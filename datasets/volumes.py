@@ -92,6 +92,16 @@ class Volume:
             raise Damaged(f"{self.file} has voxels that are not finite; download or convert it again")
         return voxels.transpose(self.axes[::-1])[self._flips()]  # (up, front, right) -> (D, H, W)
 
+    def labels(self, highest, start=0, stop=None):
+        """Return `axial` slices of a segmentation; raise `Damaged` if a value is not a whole number from 0 to `highest`
+        (an image in the wrong place, interpolated or rescaled labels)."""
+        values = self.axial(start, stop)
+        labels = np.rint(values)  # some exporters store labels with a slope, which returns 6 as 6.0001
+        if labels.min() < 0 or labels.max() > highest or np.abs(values - labels).max() > 0.1:
+            raise Damaged(f"{self.file} has values from {values.min():g} to {values.max():g}, not only the labels 0 to "
+                          f"{highest}; it must be the segmentation: download it and its volume again")
+        return labels
+
     def _flips(self):
         return tuple(slice(None, None, sign) for sign in (self.signs[2], -self.signs[1], -self.signs[0]))
 
@@ -151,6 +161,7 @@ SHARED = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate"
           "Modality", "BodyPartExamined", "Laterality", "PatientPosition", "FrameOfReferenceUID",
           "PositionReferenceIndicator", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
           "ImagerPixelSpacing", "SliceThickness", "SpacingBetweenSlices", "SliceLocation"]
+SEGMENTATION = r"(?<![a-z])((d|prob)?seg|segmentation|labels?|mask|map)[-_]?\d*\.nii"  # the end of a file name
 HEADER = [*SHARED, "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription",
           "InstanceNumber", "NumberOfFrames", "PhotometricInterpretation", "Rows", "Columns",
           "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
@@ -166,7 +177,7 @@ def find_scans(path):
     path = Path(os.path.abspath(path))
     found, series, damaged, others = [], {}, [], []
     for file in [path] if path.is_file() else common.files_in(path):
-        if file != path and re.search(r"[-_](seg|labels?|mask|map)\.nii", file.name.lower()):
+        if file != path and re.search(SEGMENTATION, file.name.lower()):
             others.append(file)  # segmentations and the maps that `save_maps` writes
             continue
         try:

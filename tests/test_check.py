@@ -199,6 +199,16 @@ def test_the_manifest_tells_patients_whatever_the_names(tmp_path):
     assert findings(done) == ["error: one patient in train and valid: x (a.png, b.png)"] and done.returncode == 1
 
 
+def test_a_manifest_saved_by_excel_is_read_and_other_csv_files_do_no_harm(tmp_path):
+    base = benchmark(tmp_path / "b")
+    text = "\ufeffimage,case\r\ntrain/good/a.png,x\r\nvalid/good/img/b.png,x\r\n"
+    (base / "source.csv").write_text(text, encoding="utf-8", newline="")
+    (base / "folder.csv").mkdir()
+    (base / "link.csv").symlink_to("nowhere")
+    (base / "long.csv").write_text("a" * 200000)
+    assert findings(run(base)) == ["error: one patient in train and valid: x (a.png, b.png)"]
+
+
 def test_a_run_finds_the_record_of_exactly_these_files(tmp_path, capsys):
     base = benchmark(tmp_path / "b", masks=True)
     args = load_script("methods/padim.py").Args(data=str(base), root=str(tmp_path), out=str(tmp_path / "out"))

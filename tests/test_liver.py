@@ -103,7 +103,7 @@ def test_images_and_masks_are_equal_to_the_byte_whatever_the_affine(axes, end, t
 def test_volumes_are_read_in_blocks_that_do_not_change_the_slices(tmp_path, monkeypatch):
     write_btcv(tmp_path, 1, 0)
     files, read = btcv.find_cases(tmp_path)["img0001"], []
-    whole = list(btcv.liver_slices(files, lambda label: label == btcv.LIVER, True))
+    whole = list(btcv.liver_slices(files, lambda label: label == btcv.LIVER, btcv.HIGHEST, True))
     axial = btcv.prepare.Volume.axial
 
     def counted(volume, start, stop):
@@ -112,7 +112,7 @@ def test_volumes_are_read_in_blocks_that_do_not_change_the_slices(tmp_path, monk
 
     monkeypatch.setattr(btcv.prepare.Volume, "axial", counted)
     monkeypatch.setattr(btcv, "BLOCK", 2)
-    pieces = list(btcv.liver_slices(files, lambda label: label == btcv.LIVER, True))
+    pieces = list(btcv.liver_slices(files, lambda label: label == btcv.LIVER, btcv.HIGHEST, True))
     assert max(read) == 2 and [z for z, *_ in pieces] == [z for z, *_ in whole] == [1, 2, 3, 4]
     assert all(np.array_equal(a, b) for one, other in zip(pieces, whole, strict=True)
                for a, b in zip(one[1:], other[1:], strict=True))
@@ -129,6 +129,30 @@ def test_only_liver_is_kept_and_a_slice_without_visible_liver_is_left_out(tmp_pa
     for row in rows:
         image = np.asarray(Image.open(tmp_path / "out" / row["image"]))
         assert not image[label[::-1, ::-1, row["slice"]].T != 6].any() and image.any()
+
+
+@pytest.mark.parametrize("hu", [lambda hu: hu + 1024, lambda hu: hu * 0, lambda hu: hu - 1100])
+def test_a_case_that_shows_nothing_within_its_liver_is_damaged(hu, tmp_path):
+    write_btcv(tmp_path, 1, 1)
+    files = btcv.find_cases(tmp_path)["img0001"]
+    assert len(btcv.write_case(["img0001", files, True], tmp_path / "out")) == 4
+    write_nifti(tmp_path / "RawData/Training/img/img0001.nii.gz", hu(scan(1)[0]).astype(np.int16))
+    with pytest.raises(btcv.prepare.Damaged, match="img0001.nii.gz shows liver in 0 of 4 slices labelled in"):
+        btcv.write_case(["img0001", files, True], tmp_path / "out")
+
+
+def test_a_case_without_liver_is_damaged(tmp_path):
+    write_btcv(tmp_path, 1, 1)
+    write_nifti(tmp_path / "RawData/Training/label/label0001.nii.gz", np.full(SHAPE, 5, np.uint8))
+    with pytest.raises(btcv.prepare.Damaged, match="shows liver in 0 of 0 slices labelled in"):
+        btcv.write_case(["img0001", btcv.find_cases(tmp_path)["img0001"], True], tmp_path / "out")
+
+
+def test_one_number_written_in_two_ways_is_one_case(tmp_path):
+    for name in ("volume-01.nii", "volume-1.nii"):
+        (tmp_path / name).touch()
+    with pytest.raises(common.Error, match="volume-01.nii and .*volume-1.nii are both 1 .volume."):
+        lits.find_cases(tmp_path)
 
 
 def test_cases_are_found_wherever_they_lie_and_unlabelled_or_foreign_scans_are_skipped(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -417,6 +418,71 @@ def test_labels_get_the_orientation_of_their_volume_and_how_many_disagreed_is_sa
     assert said in prepared("lits", tmp_path / "raw", tmp_path / "data")[0].stdout  # "nothing to do"
 
 
+def test_labels_whose_voxels_were_reordered_with_their_affine_keep_it(tmp_path):
+    for case in range(1, 4):
+        write_lits(tmp_path / "raw", case, case, axes="LPS")
+    _, expected = prepared("lits", tmp_path / "raw", tmp_path / "plain")
+    for case in (1, 2):
+        file = tmp_path / f"raw/segmentations/segmentation-{case}.nii"
+        canonical = nibabel.as_closest_canonical(nibabel.load(file))  # RAS
+        nibabel.save(nibabel.Nifti1Image(canonical.get_fdata().astype(np.uint8), canonical.affine), file)
+    done, found = prepared("lits", tmp_path / "raw", tmp_path / "data")
+    assert done.returncode == 0 and found == expected and "orientation" not in done.stdout
+
+
+def test_volumes_whose_header_has_no_orientation_are_counted(tmp_path):
+    cohort(tmp_path / "raw", 3)
+    file = tmp_path / "raw/BraTS2021_00001/BraTS2021_00001_flair.nii"
+    nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(file).dataobj).copy(), None), file)
+    done, _ = prepared("brats2021", tmp_path / "raw", tmp_path / "data")
+    assert done.returncode == 0 and "note: 1 volumes have no orientation in their headers" in done.stdout
+
+
+@pytest.mark.parametrize("values", [[-1000, 40], [0, 6, 14], [0, 0.4], [0, 127, 254], [-1, 6]])
+def test_a_segmentation_with_other_values_than_its_labels_is_damaged(values, tmp_path):
+    write_nifti(tmp_path / "a.nii", np.resize(np.float32(values), (4, 3, 2)))
+    with pytest.raises(prepare.Damaged, match="a.nii has values from .* not only the labels 0 to 13"):
+        volumes.Volume(tmp_path / "a.nii").labels(13)
+
+
+def test_labels_stored_with_a_slope_are_whole_numbers(tmp_path):
+    labels = np.resize(np.arange(14.0), (4, 3, 7))
+    image = nibabel.Nifti1Image(labels, np.eye(4))
+    image.header.set_data_dtype(np.int16)  # nibabel then stores 0 to 13 as -32768 to 32767
+    nibabel.save(image, tmp_path / "a.nii")
+    volume = volumes.Volume(tmp_path / "a.nii")
+    assert set(np.unique(volume.labels(13))) == {*range(14)} != set(np.unique(volume.axial()))
+
+
+def rewrite(file, change):
+    image = nibabel.load(file)
+    nibabel.save(nibabel.Nifti1Image(change(np.asarray(image.dataobj).copy()), image.affine), file)
+
+
+def test_a_brain_case_without_image_or_tumour_or_with_both_files_exchanged_is_damaged(tmp_path):
+    raw = cohort(tmp_path / "raw", 6)
+    flair, seg = ([raw / f"BraTS2021_{k:05}/BraTS2021_{k:05}_{kind}.nii" for k in range(6)]
+                  for kind in ("flair", "seg"))
+    rewrite(flair[1], lambda voxels: voxels * 0 + 7)
+    rewrite(seg[2], lambda voxels: voxels * 0)
+    flair[3].rename(raw / "x")
+    seg[3].rename(flair[3])
+    (raw / "x").rename(seg[3])
+    done, found = prepared("brats2021", raw, tmp_path / "data")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("damaged: ")]
+    wrong = [f"{flair[1]} has the same value", f"{seg[2]} has no tumour", f"{seg[3]} has values from 0 to 899"]
+    assert done.returncode == 1 and len(lines) == 3 and all(w in line for w, line in zip(wrong, lines, strict=True))
+    assert not any(f"BraTS2021_0000{k}" in str(file) for file in found for k in (1, 2, 3))
+
+
+def test_listed_patients_without_slices_of_their_label_are_told(tmp_path):
+    raw, groups = cohort(tmp_path / "raw", 6), ["train,0", "test,0", "valid,0", "valid,1", "test,1", "test,0"]
+    rows = [f"BraTS2021_{k:05},{group}\n" for k, group in enumerate(groups)]  # the last has tumour in every slice
+    (tmp_path / "split.csv").write_text("case,split,label\n" + "".join(rows))
+    done, _ = prepared("brats2021", raw, tmp_path / "data", "--split", tmp_path / "split.csv")
+    assert "note: 1 patients without slices of the listed label are skipped, e.g. BraTS2021_00005" in done.stdout
+
+
 def oct_images(raw, patient=lambda part, kind, i: 100 * (part == "test") + 10 * oct2017.CLASSES.index(kind) + i):
     for part, kinds in (("train", oct2017.CLASSES), ("test", oct2017.CLASSES)):
         for kind in kinds:
@@ -467,6 +533,36 @@ def test_resc_below_a_folder_named_like_labels_and_a_label_folder_named_like_ima
     (tmp_path / "raw").rename(tmp_path / "other/RESC_with_labels")
     done, found = prepared("resc", tmp_path / "other", tmp_path / "data", "--allow-duplicates")
     assert done.returncode == 0 and found == expected and len(found) > 8
+
+
+def test_an_image_or_a_lossy_copy_in_the_place_of_a_resc_label_is_damaged(tmp_path):
+    label = np.zeros((24, 32), np.uint8)
+    label[3:9, 4:10], label[9:12, 4:10], label[12:14, 4:10] = 255, 191, 128
+    Image.fromarray(picture(0)).save(tmp_path / "image.bmp")
+    Image.fromarray(label).save(tmp_path / "label.bmp")
+    Image.fromarray(label).save(tmp_path / "lossy.bmp", "JPEG")
+    image, label, lossy = (str(tmp_path / f"{name}.bmp") for name in ("image", "label", "lossy"))
+    assert resc.has_lesion((image, label), None)
+    for wrong in (image, lossy):
+        with pytest.raises(prepare.Damaged, match=f"{wrong} has .* grey values, too many for a label"):
+            resc.has_lesion((label, wrong), None)
+
+
+def test_one_image_in_two_classes_is_refused(tmp_path):
+    oct_images(tmp_path / "raw")
+    normal, ill = (tmp_path / f"raw/test/{name}.jpeg" for name in ("NORMAL/NORMAL-100-0", "CNV/CNV-110-0"))
+    shutil.copy(normal, ill)  # both are in test with seed 0
+    done, found = prepared("oct2017", tmp_path / "raw", tmp_path / "data")
+    assert done.returncode == 2 and "1 images cross splits or classes: test/good" in done.stderr
+    assert done.stderr.count("\n") == 1
+    done, _ = prepared("oct2017", tmp_path / "raw", tmp_path / "data", "--allow-duplicates")
+    assert done.returncode == 0 and "warning: 1 images cross" in done.stderr
+
+
+def test_a_list_of_the_users_next_to_the_manifests_does_no_harm(tmp_path):
+    assert make(tmp_path / "data", "btcv") == 0
+    (tmp_path / "data/liver/notes.csv").write_text("case,remark\n1,good\n")
+    assert make(tmp_path / "data", "lits") == 0
 
 
 # ------------------------------------------------------------------------------------------- what the sources promise
@@ -620,10 +716,37 @@ def test_published_checksums_are_checked(slides, tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 3] ^= 255  # within a tile
     file.write_bytes(content)
+    before = files_of(tmp_path / "raw")
     done, found = prepared("camelyon16", tmp_path / "raw", tmp_path / "data")
+    assert files_of(tmp_path / "raw") == before  # nothing is written to the source
     named = [line for line in done.stderr.splitlines() if line.startswith("damaged: ")]
     assert done.returncode == 1 and len(named) == 1 and f"{file} has the checksum" in named[0]
     assert found and not any("test_003" in str(name) for name in found)
+
+
+def test_a_slide_without_its_highest_resolution_is_damaged(slides, monkeypatch):
+    for size, fits in (("0.2431", True), ("0.4862", False), ("352.8", True)):  # the last: 72 dpi, written by default
+        slide = contextlib.nullcontext(SimpleNamespace(properties={"openslide.mpp-x": size}))
+        monkeypatch.setattr(camelyon16.openslide, "OpenSlide", lambda file: slide)  # noqa: B023
+        refused = pytest.raises(prepare.Damaged, match="x.tif has 0.49 micrometres")
+        with contextlib.nullcontext() if fits else refused, camelyon16.opened("x.tif"):
+            pass
+
+
+def test_a_patch_listed_twice_is_refused_and_hidden_files_next_to_the_lists_change_nothing(slides, tmp_path):
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for name, lines in dict(train_good="normal_001,640,512", test_good="test_001,1300,701",
+                            test_bad="test_001,500,500").items():
+        (lists / f"{name}.txt").write_text(lines)
+    assert prepared("camelyon16", slides, tmp_path / "data", "--coords", lists)[0].returncode == 0
+    (lists / ".DS_Store").write_text("x")
+    done, _ = prepared("camelyon16", slides, tmp_path / "data", "--coords", lists)
+    assert done.returncode == 0 and "nothing to do" in done.stdout
+    (lists / "test_good.txt").write_text("test_003,500,500\nTest_001,500,500")
+    done, _ = prepared("camelyon16", slides, tmp_path / "more", "--coords", lists)
+    assert done.returncode == 2 and done.stderr == (
+        f"error: {lists}/test_good.txt, line 2: Test_001,500,500 is also in {lists}/test_bad.txt; remove one of them\n")
 
 
 # ------------------------------------------------------------------------------------------------------- all together

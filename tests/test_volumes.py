@@ -188,6 +188,15 @@ def test_a_folder_of_volumes_and_series_gives_each_of_them_a_name_of_its_own(tmp
                                        f"{tmp_path}/patient/one/report\n")
 
 
+def test_segmentations_next_to_scans_are_no_scans(tmp_path, capsys):
+    names = ["a_seg", "sub-01_dseg", "sub-01_label-GM_probseg", "segmentation-1", "label0001", "x-labels", "x_mask2"]
+    for name in ["volume-1", "T1map_of_labels_and_more", *names]:
+        write_nifti(tmp_path / f"{name}.nii.gz", picture(0, (4, 4, 3)))
+    found, _ = volumes.find_scans(tmp_path)
+    assert [scan.name for scan in found] == ["T1map_of_labels_and_more", "volume-1"]
+    assert f"note: {len(names)} files that hold no images are skipped" in capsys.readouterr().err
+
+
 def test_the_same_scan_has_the_same_number_in_every_folder_and_another_scan_another(tmp_path):
     for i, name in enumerate(("a/b", "a/c", "new/a")):
         write_nifti(tmp_path / f"{name}.nii.gz", np.random.default_rng(i).random((12, 10, 3)))
