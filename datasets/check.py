@@ -120,10 +120,9 @@ def patients(files, base):
             cases |= {base / row["image"]: row["case"] for row in csv.DictReader(f) if {"image", "case"} <= set(row)}
     for split, images in files.items():
         for image in images:
-            told, maybe = cases.get(image) or common.patient(image), MAYBE_PATIENT.fullmatch(image.stem)
-            if told:
+            if told := cases.get(image) or common.patient(image.relative_to(base)):
                 found["error", told][split] = image
-            elif maybe:
+            elif maybe := MAYBE_PATIENT.fullmatch(image.stem):
                 found["notice", maybe[1]][split] = image
     return found
 

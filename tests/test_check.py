@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import load_script, run_here
+from conftest import ROOT, load_script, run_here
 from PIL import Image
 from scipy import ndimage
 
@@ -204,7 +204,7 @@ def test_a_run_finds_the_record_of_exactly_these_files(tmp_path, capsys):
     args = load_script("methods/padim.py").Args(data=str(base), root=str(tmp_path), out=str(tmp_path / "out"))
 
     def checked():
-        started = common.Run("padim.py", args)
+        started = common.Run(ROOT / "methods/padim.py", args)
         os.close(started.lock)
         return started.check
 
