@@ -230,6 +230,14 @@ def test_counts_stand_next_to_the_published_ones_and_sizes_are_compared(tmp_path
     assert "Brain_AD: 5 images; errors: none" in limited.stdout
 
 
+def test_files_in_the_splits_that_no_run_reads_are_told(tmp_path):
+    base = benchmark(tmp_path / "b")
+    for name in ("train/good/a.webp", "test/overview.png", "licence.png"):
+        save(base / name, photo(7000))
+    assert findings(run(base)) == [
+        f"notice: files that are not read (format, or not in a class folder): 2, e.g. {base / 'test/overview.png'}"]
+
+
 def test_the_phantom_passes(phantom):
     done = run_here("datasets/check.py", "--root", phantom)
     assert done.returncode == 0 and not findings(done), done.stdout
