@@ -362,6 +362,12 @@ def test_a_benchmark_named_report_is_refused(tmp_path):
         common.Run(ROOT / "methods/padim.py", args)
 
 
+def test_a_benchmark_has_one_run_folder_however_its_name_is_written(tmp_path):
+    build(tmp_path / "brain", "train/good", "valid/{cls}", "test/{cls}")
+    args = load_script("methods/padim.py").Args(data="Brain", root=str(tmp_path), out=str(tmp_path / "out"))
+    assert common.Run(ROOT / "methods/padim.py", args).folder == tmp_path / "out/brain/padim/seed0"
+
+
 def test_a_run_is_told_what_check_py_said_of_exactly_these_files(tmp_path, capsys):
     build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
     given = dict(data=str(tmp_path / "b"), root=str(tmp_path), out=str(tmp_path / "out"))
