@@ -181,10 +181,11 @@ PATIENT = r"(brats.*_\d+)_\d+|(?:normal|cnv|dme|drusen)-(\d+)-\d+|((?:normal|tum
 def patient(path):
     """Return the patient, scan or slide named in an image's path, or None.
 
-    Recognises the names of BraTS (BraTS2021_00003_60.png), OCT2017, Camelyon16 and RESC, and any name that starts with
-    a word such as "scan" followed by a number (scan012_0001.png, scan012/0001.png)."""
+    path: below the benchmark's folder. Recognises the names of BraTS (BraTS2021_00003_60.png), OCT2017, Camelyon16 and
+    RESC, and a word such as "scan" with a number (scan012_0001.png, scan012/0001.png, sub-12/ses-1/0001.png)."""
     path = Path(path)
-    match = re.fullmatch(PATIENT + SCAN, path.stem, re.I) or re.fullmatch(SCAN, f"{path.parent.name}_{path.stem}", re.I)
+    folders = (re.fullmatch(SCAN, f"{folder}_{path.stem}", re.I) for folder in path.parts[:-1])  # the outermost first
+    match = next(filter(None, folders), None) or re.fullmatch(PATIENT + SCAN, path.stem, re.I)
     return match and next(group for group in match.groups() if group)
 
 
@@ -195,6 +196,8 @@ def files_in(folder):
         above = {os.path.realpath(parent) for parent in (place, *Path(place).parents)}
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))
                       and os.path.realpath(Path(place, name)) not in above]
+        if closed := [name for name in folders if not os.access(Path(place, name), os.R_OK | os.X_OK)]:
+            raise Error(f"{Path(place, closed[0])} cannot be read; change its permissions or remove it")
         files += [Path(place, name) for name in names if name[0] != "."]
     return sorted(files)
 
@@ -215,8 +218,7 @@ def find_benchmark(data, root):
 
     Reads all published layouts: train/good[/img], test/{good,Ungood}[/img] with masks in Ungood/{anomaly_mask,label};
     valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with Test/test_label/Ungood; MVTec
-    AD's test/<defect> with ground_truth/<defect>/*_mask.png. A folder with only images, or with only
-    train/good, is read as normal training images."""
+    AD's test/<defect> with ground_truth/<defect>/*_mask.png. Images or train/good alone are normal training images."""
     known, asked = data.lower() in NAMES, named_folder(data, root)
     if asked is None:
         maker = f"make it with datasets/{MADE_BY[data.lower()]}" if known else f"known benchmarks: {', '.join(NAMES)}"
@@ -228,19 +230,22 @@ def find_benchmark(data, root):
         names = [name.lower() for name in folders]
         if named := [i for i, name in enumerate(names) if name in ROLES]:
             # Val/val/img/Ungood/x.png: base "", split valid, key ("ungood", "x"); its mask: Val/val_label/Ungood/x.png
-            base, (split, mask) = asked.joinpath(*folders[: named[0]]), ROLES[names[named[-1]]]
-            inner = names[named[-1] + 1 :]
+            last = max(i for i in named if not {*NORMAL, "ungood"} & set(names[named[0] : i]))  # not good/site/test
+            base, (split, mask), inner = asked.joinpath(*folders[: named[0]]), ROLES[names[last]], names[last + 1 :]
             key = *(name for name in inner if name not in ("img", *MASKS)), file.stem.removesuffix("_mask")
             part = split, mask or bool(MASKS & set(inner))
-            benchmarks.setdefault(base, {}).setdefault(part, {}).setdefault(key, []).append(file)
-    for base, parts in sorted(benchmarks.items()):
-        if (("test", False) in parts or not known) and any(k[0] in NORMAL for k in parts.get(("train", False), {})):
-            return base, parts
+            if len(key) > 1:  # in a class folder
+                benchmarks.setdefault(base, {}).setdefault(part, {}).setdefault(key, []).append(file)
+    found = [base for base, parts in sorted(benchmarks.items()) if (("test", False) in parts or not known)
+             and any(k[0] in NORMAL for k in parts.get(("train", False), {}))]
+    if len(found) == 1 or asked in found:
+        return found[0], benchmarks[found[0]]
     if files and not known and all(file.parent == asked for file in files):
         return asked, {("train", False): {("good", file.name): [file] for file in files}}
-    raise Error(f"{asked} is not a benchmark: expected images in train/good, test/good and test/Ungood (or MVTec AD's "
-                f"test/<defect>), or normal images alone; it holds {sorted(p.name for p in asked.iterdir())[:8]}"
-                + (f"; its parts come from datasets/{MADE_BY[data.lower()]}" if known else ""))
+    what = f"holds {len(found)} benchmarks; give one of them" if found else "is not a benchmark"
+    raise Error(f"{asked} {what}: expected images in train/good, test/good, test/Ungood (or MVTec AD's test/<defect>) "
+                f"or normal images alone; it holds {sorted(os.listdir(asked))[:8]}"
+                + f"; its parts come from datasets/{MADE_BY.get(data.lower())}" * known)
 
 
 def list_split(parts, split):
@@ -251,7 +256,7 @@ def list_split(parts, split):
         return entries
     masks = {key: files for key, files in masks.items() if key[0] not in NORMAL}
     masked = bool(masks)
-    for key in [key for key in images if key[0] not in NORMAL and len(key) > 1]:
+    for key in [key for key in images if key[0] not in NORMAL]:
         own = masks.pop(key, [])
         if masked and (len(own) != 1 or len(images[key]) != 1):
             who, what = (" and ".join(map(str, files)) for files in (images[key], own))
@@ -270,7 +275,7 @@ def list_benchmark(args):
     base, parts = find_benchmark(args.data, args.root)
     entries = {split: list_split(parts, split) for split in SPLITS}
     images, held = fingerprint(sum(entries.values(), []), base), []
-    scans = {entry: patient(entry[0]) or entry[0] for entry in entries["train"]}
+    scans = {entry: patient(entry[0].relative_to(base)) or entry[0] for entry in entries["train"]}
     names = list(dict.fromkeys(scans.values()))
     if len(names) > 1 and args.holdout and all(label for _, label, _ in entries["valid"]):
         chosen = set(spread(names, min(max(1, round(args.holdout * len(names))), len(names) - 1)))
@@ -310,6 +315,8 @@ def decode(path, size=None, mask=False, white=65535):
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"{image.n_frames} pages or frames: save each one as an image")
+            if white < 65535 and ";16" in str(image.tile) and image.mode[0] != "I":
+                raise ValueError("--white needs 16-bit images to be grey, without alpha: convert it")
             image = ImageOps.exif_transpose(image)  # rotate it as image viewers do
             if mask and "A" in image.getbands():
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
@@ -344,7 +351,7 @@ class Split:
         self.labels = np.array([label for _, label, _ in entries], int)
         self.has_masks = any(mask for _, _, mask in entries)
         self.shape = len(entries), 3 + self.has_masks, size, size  # the fourth channel is the mask
-        decoded = cache / f"{base.resolve().name}-{name}-{size}-{white}-{fingerprint(entries, base)}.decoded"
+        decoded = cache / f"{plain(base.resolve().name)}-{name}-{size}-{white}-{fingerprint(entries, base)}.decoded"
         if not decoded.is_file() or decoded.stat().st_size != math.prod(self.shape):
             with atomic(decoded) as tmp:
                 self._decode(tmp)
@@ -439,8 +446,7 @@ class Features:
 def load_benchmark(args):
     """Return (train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit.
 
-    A split that the benchmark lacks is None; with args.predict, all three are None. See `list_benchmark` for what
-    happens if valid has no normal images."""
+    A split that the benchmark lacks is None; with args.predict, all three are None. See `list_benchmark`, too."""
     if args.predict:
         return None, None, None
     (base, entries, _, held), splits, counts = list_benchmark(args), [], []
@@ -630,13 +636,10 @@ class PixelMetrics:
         self.threshold, self.best, self.curve = threshold, None, None
         self.maxima, self.low = [], math.inf  # maximum of each map, minimum of all maps
         self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of normal pixels, and their number
-        self.anomalous, self.region = [], []  # scores of anomalous pixels, and the region of each
-        self.regions = []  # the image of each region
+        self.anomalous, self.region, self.regions = [], [], []  # scores of pixels, region of each; image of each region
 
     def update(self, anomaly_maps, masks=None):
-        """Add float maps and bool masks, both (B, H, W). Without masks, only the range of the maps is kept.
-
-        Raises ValueError if shapes differ or a map is not finite."""
+        """Add finite float maps and bool masks, both (B, H, W). Without masks, only the range of the maps is kept."""
         maps, shape = np.asarray(anomaly_maps, np.float32), np.shape(masks)  # () without masks
         if maps.ndim != 3 or shape not in ((), maps.shape) or not np.isfinite([maps.min(), maps.max()]).all():
             raise ValueError(f"anomaly maps {maps.shape} and masks {shape} must be (B, H, W), the maps finite")
@@ -733,10 +736,9 @@ def evaluate(model, split, batch_size, device, threshold=None, each=None):
 # ------------------------------------------------------------------------------------------------------- the run folder
 FORMAT = 4  # of model.pt, resume.pt and results.json; increase it whenever their format changes
 # Arguments that do not change the scores of a run. Not --data either: the images themselves are compared.
-NO_EFFECT = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", "checkpoint", "predict",
-             "cache_features"}
+NO_EFFECT = {"data", "root", "out", "device", "maps", "save_maps", "overwrite", "predict", "cache_features"}
 # With --checkpoint, all arguments except these come from the checkpoint, unless --weights or --batch-size are given.
-FREE = NO_EFFECT | {"limit", "specificity", "scan_score"}
+FREE = NO_EFFECT | {"checkpoint", "limit", "specificity", "scan_score"}
 
 
 def read_check(file):
@@ -748,10 +750,9 @@ def read_check(file):
 
 
 def read_results(file):
-    try:
+    results = None
+    with suppress(OSError, ValueError):
         results = json.loads(Path(file).read_text())
-    except (OSError, ValueError):
-        results = None
     return _checked(results, file, args=dict, images=str, metrics=dict, counts=dict, decision=dict)
 
 
@@ -766,11 +767,10 @@ def read_checkpoint(file, method, more=()):
 
 def _checked(kept, file, **kinds):
     holds = kept if isinstance(kept, dict) else {}
-    if holds.get("format") != FORMAT:
-        raise Error(f"{file} is damaged or has format {holds.get('format')}, not {FORMAT}; run that method again with "
-                    "--overwrite")
-    if wrong := [k for k, kind in kinds.items() if k not in holds or not isinstance(holds[k], kind)]:
-        raise Error(f"{file} is damaged: {wrong[0]} is missing or wrong; run that method again with --overwrite")
+    wrong = [k for k, kind in (dict(format=int) | kinds).items() if k not in holds or not isinstance(holds[k], kind)]
+    if wrong or holds["format"] != FORMAT:
+        raise Error(f"{file} is damaged or has format {holds.get('format')}, not {FORMAT} ({(wrong or ['format'])[0]} "
+                    "is missing or wrong); run that method again with --overwrite")
     return kept
 
 
@@ -786,6 +786,9 @@ class Run:
         With args.checkpoint, the checkpoint's arguments replace those that define the model. zero_shot: the method
         needs no training images, so --predict works without a checkpoint."""
         self.script, self.args, method, kept = Path(script), args, Path(script).stem, None
+        self.source = self.script.read_bytes()  # now, since a script may be edited while it runs
+        git = ["git", "-C", self.script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        self.commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         if args.checkpoint:
             kept = read_checkpoint(args.checkpoint, method)
             for field in dataclasses.fields(args):
@@ -816,7 +819,7 @@ class Run:
             of_both = hashlib.sha256(f"{asked} {model}".encode(errors="surrogateescape")).hexdigest()
             data, self.images = f"{plain(asked.name)}-{of_both[:8]}", None
         else:
-            data = Path(args.data).resolve().name if Path(args.data).is_dir() else args.data
+            data = Path(args.data).resolve().name if Path(args.data).is_dir() else args.data.lower()
             self.images = list_benchmark(args)[2]
             if data in ("report", "ablation"):
                 raise Error(f"--data {args.data}: {args.out}/{data} has another use; rename the folder")
@@ -881,8 +884,7 @@ class Run:
                 torch.cuda.set_rng_state(kept["random"][1])
             self.history, self.best, done = kept["history"], kept["best"], kept["epoch"]
             self.notes |= kept["notes"]
-            self.started = time.perf_counter() - kept["train_seconds"]
-            self.kept = None
+            self.kept, self.started = None, time.perf_counter() - kept["train_seconds"]
             print(f"resuming after epoch {done}{stage}, where the interrupted run was saved", flush=True)
         for epoch in range(done + 1, total + 1):
             yield epoch
@@ -900,8 +902,7 @@ class Run:
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
             raise Error(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
         seconds, is_best = time.perf_counter() - self.started, False
-        row = dict(epoch=epoch, seconds=round(seconds, 1), **losses)
-        self.history.append(row)
+        self.history.append(row := dict(epoch=epoch, seconds=round(seconds, 1), **losses))
         if epoch % self.args.eval_every == 0 or epoch == self.total:
             value = epoch
             if valid and valid.labels.any():
@@ -989,9 +990,7 @@ def finish(run, model, splits):
             versions[package] = version(package)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # GiB
     on_gpu = run.device.type == "cuda"
-    commit = subprocess.run(["git", "-C", run.script.parent, "describe", "--always", "--dirty", "--abbrev=40"],
-                            capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    same = FREE | {"seed"} | ({"batch_size"} if not hasattr(args, "epochs") else set())  # these change no setting
+    same = FREE - {"checkpoint"} | {"seed"} | ({"batch_size"} if not hasattr(args, "epochs") else set())  # no settings
     results = dict(
         format=FORMAT, method=run.script.stem, data=folder.parts[-3], seed=args.seed, metrics=metrics,
         images=run.images, counts={name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum()))
@@ -1005,11 +1004,11 @@ def finish(run, model, splits):
         changed={f.name: getattr(args, f.name) for f in dataclasses.fields(args)
                  if f.name not in same and getattr(args, f.name) != f.default},
         versions=versions, device=torch.cuda.get_device_name() if on_gpu else str(run.device),
-        threads=torch.get_num_threads(), commit=commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        threads=torch.get_num_threads(), commit=run.commit, finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     with atomic(folder / "model.pt") as tmp, open(tmp, "wb") as f:
         torch.save(kept, f)
-    shutil.copyfile(run.script, folder / run.script.name)
+    (folder / run.script.name).write_bytes(run.source)
     with atomic(folder / "results.json") as tmp:
         tmp.write_text(json.dumps(results, indent=1))
     remove(folder / "resume.pt")

@@ -11,14 +11,16 @@
 # Before the runs, datasets/check.py checks each benchmark once; the report includes its summary.
 # If data/ has no benchmark, the script generates the phantom and runs a short demonstration (flags: methods/demo.txt).
 # DEMO=1 runs this demonstration on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" sets its network.
-# FLAGS="--device cuda:1" adds flags to every command.
-# A failed run does not stop the others; it is listed at the end (exit status 1). For Linux and macOS (bash 3.2).
+# FLAGS="--device cuda:1" adds flags to every command. Failed runs are listed at the end (exit status 1).
+(return 0 2> /dev/null) && { echo "error: do not source run_all.sh; give: bash run_all.sh" >&2; return 2; }
 set -fu
 usage() { echo "error: $1; see the head of run_all.sh" >&2; exit 2; }
 number() {
     case "$2" in "" | 0?* | *[!0-9]* | ??????????*) false ;; *) [ "$2" -ge "$3" ] ;; esac || usage "$1=$2: $3 or more"
 }
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1 # Slurm runs a copy of this script from another folder
+self=$(cd "$(dirname "$0")" && pwd)
+[ -f "$self/common.py" ] || self=${SLURM_SUBMIT_DIR:-$self} # Slurm runs a copy of this script from another folder
+cd "$self" && [ -f common.py ] || usage "$self has no common.py: start run_all.sh in its own folder"
 python=.venv/bin/python ablation=
 [ "${1:-}" = ablation ] && ablation=variants METHODS=clip_recon && shift
 case "$#${1:-}" in
@@ -26,15 +28,15 @@ case "$#${1:-}" in
     1--help) sed -n '2,/^set -/s/^# \{0,1\}//p' run_all.sh; exit 0 ;;
     *) usage "'$*' is unknown" ;;
 esac
-number SLURM_ARRAY_TASK_ID "${SLURM_ARRAY_TASK_ID:-1}" 1 && number JOBS "${JOBS:=1}" 1
+number DEMO "${DEMO:-1}" 1 && number SLURM_ARRAY_TASK_ID "${SLURM_ARRAY_TASK_ID:-1}" 1 && number JOBS "${JOBS:=1}" 1
 : "${METHODS:=$(ls methods | sed -n 's/\.py$//p' | xargs)}"
 for method in $METHODS; do [ -f "methods/$method.py" ] || usage "METHODS: there is no methods/$method.py"; done
 for seed in ${SEEDS:=}; do number SEEDS "$seed" 0; done
 # Lock, so that only one of several parallel tasks makes .venv and the phantom; in Python, because macOS has no flock.
-if [ -z "${LOCK:-}" ]; then
+if [ -z "${RUN_ALL_LOCK:-}" ]; then
     lock='import fcntl, os, sys; f = os.open("requirements.txt", os.O_RDONLY); fcntl.flock(f, fcntl.LOCK_EX)
-os.set_inheritable(f, True); os.environ["LOCK"] = str(f); os.execvp("bash", ["bash", *sys.argv[1:]])'
-    exec python3 -c "$lock" "$0" ${ablation:+ablation} "$@"
+os.set_inheritable(f, True); os.environ["RUN_ALL_LOCK"] = str(f); os.execvp("bash", ["bash", *sys.argv[1:]])'
+    exec python3 -c "$lock" run_all.sh ${ablation:+ablation} "$@"
 fi
 if ! cmp -s requirements.txt .venv/installed.txt; then
     echo "installing requirements.txt into .venv (several GB, a few minutes)" >&2
@@ -44,7 +46,8 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
 fi
 [ "${1:-}" = setup ] && exit 0
 known='import common, sys
-data = sys.argv[1:] or [name for name in common.NAMES if name != "phantom" and common.named_folder(name, "data")]
+data = [name.lower() if name.lower() in common.NAMES else name for name in sys.argv[1:]] or [
+    name for name in common.NAMES if name != "phantom" and common.named_folder(name, "data")]
 missing = [name for name in data if not common.named_folder(name, "data")]
 print(*missing or data)
 sys.exit(bool(missing))'
@@ -54,7 +57,11 @@ if [ -z "$DATA" ]; then
     $python datasets/phantom.py >&2 || exit 1
     DATA=phantom
 fi
-eval "exec $LOCK<&-"
+eval "exec $RUN_ALL_LOCK<&-"
+# Fingerprints of the files. A finished run on others is started, and says so; so are all, if a benchmark is unusable.
+images=$($python -c 'import common, sys, types
+args = [types.SimpleNamespace(data=data, root="data", holdout=0) for data in sys.argv[1:]]
+print(*(common.list_benchmark(one)[2] for one in args), sep="|")' $DATA 2> /dev/null)
 : "${SEEDS:=$([ "$DATA" = phantom ] && echo 0 || echo 0 1 2 3 4)}" "${NET:=--backbone mobilenet_v2 --weights auto}"
 
 variants() { # of clip_recon, one per line
@@ -82,7 +89,8 @@ one() { # slot, line: run a line of the list; if it fails, append it to $failed
     local words=($2) out=runs flags=${2#* * } name
     [ "${words[6]:-}" = --out ] && out=${words[7]}
     name=$(basename "${words[3]}")/$(basename -s .py "${words[1]}")/seed${words[5]}
-    grep -qF "\"command\": \"$flags\"" "$out/$name/results.json" 2> /dev/null && return
+    grep -qF "\"command\": \"$flags\"" "$out/$name/results.json" 2> /dev/null &&
+        grep -qE "\"images\": \"($images)\"" "$out/$name/results.json" && return
     if [ ${#gpus[@]} -gt 1 ]; then export CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]}; fi
     { $2 2>&1 || { echo "$2" >> "$failed"; return 1; }; } | while IFS= read -r line; do
         if [ "$JOBS" -gt 1 ]; then echo "$name: $line"; else echo "$line"; fi
@@ -92,7 +100,7 @@ one() { # slot, line: run a line of the list; if it fails, append it to $failed
 # Use the GPUs in CUDA_VISIBLE_DEVICES, or all GPUs. Assign none if FLAGS names a device or Slurm assigns them.
 gpus=()
 case " ${FLAGS:-} " in *" --device "*) ;; *)
-    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || IFS=', ' read -r -a gpus <<< "${CUDA_VISIBLE_DEVICES:-$(
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || IFS=', ' read -r -a gpus <<< "${CUDA_VISIBLE_DEVICES-$(
         nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | xargs)}" ;;
 esac
 [ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(getconf _NPROCESSORS_ONLN) + JOBS - 1) / JOBS))}
@@ -100,8 +108,7 @@ work=$(mktemp -d) failed=$work/failed && trap 'rm -rf "$work"' EXIT
 trap 'trap - INT; kill -INT 0; exit 130' INT
 
 [ -n "$(list)" ] || usage "METHODS or SEEDS is blank"
-if [ "${1:-}" = --list ]; then
-    list
+if [ "${1:-}" = --list ]; then list
 elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     line=$(list | sed -n "${SLURM_ARRAY_TASK_ID}p")
     [ -n "$line" ] || usage "the list has $(list | wc -l) lines, but no line $SLURM_ARRAY_TASK_ID"
@@ -109,7 +116,7 @@ elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 else
     for data in $DATA; do $python datasets/check.py --data "$data" >&2; done # print errors and continue
     mkfifo "$work/slots" && exec 8<> "$work/slots" # a pool: each job takes a slot number and returns it
-    for ((slot = 0; slot < JOBS; slot++)); do echo $slot >&8; done
+    for ((slot = 0; slot < JOBS && slot < 999; slot++)); do echo $slot >&8; done
     while read -r line; do
         read -r slot <&8
         { one "$slot" "$line" < /dev/null; echo "$slot" >&8; } &

@@ -120,10 +120,9 @@ def patients(files, base):
             cases |= {base / row["image"]: row["case"] for row in csv.DictReader(f) if {"image", "case"} <= set(row)}
     for split, images in files.items():
         for image in images:
-            told, maybe = cases.get(image) or common.patient(image), MAYBE_PATIENT.fullmatch(image.stem)
-            if told:
+            if told := cases.get(image) or common.patient(image.relative_to(base)):
                 found["error", told][split] = image
-            elif maybe:
+            elif maybe := MAYBE_PATIENT.fullmatch(image.stem):
                 found["notice", maybe[1]][split] = image
     return found
 
@@ -235,6 +234,10 @@ if __name__ == "__main__":
             findings.append(("error", "masks missing or without image", e))
             listed[split] = [(image, int(key[0] not in common.NORMAL), None)
                              for key, images in parts.get((split, False), {}).items() for image in images]
+    read = {file for files in parts.values() for some in files.values() for file in some}
+    findings += [("notice", "files that are not read (format, or not in a class folder)", file)
+                 for file in common.files_in(base) if file not in read and file.suffix != ".db"
+                 and file.relative_to(base).parts[0].lower() in common.ROLES]
     names = {args.data.lower(), *(part.lower() for part in base.resolve().parts[-3:])}
     benchmark = next((name for name in PUBLISHED if names & set(common.NAMES[name])), None)
     classes = {}

@@ -29,14 +29,14 @@ def predict(run, model, kept):
     decision = decisions.decide(kept.get("seen", decisions.NOTHING_SEEN), args)
     if args.checkpoint and "seen" not in kept:
         print(f"NOTE: {args.checkpoint} has no thresholds: its run was not finished, or lacked datasets/decisions.py")
-    files = common.images_in(asked) if asked.is_dir() else [asked] * (asked.suffix.lower() in common.SUFFIXES)
-    images = [file for file in files if not is_mask(file, asked)]
-    if len(images) < len(files):
-        print(f"NOTE: {len(files) - len(images)} masks in {asked} are not scored")
+    files = common.files_in(asked) if asked.is_dir() else [asked]
+    readable = [file for file in files if file.suffix.lower() in common.SUFFIXES]
+    images = [file for file in readable if not is_mask(file, asked)]
+    if len(images) < len(readable):
+        print(f"NOTE: {len(readable) - len(images)} masks in {asked} are not scored")
+    if images and (others := sorted(set(files) - set(readable))):  # scans, or images in other formats
+        print(f"NOTE: {asked} contains images, so {len(others)} other files are not scored, e.g. {others[0]}")
     files = images
-    others = [p for p in asked.rglob("*.*") if p.suffix in (".nii", ".gz", ".dcm")] if files and asked.is_dir() else []
-    if others:
-        print(f"NOTE: {asked} contains images, so {len(others)} scan files are not scored, e.g. {others[0]}")
     rows, scans, damaged = score_images(run, model, decision, files) if files else score_scans(run, model, decision)
     for name, table in dict(scores=rows, scans=scans).items():
         if table:

@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import common
 
 STAGES = {  # stages 1 to 4 of the other backbones, with strides 4, 8, 16 and 32

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import common
 
 TAU = 0.01  # temperature of the softmax over the two classes

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import common
 
 CLASSIFIER = {"resnet18": "fc", "resnet50": "fc", "wide_resnet50_2": "fc", "mobilenet_v2": "classifier"}

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import common
 
 STEPS, BETAS = 1000, (1e-4, 0.02)  # T; first and last beta of the linear schedule (DDPM, Sec. 4)

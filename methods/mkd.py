@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import common
 
 # Layers with strides 4, 8, 16 and 32, their channels, and whether a ReLU keeps their features from being negative.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import common
 
 # Layers with strides 16, 8 and 4, and how many of their channels are drawn at random (thesis, Table 3.4).

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Interval
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import common
 
 # Layers with strides 8 and 16.

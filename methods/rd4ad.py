@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import common
 
 # Layers with strides 4, 8 and 16; their channels and those of the embedding (stride 32); the type of block; numbers of

@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt, Interval
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import common
 
 # Layers with strides 4, 8 and 16; together they have 448 (resnet18) or 152 (mobilenet_v2) channels.

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import load_script, run_here
+from conftest import ROOT, load_script, run_here
 from PIL import Image
 from scipy import ndimage
 
@@ -214,7 +214,7 @@ def test_a_run_finds_the_record_of_exactly_these_files(tmp_path, capsys):
     args = load_script("methods/padim.py").Args(data=str(base), root=str(tmp_path), out=str(tmp_path / "out"))
 
     def checked():
-        started = common.Run("padim.py", args)
+        started = common.Run(ROOT / "methods/padim.py", args)
         os.close(started.lock)
         return started.check
 
@@ -238,6 +238,14 @@ def test_counts_stand_next_to_the_published_ones_and_sizes_are_compared(tmp_path
     assert lines[1].endswith("test anomalous), 160x160 8-bit grey (test anomalous)")
     limited = run_here("datasets/check.py", "--data", "brain", "--root", tmp_path, "--limit", 1)
     assert "Brain_AD: 5 images; errors: none" in limited.stdout
+
+
+def test_files_in_the_splits_that_no_run_reads_are_told(tmp_path):
+    base = benchmark(tmp_path / "b")
+    for name in ("train/good/a.webp", "test/overview.png", "licence.png"):
+        save(base / name, photo(7000))
+    assert findings(run(base)) == [
+        f"notice: files that are not read (format, or not in a class folder): 2, e.g. {base / 'test/overview.png'}"]
 
 
 def test_the_phantom_passes(phantom):

@@ -2,8 +2,10 @@
 
 import copy
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -356,7 +358,14 @@ def test_a_full_disk_and_a_reader_that_has_gone_are_no_tracebacks(error, status,
 def test_a_benchmark_named_report_is_refused(tmp_path):
     build(tmp_path / "report", "train/good", "valid/{cls}", "test/{cls}")
     with pytest.raises(common.Error, match="rename the folder"):
-        common.Run("padim.py", load_script("methods/padim.py").Args(data=str(tmp_path / "report"), root=str(tmp_path)))
+        args = load_script("methods/padim.py").Args(data=str(tmp_path / "report"), root=str(tmp_path))
+        common.Run(ROOT / "methods/padim.py", args)
+
+
+def test_a_benchmark_has_one_run_folder_however_its_name_is_written(tmp_path):
+    build(tmp_path / "brain", "train/good", "valid/{cls}", "test/{cls}")
+    args = load_script("methods/padim.py").Args(data="Brain", root=str(tmp_path), out=str(tmp_path / "out"))
+    assert common.Run(ROOT / "methods/padim.py", args).folder == tmp_path / "out/brain/padim/seed0"
 
 
 def test_a_run_is_told_what_check_py_said_of_exactly_these_files(tmp_path, capsys):
@@ -365,7 +374,7 @@ def test_a_run_is_told_what_check_py_said_of_exactly_these_files(tmp_path, capsy
     padim = load_script("methods/padim.py")
 
     def said():
-        run = common.Run("padim.py", padim.Args(**given))
+        run = common.Run(ROOT / "methods/padim.py", padim.Args(**given))
         os.close(run.lock)
         return run.check, capsys.readouterr().out
 
@@ -533,6 +542,39 @@ def test_bad_benchmarks_end_with_one_line_that_names_the_file(harm, tmp_path):
     assert not list((tmp_path / ".cache").glob(".tmp*"))
 
 
+def test_no_folder_below_a_class_changes_split_and_no_file_beside_the_classes_counts(tmp_path):
+    build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
+    before = {split: len(e) for split, e in common.list_benchmark(arguments(tmp_path, str(tmp_path / "b")))[1].items()}
+    for place in ("train/good/site2/test/a", "train/good/site2/val/normal/b", "train/good/train/c"):
+        save(tmp_path / f"b/{place}.png")
+    for place in ("test/good", "train/normal"):
+        save(tmp_path / f"b/{place}.png")
+    after = {split: len(e) for split, e in common.list_benchmark(arguments(tmp_path, str(tmp_path / "b")))[1].items()}
+    assert after == before | dict(train=before["train"] + 3)
+
+
+def test_of_several_benchmarks_in_a_folder_none_is_taken_silently(tmp_path):
+    for name in ("mvtec/bottle", "mvtec/cable"):
+        build(tmp_path / name, "train/good", "valid/{cls}", "test/{cls}")
+    with pytest.raises(common.Error, match="holds 2 benchmarks; give one of them.*bottle.*cable"):
+        common.find_benchmark(str(tmp_path / "mvtec"), tmp_path)
+    build(tmp_path / "mvtec", "train/good", "valid/{cls}", "test/{cls}")  # the folder itself goes first
+    assert common.find_benchmark(str(tmp_path / "mvtec"), tmp_path)[0] == tmp_path / "mvtec"
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path, monkeypatch):
+    build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
+    save(tmp_path / "b/train/good/closed/a.png")
+    monkeypatch.setattr(common.os, "access", lambda path, mode: path.name != "closed")
+    with pytest.raises(common.Error, match="good/closed cannot be read"):
+        common.find_benchmark(str(tmp_path / "b"), tmp_path)
+
+
+def test_a_folder_with_a_name_of_250_bytes_is_decoded(tmp_path):
+    build(tmp_path / ("é" * 125), "train/good", "valid/{cls}", "test/{cls}")
+    assert len(common.load_benchmark(arguments(tmp_path, str(tmp_path / ("é" * 125))))) == 3
+
+
 @pytest.mark.parametrize("data, said", [("brain", "no benchmark brain"), ("nowhere", "no folder nowhere")])
 def test_missing_benchmarks_are_named(data, said, tmp_path):
     with pytest.raises(common.Error, match=said):
@@ -628,6 +670,19 @@ def test_twelve_bits_in_sixteen_are_noticed_and_the_flag_uses_their_whole_range(
     assert dark.images.max() == 16 and "--white 4095" in capsys.readouterr().out
     full = common.Split("train", entries, 32, tmp_path, tmp_path / ".cache", white=4095)  # not the cache of the other
     assert full.images.max() == 255 and len(np.unique(full.images)) == 256 and not capsys.readouterr().out
+
+
+def test_white_is_refused_where_pillow_has_already_cut_16_bits_to_8(tmp_path):
+    pixels = np.full((9, 9), 2000, np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "grey.png")
+    rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in pixels)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 9, 9, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    data = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts)
+    (tmp_path / "colour.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)  # Pillow cannot write 16-bit colour
+    assert common.decode(tmp_path / "grey.png", white=4095)[0].max() == 125
+    assert common.decode(tmp_path / "colour.png")[0].max() == 2000 // 256
+    with pytest.raises(common.Error, match="colour.png.*--white"):
+        common.decode(tmp_path / "colour.png", white=4095)
 
 
 def test_without_fcntl_one_line_names_the_systems_that_work(tmp_path):

@@ -10,7 +10,7 @@ import decisions
 import numpy as np
 import pytest
 import torch
-from conftest import once, run_here
+from conftest import ROOT, once, run_here, run_script
 from matplotlib import colormaps
 from PIL import Image
 
@@ -108,6 +108,7 @@ def test_of_twenty_healthy_scans_that_the_threshold_has_not_seen_at_most_three_a
 @pytest.mark.parametrize("name, patient", [
     ("BraTS2021_00003_60.png", "BraTS2021_00003"), ("NORMAL-12345-3.jpeg", "12345"), ("tumor_012_3_4.png", "tumor_012"),
     ("scan012_0001.png", "scan012"), ("train/good/scan012/0001.png", "scan012"), ("patient-7/a.png", "patient-7"),
+    ("train/good/sub-01/ses-2/anat/1.png", "sub-01"), ("test/good/patient_3/scan_1/0.png", "patient_3"),
     ("train/good/0001.png", None), ("normal/12_3_4.png", None), ("IMG_0001.png", None)])
 def test_names_tell_patients_where_they_do(name, patient):
     assert common.patient(name) == patient
@@ -235,6 +236,39 @@ def test_masks_are_not_scored_and_raw_maps_need_no_pictures(trained, phantom, tm
     done, folder = predict(trained, phantom / "phantom/test", tmp_path / "out", "--maps", 0, "--save-maps", "npy")
     assert "6 masks in" in done.stdout and len(rows_of(folder / "scores.csv")) == 12, done.stderr
     assert not (folder / "maps").exists() and len(list((folder / "raw").iterdir())) == 12
+
+
+def test_files_next_to_images_that_are_not_scored_are_told_whatever_their_names(trained, tmp_path):
+    (tmp_path / "new").mkdir()
+    for name in ("a.png", "b.webp"):
+        Image.new("L", (20, 16), 99).save(tmp_path / "new" / name)
+    (tmp_path / "new/IM0001").write_bytes(b"a DICOM file without suffix")
+    done, folder = predict(trained, tmp_path / "new", tmp_path / "out", "--maps", 0)
+    assert [row["path"] for row in rows_of(folder / "scores.csv")] == ["a.png"]
+    assert "2 other files are not scored, e.g." in done.stdout and "new/IM0001" in done.stdout
+
+
+def test_a_run_trained_on_data_is_not_taken_for_a_checkpoint_evaluated_on_them(trained, phantom, tmp_path):
+    shutil.copytree(phantom / "phantom", tmp_path / "other")
+    place = "--data", tmp_path / "other", "--root", tmp_path, "--out", tmp_path / "out", "--device", "cpu", "--maps", 0
+    assert run_here("methods/padim.py", *place, "--checkpoint", trained).returncode == 0
+    folder = tmp_path / "out/other/padim/seed0"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["changed"]["checkpoint"] == str(trained)  # report.py states it
+    done = run_here("methods/padim.py", *place, *PADIM)
+    assert done.returncode == 2 and "holds a run with --checkpoint" in done.stderr, done.stdout
+
+
+def test_a_run_keeps_the_script_that_ran_and_not_a_later_edit(phantom, tmp_path):
+    text = (ROOT / "methods/padim.py").read_text()
+    line = "    run = common.Run(__file__, args)\n"
+    assert line in text
+    text = text.replace(line, f"{line}    Path(__file__).write_text('# edited')\n")
+    (tmp_path / "padim.py").write_text(text)
+    shutil.copy(ROOT / "common.py", tmp_path)
+    done = run_script(tmp_path / "padim.py", "--root", phantom, "--out", tmp_path / "out", "--maps", 0, *PADIM)
+    assert done.returncode == 0 and (tmp_path / "padim.py").read_text() == "# edited", done.stderr
+    assert (tmp_path / "out/phantom/padim/seed0/padim.py").read_text() == text
 
 
 @pytest.mark.parametrize("layout", ["train/good", "."])

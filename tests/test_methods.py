@@ -404,6 +404,20 @@ def test_a_checkpoint_refuses_other_frozen_weights(phantom, tmp_path, capsys):
     assert "trained on the frozen weights" in capsys.readouterr().err
 
 
+def test_a_copied_script_takes_the_common_py_next_to_it_and_not_one_above_it(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for file in (ROOT / "methods/padim.py", ROOT / "common.py"):
+        shutil.copy(file, tmp_path / "mine")
+    (tmp_path / "common.py").write_text("raise SystemExit('another common.py')")
+    assert run_script(tmp_path / "mine/padim.py", "--help").returncode == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_scripts_look_for_common_py_in_the_same_places(method):
+    line = "sys.path.insert(1, str(Path(__file__).resolve().parents[1]))\nimport common\n"
+    assert line in (ROOT / f"methods/{method}.py").read_text()
+
+
 @pytest.mark.slow
 def test_copying_one_script_and_common_is_enough(phantom, tmp_path):
     for name in ("methods/padim.py", "common.py"):

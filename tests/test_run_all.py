@@ -45,6 +45,7 @@ def run_all(copy, *words, **variables):
     *(("", dict(SEEDS=value), "SEEDS=") for value in ("x", "-1", "0 1x")),
     *(("", dict(METHODS=value), "METHODS") for value in ("nothing", "padim *", "padim,stfpm")),
     *(("", dict(SLURM_ARRAY_TASK_ID=value), f"SLURM_ARRAY_TASK_ID={value}") for value in ("abc", "0")),
+    ("", dict(DEMO="0"), "DEMO=0"),
     pytest.param("", dict(DATA="phantom", SEEDS=" "), "METHODS or SEEDS is blank", marks=pytest.mark.slow),
     pytest.param("", dict(DATA="nowhere"), "DATA: there is no benchmark nowhere", marks=pytest.mark.slow),
     pytest.param("", dict(DATA="phantom", SLURM_ARRAY_TASK_ID="22"), "the list has 21 lines", marks=pytest.mark.slow),
@@ -81,6 +82,55 @@ def test_two_runs_at_once_name_their_lines_are_kept_and_a_failing_one_is_an_exit
     assert done.stderr.count(" methods/padim.py ") == 1
 
 
+@pytest.mark.slow
+def test_a_finished_run_is_started_again_when_its_images_have_changed_and_says_so(copy):
+    shutil.copytree(copy / "data/phantom", copy / "changing")
+    asked = dict(DATA="changing", METHODS="padim", SEEDS="0", FLAGS=f"{FLAGS} --backbone mobilenet_v2")
+    try:
+        assert run_all(copy, **asked).returncode == 0
+        done = run_all(copy, **asked)
+        assert done.returncode == 0 and "padim on changing" not in done.stdout and "already holds" not in done.stdout
+        next((copy / "changing/test/good").rglob("*.png")).unlink()
+        done = run_all(copy, **asked)
+        assert done.returncode == 1 and "holds a run with other images" in done.stdout
+    finally:
+        shutil.rmtree(copy / "changing")
+        shutil.rmtree(copy / "runs/changing")
+
+
+@pytest.mark.slow
+def test_it_runs_from_any_folder_and_is_not_led_astray_by_variables_of_others(copy, tmp_path):
+    def listed(cwd, *command, **variables):
+        known = {k: v for k, v in os.environ.items() if k not in ("METHODS", "SEEDS", "DATA", "FLAGS", "DEMO", "JOBS")}
+        given = known | dict(METHODS="ddpm", SEEDS="0", DATA="phantom") | variables
+        return subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+    lines = run_all(copy, "--list", METHODS="ddpm", SEEDS="0", DATA="phantom").stdout
+    assert lines.startswith(".venv/bin/python methods/ddpm.py --data phantom --seed 0 ")
+    assert listed(copy.parent, "bash", "copy/run_all.sh", "--list").stdout == lines
+    assert listed(copy, "bash", "run_all.sh", "--list", SLURM_SUBMIT_DIR=str(tmp_path), LOCK="1").stdout == lines
+    assert listed(copy, "bash", "run_all.sh", "--list", DATA="Phantom").stdout == lines
+    shutil.copy(copy / "run_all.sh", tmp_path / "slurm_script")  # as sbatch does
+    script = str(tmp_path / "slurm_script")
+    assert listed(tmp_path, "bash", script, "--list", SLURM_SUBMIT_DIR=str(copy)).stdout == lines
+    done = listed(tmp_path, "bash", script, "--list")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no common.py" in done.stderr
+    done = listed(copy, "bash", "-c", "source run_all.sh --list; echo alive")
+    assert done.stdout == "alive\n" and done.stderr.startswith("error: do not source")
+
+
+@pytest.mark.slow
+def test_more_jobs_than_a_pipe_holds_do_not_wait_for_ever(copy):
+    (copy / "methods/nothing.py").write_text("")
+    (copy / "report.py").rename(copy / "kept.py")
+    (copy / "report.py").write_text("")
+    try:
+        assert run_all(copy, DATA="phantom", METHODS="nothing", JOBS="99999").returncode == 0
+    finally:
+        (copy / "methods/nothing.py").unlink()
+        (copy / "kept.py").rename(copy / "report.py")
+
+
 @pytest.mark.long
 def test_runs_are_dealt_out_over_the_gpus_that_were_given_and_the_user_can_name_one(copy):
     (copy / "methods/gpu.py").write_text("import os\nprint('sees', os.environ.get('CUDA_VISIBLE_DEVICES'))\n")
@@ -90,13 +140,18 @@ def test_runs_are_dealt_out_over_the_gpus_that_were_given_and_the_user_can_name_
         assert {line.split()[-1] for line in out.splitlines() if "sees" in line} == {"3", "MIG-a"}
         out = run_all(copy, **asked, FLAGS="--device cuda:1").stdout
         assert {line.split()[-1] for line in out.splitlines() if "sees" in line} == {"3,MIG-a"}
+        (copy.parent / "bin/nvidia-smi").write_text("#!/bin/sh\necho 0\necho 1\n")
+        (copy.parent / "bin/nvidia-smi").chmod(0o755)
+        out = run_all(copy, **asked | dict(CUDA_VISIBLE_DEVICES="")).stdout  # none of the two
+        assert {line.split("sees")[1] for line in out.splitlines() if "sees" in line} == {" "}
     finally:
         (copy / "methods/gpu.py").unlink()
+        (copy.parent / "bin/nvidia-smi").unlink(missing_ok=True)
 
 
 def test_it_is_short_and_needs_nothing_of_bash_4():
     text = (ROOT / "run_all.sh").read_text()
-    assert text.count("\n") <= 120
+    assert text.count("\n") <= 127
     for word in ("declare -A", "local -A", "mapfile", "readarray", "wait -n", "${EPOCH", ",,}", "^^}", "coproc", "|&",
                  "&>>", "nproc", "flock ", "xargs -"):
         assert word not in text, word
