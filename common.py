@@ -767,10 +767,10 @@ def read_checkpoint(file, method, more=()):
 
 def _checked(kept, file, **kinds):
     holds = kept if isinstance(kept, dict) else {}
-    wrong = [k for k, kind in (dict(format=int) | kinds).items() if k not in holds or not isinstance(holds[k], kind)]
-    if wrong or holds["format"] != FORMAT:
-        raise Error(f"{file} is damaged or has format {holds.get('format')}, not {FORMAT} ({(wrong or ['format'])[0]} "
-                    "is missing or wrong); run that method again with --overwrite")
+    wrong = [k for k, kind in kinds.items() if k not in holds or not isinstance(holds[k], kind)]
+    if wrong or holds.get("format") != FORMAT:
+        why = f"{wrong[0]} is missing or wrong" if wrong else f"its format is {holds.get('format')}, not {FORMAT}"
+        raise Error(f"{file} is damaged or of another version ({why}); run that method again with --overwrite")
     return kept
 
 
@@ -884,7 +884,8 @@ class Run:
                 torch.cuda.set_rng_state(kept["random"][1])
             self.history, self.best, done = kept["history"], kept["best"], kept["epoch"]
             self.notes |= kept["notes"]
-            self.kept, self.started = None, time.perf_counter() - kept["train_seconds"]
+            self.started = time.perf_counter() - kept["train_seconds"]
+            self.kept = None
             print(f"resuming after epoch {done}{stage}, where the interrupted run was saved", flush=True)
         for epoch in range(done + 1, total + 1):
             yield epoch
@@ -902,7 +903,8 @@ class Run:
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
             raise Error(f"{bad[0]} is {losses[bad[0]]} at epoch {epoch}: training diverged; lower --lr")
         seconds, is_best = time.perf_counter() - self.started, False
-        self.history.append(row := dict(epoch=epoch, seconds=round(seconds, 1), **losses))
+        row = dict(epoch=epoch, seconds=round(seconds, 1), **losses)
+        self.history.append(row)
         if epoch % self.args.eval_every == 0 or epoch == self.total:
             value = epoch
             if valid and valid.labels.any():
