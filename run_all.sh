@@ -45,23 +45,24 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
         { echo "error: .venv is incomplete (see above); it needs Python 3.11, venv, a network, 8 GB" >&2; exit 1; }
 fi
 [ "${1:-}" = setup ] && exit 0
-known='import common, sys
+# Line 1: the benchmarks. Line 2: fingerprints of their files; a finished run on other files is started, and says so.
+found='import common, contextlib, sys, types
 data = [name.lower() if name.lower() in common.NAMES else name for name in sys.argv[1:]] or [
     name for name in common.NAMES if name != "phantom" and common.named_folder(name, "data")]
 missing = [name for name in data if not common.named_folder(name, "data")]
 print(*missing or data)
+with contextlib.suppress(common.Error): # an unusable benchmark; its runs will say why
+    args = [types.SimpleNamespace(data=name, root="data", holdout=0) for name in data]
+    print(*(common.list_benchmark(one)[2] for one in args), sep="|")
 sys.exit(bool(missing))'
-DATA=$($python -c "$known" ${DATA:-}) || usage "DATA: there is no benchmark $DATA"
-if [ -z "$DATA" ]; then
+lines=$($python -c "$found" ${DATA:-}) || usage "DATA: there is no benchmark ${lines%%$'\n'*}"
+if [ -z "$lines" ]; then
     echo "no benchmark in data/ (see datasets/); running a short demonstration on the phantom (one seed)" >&2
     $python datasets/phantom.py >&2 || exit 1
-    DATA=phantom
+    lines=$($python -c "$found" phantom)
 fi
 eval "exec $RUN_ALL_LOCK<&-"
-# Fingerprints of the files. A finished run on others is started, and says so; so are all, if a benchmark is unusable.
-images=$($python -c 'import common, sys, types
-args = [types.SimpleNamespace(data=data, root="data", holdout=0) for data in sys.argv[1:]]
-print(*(common.list_benchmark(one)[2] for one in args), sep="|")' $DATA 2> /dev/null)
+DATA=${lines%%$'\n'*} images=${lines#*$'\n'}
 : "${SEEDS:=$([ "$DATA" = phantom ] && echo 0 || echo 0 1 2 3 4)}" "${NET:=--backbone mobilenet_v2 --weights auto}"
 
 variants() { # of clip_recon, one per line
