@@ -20,4 +20,4 @@ esac
 bash run_all.sh setup
 .venv/bin/python -m ruff check .
 # One thread each: two of PyTorch's threads next to another busy process wait for each other most of the time.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto -m "$marks" tests "$@"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist worksteal -m "$marks" tests "$@"

@@ -409,7 +409,7 @@ def test_labels_get_the_orientation_of_their_volume_and_how_many_disagreed_is_sa
     assert done.returncode == 0 and "orientation" not in done.stdout
     for case in (2, 3):
         file = tmp_path / f"raw/segmentations/segmentation-{case}.nii"
-        voxels = np.asanyarray(nibabel.load(file).dataobj)
+        voxels = np.asarray(nibabel.load(file).dataobj).copy()
         nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), file)
     done, found = prepared("lits", tmp_path / "raw", tmp_path / "data")
     assert done.returncode == 0 and found == expected

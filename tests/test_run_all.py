@@ -81,9 +81,15 @@ def test_two_runs_at_once_name_their_lines_are_kept_and_a_failing_one_is_an_exit
     assert done.returncode == 1 and done.stdout.count("--limit") == 1  # with other ones it is not what was asked for
     assert done.stderr.count(" methods/padim.py ") == 1
 
+
+@pytest.mark.long
+def test_a_finished_run_is_started_again_when_its_images_have_changed_and_says_so(copy):
+    asked = dict(DATA="phantom", METHODS="padim", NET="--backbone mobilenet_v2", FLAGS=f"{FLAGS} --limit 4")
+    shutil.rmtree(copy / "runs", ignore_errors=True)
+    assert run_all(copy, **asked).returncode == 0
     image = next((copy / "data/phantom/test/good").rglob("*.png"))
     image.rename(copy / "kept.png")
-    done = run_all(copy, **asked, FLAGS=FLAGS)  # finished, but on other images
+    done = run_all(copy, **asked)
     (copy / "kept.png").rename(image)
     assert done.returncode == 1 and "holds a run with other images" in done.stdout
 
