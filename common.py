@@ -446,7 +446,8 @@ class Features:
 def load_benchmark(args):
     """Return (train, valid, test) as `Split`s for args.data, args.root, args.image_size and args.limit.
 
-    A split that the benchmark lacks is None; with args.predict, all three are None. See `list_benchmark`, too."""
+    A split that the benchmark lacks is None; with args.predict, all three are None. See `list_benchmark` for what
+    happens if valid has no normal images."""
     if args.predict:
         return None, None, None
     (base, entries, _, held), splits, counts = list_benchmark(args), [], []
@@ -636,10 +637,13 @@ class PixelMetrics:
         self.threshold, self.best, self.curve = threshold, None, None
         self.maxima, self.low = [], math.inf  # maximum of each map, minimum of all maps
         self.normal, self.n = np.empty(pixels, np.float32), 0  # scores of normal pixels, and their number
-        self.anomalous, self.region, self.regions = [], [], []  # scores of pixels, region of each; image of each region
+        self.anomalous, self.region = [], []  # scores of anomalous pixels, and the region of each
+        self.regions = []  # the image of each region
 
     def update(self, anomaly_maps, masks=None):
-        """Add finite float maps and bool masks, both (B, H, W). Without masks, only the range of the maps is kept."""
+        """Add float maps and bool masks, both (B, H, W). Without masks, only the range of the maps is kept.
+
+        Raises ValueError if shapes differ or a map is not finite."""
         maps, shape = np.asarray(anomaly_maps, np.float32), np.shape(masks)  # () without masks
         if maps.ndim != 3 or shape not in ((), maps.shape) or not np.isfinite([maps.min(), maps.max()]).all():
             raise ValueError(f"anomaly maps {maps.shape} and masks {shape} must be (B, H, W), the maps finite")

@@ -43,7 +43,7 @@ import volumes
 from prepare import common
 
 FIRST, LAST = 60, 99
-HIGHEST = 4  # label
+HIGHEST = 4  # the highest label
 GROUPS = [("train", 0), ("test", 0), ("valid", 0), ("valid", 1), ("test", 1)]  # in order of rank
 PATIENTS = [424, 162, 39, 11, 615]
 SLICES = dict(valid=range(60, 100, 10), test=range(60, 100, 8))  # for anomalous patients

@@ -168,8 +168,8 @@ def read_grey(file):
 
 def volume_and_label(files):
     """Read [volume file, label file] as two `Volume`s of equal shape. If a label on the same grid has another
-    orientation and covers another place, the volume's orientation is used for both, because some LiTS labels have lost
-    theirs. A label that covers the same place has reordered voxels and keeps its orientation."""
+    orientation and lies elsewhere, the volume's orientation is used for both, because some LiTS labels have lost
+    theirs. A label that covers the same box has its voxels in another order and keeps its orientation."""
     if files[1] is None:
         raise Damaged(f"{files[0]} has no segmentation (label file); download it, too")
     volume, label = map(Volume, files)
@@ -187,7 +187,7 @@ def volume_and_label(files):
 
 
 def corners(image):
-    """Return the least and greatest coordinates (2, 3) of a NIfTI image's voxel centres, in mm."""
+    """Return the minimum and maximum coordinates (2, 3) of a NIfTI image's voxel centres, in mm."""
     ends = np.indices((2, 2, 2)).reshape(3, 8).T * np.subtract(image.shape[:3], 1)  # (8, 3)
     ends = ends @ image.affine[:3, :3].T + image.affine[:3, 3]
     return np.array([ends.min(axis=0), ends.max(axis=0)])
@@ -477,8 +477,8 @@ class Preparation:
         self._end(self.damaged)
 
     def _check(self, rows):
-        """Raise `Error` if a case or an image is in two splits, or an image in two classes (with --allow-duplicates,
-        print a warning)."""
+        """Raise `Error` (with --allow-duplicates, print a warning) if a case or an image is in two splits, or an image
+        in two classes."""
         lists = [f for f in sorted(self.folder.glob("[!.]*.csv")) if f.with_suffix(".json").exists()]  # manifests only
         others = [r for f in lists for r in read_list(f, ["image", "split", "label", "sha256"])]
         for what, everything in (("case", rows), ("sha256", rows + others)):

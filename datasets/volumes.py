@@ -99,7 +99,7 @@ class Volume:
         labels = np.rint(values)  # some exporters store labels with a slope, which returns 6 as 6.0001
         if labels.min() < 0 or labels.max() > highest or np.abs(values - labels).max() > 0.1:
             raise Damaged(f"{self.file} has values from {values.min():g} to {values.max():g}, not only the labels 0 to "
-                          f"{highest}; it must be the segmentation: download it and its volume again")
+                          f"{highest}; is it the volume? Download the segmentation again")
         return labels
 
     def _flips(self):
