@@ -181,7 +181,7 @@ PATIENT = r"(brats.*_\d+)_\d+|(?:normal|cnv|dme|drusen)-(\d+)-\d+|((?:normal|tum
 def patient(path):
     """Return the patient, scan or slide named in an image's path, or None.
 
-    path: below the benchmark's folder. Recognises the names of BraTS (BraTS2021_00003_60.png), OCT2017, Camelyon16 and
+    path: relative to the benchmark. Recognises the names of BraTS (BraTS2021_00003_60.png), OCT2017, Camelyon16 and
     RESC, and a word such as "scan" with a number (scan012_0001.png, scan012/0001.png, sub-12/ses-1/0001.png)."""
     path = Path(path)
     folders = (re.fullmatch(SCAN, f"{folder}_{path.stem}", re.I) for folder in path.parts[:-1])  # the outermost first
@@ -218,7 +218,7 @@ def find_benchmark(data, root):
 
     Reads all published layouts: train/good[/img], test/{good,Ungood}[/img] with masks in Ungood/{anomaly_mask,label};
     valid/img/{good,Ungood} with valid/label/{good,Ungood}; Test/test/{good,Ungood} with Test/test_label/Ungood; MVTec
-    AD's test/<defect> with ground_truth/<defect>/*_mask.png. Images or train/good alone are normal training images."""
+    AD's test/<defect> with ground_truth/<defect>/*_mask.png. A folder with only images or train/good: normal ones."""
     known, asked = data.lower() in NAMES, named_folder(data, root)
     if asked is None:
         maker = f"make it with datasets/{MADE_BY[data.lower()]}" if known else f"known benchmarks: {', '.join(NAMES)}"
@@ -230,7 +230,7 @@ def find_benchmark(data, root):
         names = [name.lower() for name in folders]
         if named := [i for i, name in enumerate(names) if name in ROLES]:
             # Val/val/img/Ungood/x.png: base "", split valid, key ("ungood", "x"); its mask: Val/val_label/Ungood/x.png
-            last = max(i for i in named if not {*NORMAL, "ungood"} & set(names[named[0] : i]))  # not good/site/test
+            last = max(i for i in named if not {*NORMAL, "ungood"} & set(names[named[0] : i]))  # not below a class
             base, (split, mask), inner = asked.joinpath(*folders[: named[0]]), ROLES[names[last]], names[last + 1 :]
             key = *(name for name in inner if name not in ("img", *MASKS)), file.stem.removesuffix("_mask")
             part = split, mask or bool(MASKS & set(inner))
@@ -242,9 +242,10 @@ def find_benchmark(data, root):
         return found[0], benchmarks[found[0]]
     if files and not known and all(file.parent == asked for file in files):
         return asked, {("train", False): {("good", file.name): [file] for file in files}}
-    what = f"holds {len(found)} benchmarks; give one of them" if found else "is not a benchmark"
-    raise Error(f"{asked} {what}: expected images in train/good, test/good, test/Ungood (or MVTec AD's test/<defect>) "
-                f"or normal images alone; it holds {sorted(os.listdir(asked))[:8]}"
+    if found:
+        raise Error(f"{asked} holds {len(found)} benchmarks; give one of them, e.g. {found[0]}")
+    raise Error(f"{asked} is not a benchmark: expected images in train/good, test/good and test/Ungood (or MVTec AD's "
+                f"test/<defect>), or normal images alone; it holds {sorted(os.listdir(asked))[:8]}"
                 + f"; its parts come from datasets/{MADE_BY.get(data.lower())}" * known)
 
 
@@ -316,7 +317,7 @@ def decode(path, size=None, mask=False, white=65535):
             if getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"{image.n_frames} pages or frames: save each one as an image")
             if white < 65535 and ";16" in str(image.tile) and image.mode[0] != "I":
-                raise ValueError("--white needs 16-bit images to be grey, without alpha: convert it")
+                raise ValueError("with --white, a 16-bit image must be grey, without alpha: convert it")
             image = ImageOps.exif_transpose(image)  # rotate it as image viewers do
             if mask and "A" in image.getbands():
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
@@ -774,7 +775,7 @@ def _checked(kept, file, **kinds):
     wrong = [k for k, kind in kinds.items() if k not in holds or not isinstance(holds[k], kind)]
     if wrong or holds.get("format") != FORMAT:
         why = f"{wrong[0]} is missing or wrong" if wrong else f"its format is {holds.get('format')}, not {FORMAT}"
-        raise Error(f"{file} is damaged or of another version ({why}); run that method again with --overwrite")
+        raise Error(f"{file} is damaged or from another version ({why}); run that method again with --overwrite")
     return kept
 
 
@@ -873,7 +874,7 @@ class Run:
         """Yield 1, 2, ..., total. After an interruption, continue from the state saved at the last evaluation.
 
         stateful: what training changes besides the model: optimizers, schedules, other networks. first_stage: number of
-        epochs of an earlier stage without validation. If an interrupted run had completed it, it yields nothing."""
+        epochs of an earlier stage without validation. Yields nothing if an interrupted run completed that stage."""
         kept, done, total, stage = self.kept, 0, self.total, ""
         if first_stage is not None:
             if kept and kept["first_stage"] is None:
@@ -943,7 +944,7 @@ def pretrained(model):
 
 
 def restore(model, kept, source):
-    """Load the state in `kept` (see `read_checkpoint`) into `model`. source: its file, for the `Error`."""
+    """Load the state in `kept` (see `read_checkpoint`) into `model`. source: its file, named in errors."""
     used, frozen = pretrained(model)
     if [w["sha256"] for w in kept["weights"]] != [w["sha256"] for w in used]:
         raise Error(f"{source} was trained on the frozen weights {kept['weights']}, not on {used}; give the same ones")
@@ -996,7 +997,7 @@ def finish(run, model, splits):
             versions[package] = version(package)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # GiB
     on_gpu = run.device.type == "cuda"
-    same = FREE - {"checkpoint"} | {"seed"} | ({"batch_size"} if not hasattr(args, "epochs") else set())  # no settings
+    same = FREE - {"checkpoint"} | {"seed"} | ({"batch_size"} if not hasattr(args, "epochs") else set())  # ignored
     results = dict(
         format=FORMAT, method=run.script.stem, data=folder.parts[-3], seed=args.seed, metrics=metrics,
         images=run.images, counts={name: dict(normal=int((s.labels == 0).sum()), anomalous=int(s.labels.sum()))

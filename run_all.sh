@@ -12,7 +12,7 @@
 # If data/ has no benchmark, the script generates the phantom and runs a short demonstration (flags: methods/demo.txt).
 # DEMO=1 runs this demonstration on any benchmark; NET="--backbone mobilenet_v2 --weights FILE" sets its network.
 # FLAGS="--device cuda:1" adds flags to every command. Failed runs are listed at the end (exit status 1).
-(return 0 2> /dev/null) && { echo "error: do not source run_all.sh; give: bash run_all.sh" >&2; return 2; }
+(return 0 2> /dev/null) && { echo "error: do not source run_all.sh; run: bash run_all.sh" >&2; return 2; }
 set -fu
 usage() { echo "error: $1; see the head of run_all.sh" >&2; exit 2; }
 number() {
@@ -42,10 +42,10 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
     echo "installing requirements.txt into .venv (several GB, a few minutes)" >&2
     { [ -x $python ] || python3 -m venv .venv; } && $python -m pip install -q --disable-pip-version-check \
         -r requirements.txt && cp requirements.txt .venv/installed.txt ||
-        { echo "error: .venv is incomplete (see above); it needs Python 3.11, venv, a network, 8 GB" >&2; exit 1; }
+        { echo "error: .venv is incomplete (see above); it needs Python 3.11+, venv, network, 8 GB disk" >&2; exit 1; }
 fi
 [ "${1:-}" = setup ] && exit 0
-# Line 1: the benchmarks. Line 2: fingerprints of their files; a finished run on other files is started, and says so.
+# Line 1: the benchmarks. Line 2: fingerprints of their files; runs finished on other files start again and say so.
 found='import common, contextlib, sys, types
 data = [name.lower() if name.lower() in common.NAMES else name for name in sys.argv[1:]] or [
     name for name in common.NAMES if name != "phantom" and common.named_folder(name, "data")]

@@ -16,8 +16,8 @@ Protocol (lits.py shares steps 2 to 4):
    A result x from 1 to 149 then becomes floor(30 + 0.8 x), i.e. 30 to 149. --no-equalize skips this step (the
    thesis provides both versions); give lits.py the same flag.
 4. Slices keep the source's 512x512 pixels and are in radiological view (the patient's right is on the left), whatever
-   the affine. If a label has the same grid as its volume, but its affine gives it another orientation and another
-   place, the volume's orientation is used for both, and a note is printed.
+   the affine. If a label has the same grid as its volume, but its affine gives it a different orientation and
+   position, the volume's orientation is used for both, and a note is printed.
 
 The checksums of .nii.gz files are verified. A .nii file has none: damage is detected only if the file is truncated or
 its header is invalid. --patients FILE (CSV with a `case` column, e.g. img0001) selects cases.
@@ -84,8 +84,8 @@ def liver_slices(files, is_liver, highest, equalized):
             if image.any():
                 yield start + z, equalize(image) if equalized else image, labels[z]
     if shown <= count / 2:
-        raise prepare.Damaged(f"{volume.file} shows liver in {shown} of {count} slices labelled in {label.file}, at "
-                              f"{WINDOW[0]} to {WINDOW[1]} HU; download both again")
+        raise prepare.Damaged(f"{volume.file} shows liver in only {shown} of {count} slices labelled in {label.file} "
+                              f"(at {WINDOW[0]} to {WINDOW[1]} HU); download both again")
 
 
 def window(hu):

@@ -235,7 +235,7 @@ if __name__ == "__main__":
             listed[split] = [(image, int(key[0] not in common.NORMAL), None)
                              for key, images in parts.get((split, False), {}).items() for image in images]
     read = {file for files in parts.values() for some in files.values() for file in some}
-    findings += [("notice", "files that are not read (format, or not in a class folder)", file)
+    findings += [("notice", "files not read (wrong format or not in a class folder)", file)
                  for file in common.files_in(base) if file not in read and file.suffix != ".db"
                  and file.relative_to(base).parts[0].lower() in common.ROLES]
     names = {args.data.lower(), *(part.lower() for part in base.resolve().parts[-3:])}

@@ -105,8 +105,8 @@ def stated(decision):
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 def pictures(run, test, decision):
-    """Return a function for `common.evaluate` that draws the maps of args.maps evenly spaced test images in maps/ and,
-    if `for_browser`, of all test images in browser/ (tiles of about 6 kB for report.py)."""
+    """Return a function for `common.evaluate` that draws anomaly maps: in maps/ those of args.maps evenly spaced test
+    images and, if `for_browser`, in browser/ those of all (tiles of about 6 kB for report.py)."""
     from matplotlib import colormaps
 
     args, folder, (low, high) = run.args, run.folder, decision["map_range"] or (0, 1)

@@ -14,7 +14,7 @@ Protocol:
    Patients are tried in a random order (--seed); those not chosen go to test. --patients FILE (CSV: case,split, where
    case is the number) replaces this division.
 
-Published counts (normal + anomalous): valid 93 + 73, test 833 + 660, together 733 of the 7,190 slices with tumour
+Published counts (normal + anomalous): valid 93 + 73, test 833 + 660, with 733 of the 7,190 slices that show tumour
 in the 131 cases. The thesis does not name the cases. We infer cases 1 to 10: public lists of the published valid images
 (MVFA-AD, CVPR 2024) contain slices of these ten only, which have 734 slices with tumour. The published split is by
 slice (the authors' liver.py), so valid and test share patients. Here each patient is in one split only, so the counts

@@ -132,7 +132,7 @@ if __name__ == "__main__":
         made = folder / "arguments.json"
         if made.is_file() and made.read_text() == asked:
             if (count := len(list(folder.rglob("*.png")))) != args.train + 3 * (args.valid + args.test):  # with masks
-                raise common.Error(f"{folder} lacks images or has others ({count} PNG files); remove it")
+                raise common.Error(f"{folder} has missing or extra images ({count} PNG files); remove it")
             print(f"{folder} already exists and was made with these arguments; nothing to do")
             raise SystemExit
         raise common.Error(f"{folder} exists and was made with other arguments; remove it, or choose another --root")

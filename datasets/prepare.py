@@ -167,18 +167,18 @@ def read_grey(file):
 
 
 def volume_and_label(files):
-    """Read [volume file, label file] as two `Volume`s of equal shape. If a label on the same grid has another
-    orientation and lies elsewhere, the volume's orientation is used for both, because some LiTS labels have lost
-    theirs. A label that covers the same box has its voxels in another order and keeps its orientation."""
+    """Read [volume file, label file] as two `Volume`s of equal shape. If a label of the same size has
+    another orientation and position, the volume's orientation is used for both, because some LiTS labels have lost
+    theirs. If it covers the same box, only the order of its voxels differs, and it keeps its orientation."""
     if files[1] is None:
         raise Damaged(f"{files[0]} has no segmentation (label file); download it, too")
     volume, label = map(Volume, files)
     if not any(volume.image.header.get(code) for code in ("sform_code", "qform_code")):
-        note("volumes have no orientation in their headers; left, front, up is assumed: look at their images")
+        note("volume headers give no orientation; left, front, up is assumed: check the resulting images")
     turned = (label.axes, label.signs) != (volume.axes, volume.signs)
     if turned and label.image.shape[:3] == volume.image.shape[:3] and not np.allclose(
             corners(label.image), corners(volume.image), atol=0.5):  # mm
-        note("labels have another orientation than their volumes on the same grid; the volume's is used")
+        note("labels have the size of their volumes but another orientation; the volume's is used")
         label.axes, label.signs, label.shape = volume.axes, volume.signs, volume.shape
     if volume.shape != label.shape:
         raise Damaged(f"{label.file} has {label.shape} voxels, its volume {volume.file} {volume.shape}; "
@@ -486,7 +486,7 @@ class Preparation:
             if crossing := [(first, row) for row in everything if any(
                     str((first := seen.setdefault(row[what], row))[key]) != str(row[key]) for key in own)]:
                 first, row = crossing[0]
-                line = (f"{len(crossing)} images cross splits or classes: {first['image']} and {row['image']} are "
+                line = (f"{len(crossing)} images are in two splits or classes: {first['image']} and {row['image']} are "
                         + ("the same image" if what == "sha256" else f"both of {row['case']}"))
                 if not self.args.allow_duplicates:
                     raise common.Error(f"{line}; clean the source, or accept it with --allow-duplicates (finished "

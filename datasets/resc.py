@@ -8,7 +8,7 @@ doi.org/10.1016/j.media.2019.05.002). There are 70 + 15 labelled cubes of 128 sl
 
 The innermost folder with train, trainingset, val, valid, validation or validationset as a word in its name (in upper or
 lower case) tells which part a file is in. A part named test has no labels and is skipped. The innermost folder with
-image in its name, or with label, mask or ground, tells whether a file is an image or a label; folders common to all
+image, or with label, mask or ground, in its name tells whether a file is an image or a label; folders common to all
 slices are ignored.
 
 Protocol:

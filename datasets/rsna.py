@@ -11,7 +11,7 @@ Protocol:
    others into 1,420 valid and 16,413 test. A source of another size is divided in the same proportions, with at least
    one patient in each part. --patients FILE (CSV: case,split) replaces this division.
 3. Pixels are scaled to 8 bits, from black at the minimum to white at the maximum that the header allows (bits stored,
-   sign, rescale slope and intercept). 8-bit pixels (the source's) are unchanged. Images with photometric
+   sign, rescale slope and intercept). 8-bit pixels (the source has only these) are unchanged. Images with photometric
    interpretation MONOCHROME1 or a negative slope are inverted.
 
 JPEG data in DICOM have no checksums: damage is detected only if a file is truncated or its header is invalid.

@@ -245,7 +245,7 @@ def test_files_in_the_splits_that_no_run_reads_are_told(tmp_path):
     for name in ("train/good/a.webp", "test/overview.png", "licence.png"):
         save(base / name, photo(7000))
     assert findings(run(base)) == [
-        f"notice: files that are not read (format, or not in a class folder): 2, e.g. {base / 'test/overview.png'}"]
+        f"notice: files not read (wrong format or not in a class folder): 2, e.g. {base / 'test/overview.png'}"]
 
 
 def test_the_phantom_passes(phantom):

@@ -24,7 +24,7 @@ def test_phantom_is_the_same_to_the_byte_and_a_second_run_does_nothing(phantom, 
     assert other.returncode == 2 and other.stderr.count("\n") == 1
     shutil.rmtree(tmp_path / "phantom/test/good")
     lost = run_here("datasets/phantom.py", *arguments)
-    assert lost.returncode == 2 and "lacks images" in lost.stderr and lost.stderr.count("\n") == 1
+    assert lost.returncode == 2 and "missing or extra images" in lost.stderr and lost.stderr.count("\n") == 1
 
 
 def test_phantom_has_masks_inside_the_head_and_a_manifest(phantom):

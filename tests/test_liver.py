@@ -137,14 +137,14 @@ def test_a_case_that_shows_nothing_within_its_liver_is_damaged(hu, tmp_path):
     files = btcv.find_cases(tmp_path)["img0001"]
     assert len(btcv.write_case(["img0001", files, True], tmp_path / "out")) == 4
     write_nifti(tmp_path / "RawData/Training/img/img0001.nii.gz", hu(scan(1)[0]).astype(np.int16))
-    with pytest.raises(btcv.prepare.Damaged, match="img0001.nii.gz shows liver in 0 of 4 slices labelled in"):
+    with pytest.raises(btcv.prepare.Damaged, match="img0001.nii.gz shows liver in only 0 of 4 slices labelled in"):
         btcv.write_case(["img0001", files, True], tmp_path / "out")
 
 
 def test_a_case_without_liver_is_damaged(tmp_path):
     write_btcv(tmp_path, 1, 1)
     write_nifti(tmp_path / "RawData/Training/label/label0001.nii.gz", np.full(SHAPE, 5, np.uint8))
-    with pytest.raises(btcv.prepare.Damaged, match="shows liver in 0 of 0 slices labelled in"):
+    with pytest.raises(btcv.prepare.Damaged, match="shows liver in only 0 of 0 slices labelled in"):
         btcv.write_case(["img0001", btcv.find_cases(tmp_path)["img0001"], True], tmp_path / "out")
 
 

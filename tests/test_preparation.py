@@ -413,7 +413,7 @@ def test_labels_get_the_orientation_of_their_volume_and_how_many_disagreed_is_sa
         nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), file)
     done, found = prepared("lits", tmp_path / "raw", tmp_path / "data")
     assert done.returncode == 0 and found == expected
-    said = "note: 2 labels have another orientation than their volumes on the same grid; the volume's is used"
+    said = "note: 2 labels have the size of their volumes but another orientation; the volume's is used"
     assert said in done.stdout
     assert said in prepared("lits", tmp_path / "raw", tmp_path / "data")[0].stdout  # "nothing to do"
 
@@ -435,7 +435,7 @@ def test_volumes_whose_header_has_no_orientation_are_counted(tmp_path):
     file = tmp_path / "raw/BraTS2021_00001/BraTS2021_00001_flair.nii"
     nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(file).dataobj).copy(), None), file)
     done, _ = prepared("brats2021", tmp_path / "raw", tmp_path / "data")
-    assert done.returncode == 0 and "note: 1 volumes have no orientation in their headers" in done.stdout
+    assert done.returncode == 0 and "note: 1 volume headers give no orientation" in done.stdout
 
 
 @pytest.mark.parametrize("values", [[-1000, 40], [0, 6, 14], [0, 0.4], [0, 127, 254], [-1, 6]])
@@ -553,7 +553,7 @@ def test_one_image_in_two_classes_is_refused(tmp_path):
     normal, ill = (tmp_path / f"raw/test/{name}.jpeg" for name in ("NORMAL/NORMAL-100-0", "CNV/CNV-110-0"))
     shutil.copy(normal, ill)  # both are in test with seed 0
     done, found = prepared("oct2017", tmp_path / "raw", tmp_path / "data")
-    assert done.returncode == 2 and "1 images cross splits or classes: test/good" in done.stderr
+    assert done.returncode == 2 and "1 images are in two splits or classes: test/good" in done.stderr
     assert done.stderr.count("\n") == 1
     done, _ = prepared("oct2017", tmp_path / "raw", tmp_path / "data", "--allow-duplicates")
     assert done.returncode == 0 and "warning: 1 images cross" in done.stderr
