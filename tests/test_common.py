@@ -556,7 +556,7 @@ def test_no_folder_below_a_class_changes_split_and_no_file_beside_the_classes_co
 def test_of_several_benchmarks_in_a_folder_none_is_taken_silently(tmp_path):
     for name in ("mvtec/bottle", "mvtec/cable"):
         build(tmp_path / name, "train/good", "valid/{cls}", "test/{cls}")
-    with pytest.raises(common.Error, match="holds 2 benchmarks; give one of them.*bottle.*cable"):
+    with pytest.raises(common.Error, match="holds 2 benchmarks; give one of them, e.g. .*bottle"):
         common.find_benchmark(str(tmp_path / "mvtec"), tmp_path)
     build(tmp_path / "mvtec", "train/good", "valid/{cls}", "test/{cls}")  # the folder itself goes first
     assert common.find_benchmark(str(tmp_path / "mvtec"), tmp_path)[0] == tmp_path / "mvtec"
