@@ -98,8 +98,9 @@ def raw(tmp_path_factory):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has threads")
-@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)])
-@pytest.mark.parametrize("script", [*METHODS, *PREPARATIONS])
+@pytest.mark.parametrize("script, kills", [
+    *(pytest.param(script, 2, marks=pytest.mark.slow) for script in ("methods/padim.py", *PREPARATIONS)),
+    *(pytest.param(script, 20, marks=pytest.mark.long) for script in (*METHODS, *PREPARATIONS))])
 def test_killed_at_a_random_call_the_same_command_ends_as_if_nothing_had_happened(
         script, kills, phantom, raw, tmp_path):
     whole, data = tmp_path / "whole", tmp_path / "data"

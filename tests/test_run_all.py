@@ -94,7 +94,7 @@ def test_a_finished_run_is_started_again_when_its_images_have_changed_and_says_s
     assert done.returncode == 1 and "holds a run with other images" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_runs_from_any_folder_and_is_not_led_astray_by_variables_of_others(copy, tmp_path):
     def listed(cwd, *command, **variables):
         known = {k: v for k, v in os.environ.items() if k not in ("METHODS", "SEEDS", "DATA", "FLAGS", "DEMO", "JOBS")}
