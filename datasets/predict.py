@@ -36,8 +36,7 @@ def predict(run, model, kept):
         print(f"NOTE: {len(readable) - len(images)} masks in {asked} are not scored")
     if images and (others := sorted(set(files) - set(readable))):  # scans, or images in other formats
         print(f"NOTE: {asked} contains images, so {len(others)} other files are not scored, e.g. {others[0]}")
-    files = images
-    rows, scans, damaged = score_images(run, model, decision, files) if files else score_scans(run, model, decision)
+    rows, scans, damaged = score_images(run, model, decision, images) if images else score_scans(run, model, decision)
     for name, table in dict(scores=rows, scans=scans).items():
         if table:
             common.write_csv(folder / f"{name}.csv", table)
@@ -50,7 +49,7 @@ def predict(run, model, kept):
     (folder / "predict.json").write_text(json.dumps(record, indent=1))
     common.remove(folder / "model.pt")  # left by a zero-shot method
     os.close(run.lock)
-    if not files:
+    if not images:
         show_ranking(scans, "scans", decision["scan"], len(decision["normal_scans"]), 20)
     else:
         show_ranking(rows, "images", decision["image"], len(decision["normal_scores"]), 1)

@@ -167,9 +167,9 @@ def read_grey(file):
 
 
 def volume_and_label(files):
-    """Read [volume file, label file] as two `Volume`s of equal shape. If a label of the same size has
-    another orientation and position, the volume's orientation is used for both, because some LiTS labels have lost
-    theirs. If it covers the same box, only the order of its voxels differs, and it keeps its orientation."""
+    """Read [volume file, label file] as two `Volume`s of equal shape. If a label of the same size has another
+    orientation and position, the volume's orientation is used for both, because some LiTS labels have lost theirs. If
+    it covers the same box, only the order of its voxels differs, and it keeps its orientation."""
     if files[1] is None:
         raise Damaged(f"{files[0]} has no segmentation (label file); download it, too")
     volume, label = map(Volume, files)

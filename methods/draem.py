@@ -198,7 +198,7 @@ def rotate(image, degrees=90):
 
 
 def autocontrast(texture):
-    """Stretch each channel to [0, 1] after clipping 0 to 20% of its pixels at both ends."""
+    """Stretch each channel of (3, H, W) to [0, 1] after clipping 0 to 20% of its pixels at both ends."""
     clipped = uniform(0, 0.2)
     low, high = (texture.flatten(1).quantile(q, dim=1)[:, None, None] for q in (clipped, 1 - clipped))
     return torch.where(high > low, ((texture - low) / (high - low)).clamp(0, 1), texture)
@@ -301,7 +301,7 @@ if __name__ == "__main__":
                 recon, logits = model(corrupted)
                 terms = [F.mse_loss(recon, image), 1 - ssim(recon, image), focal_loss(logits, mask)]
                 optimizer.zero_grad()
-                sum(terms).backward()  # paper, Eq. 3
+                sum(terms).backward()  # paper, Eqs. 1 to 3 with lambda = 1
                 optimizer.step()
                 losses.append(torch.stack(terms).detach())
             schedule.step()

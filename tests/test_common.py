@@ -542,7 +542,7 @@ def test_bad_benchmarks_end_with_one_line_that_names_the_file(harm, tmp_path):
     assert not list((tmp_path / ".cache").glob(".tmp*"))
 
 
-def test_no_folder_below_a_class_changes_split_and_no_file_beside_the_classes_counts(tmp_path):
+def test_no_folder_below_a_class_changes_split_and_no_file_next_to_the_classes_counts(tmp_path):
     build(tmp_path / "b", "train/good", "valid/{cls}", "test/{cls}")
     before = {split: len(e) for split, e in common.list_benchmark(arguments(tmp_path, str(tmp_path / "b")))[1].items()}
     for place in ("train/good/site2/test/a", "train/good/site2/val/normal/b", "train/good/train/c"):
